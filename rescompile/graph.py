@@ -1,0 +1,529 @@
+"""The graph protocol: what detection, passes and lowering see of a model, whatever IR it is in.
+
+A `Graph` is a view in single static assignment form over somebody's own object (a `torch.fx.GraphModule`, an
+`onnx_ir.Model`). Its `Op`s are *logical*: one `Op` may cover several native nodes (a layer norm that an exporter
+decomposed), and one native node may stand for several `Op`s (`addcmul` is a mul and an add). Edits change the view and
+the native object together; nothing else changes either. A plain `Graph` has no native object and serves as the model of
+the protocol in tests and as the body of fused operations.
+
+Adapters subclass `Graph`, read their object with `add_input`, `add_constant` and `add_op`, and implement the `native_*`
+methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+
+from rescompile.errors import GraphError, nearest
+from rescompile.kinds import OpKind, Trait
+
+Dim: TypeAlias = int | str  # an extent, or the name of a symbolic one
+Shape: TypeAlias = tuple[Dim, ...]
+Attrs: TypeAlias = dict[str, Any]
+
+
+class Role(Enum):
+    """Where a value comes from."""
+
+    INPUT = "input"
+    PARAMETER = "parameter"  # a named tensor of the model's state
+    CONSTANT = "constant"  # a literal, or an unnamed tensor
+    RESULT = "result"  # an operation's output
+
+
+@dataclass(frozen=True, slots=True)
+class ValueType:
+    """Shape (symbolic extents by name; None when unknown) and dtype ("float32", "int64", ...; None when unknown)."""
+
+    shape: Shape | None
+    dtype: str | None
+
+
+class Value:
+    """One value of a graph. Compared by identity; `name` is unique in its graph and stable under edits elsewhere."""
+
+    __slots__ = ("constant", "dtype", "name", "native", "producer", "role", "shape", "uses")
+
+    def __init__(self, name: str, shape: Shape | None, dtype: str | None, role: Role, native: Any = None) -> None:
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.role = role
+        self.native = native
+        self.producer: Op | None = None
+        self.uses: dict[tuple[Op, int], None] = {}
+        # True when the value does not depend on any graph input: a parameter, a literal, or computed from such only.
+        self.constant = role in (Role.PARAMETER, Role.CONSTANT)
+
+    @property
+    def type(self) -> ValueType:
+        """Shape and dtype together."""
+        return ValueType(self.shape, self.dtype)
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, None when the shape is unknown."""
+        return None if self.shape is None else len(self.shape)
+
+    @property
+    def users(self) -> list[Op]:
+        """The operations that read the value, each once, in the order in which they came to read it."""
+        return list(dict.fromkeys(op for op, _ in self.uses))
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+class Op:
+    """One logical operation. `inputs` has one entry for each operand of the kind's signature, None where absent."""
+
+    __slots__ = ("attrs", "group", "inputs", "kind", "module", "name", "native", "order", "outputs", "provenance")
+
+    def __init__(
+        self,
+        kind: OpKind,
+        name: str,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[Value],
+        attrs: Attrs,
+        native: tuple[Any, ...] = (),
+        module: str = "",
+    ) -> None:
+        self.kind = kind
+        self.name = name
+        self.inputs: list[Value | None] = list(inputs)
+        self.outputs: list[Value] = list(outputs)
+        self.attrs = attrs
+        self.native = native  # the native nodes that this operation covers
+        self.group: list[Op] | None = None  # the operations that together stand for one native node
+        self.module = module  # dotted path of the module that the user's code ran, "" when unknown
+        self.provenance = ""  # name of the pass that made the operation
+        self.order = 0  # position in topological order, valid after commit
+
+    def operand(self, name: str) -> Value | None:
+        """The operand of that name in the kind's signature (`weight`, `bias`, ...), None when absent."""
+        names = self.kind.spec.operands
+        for index, spelled in enumerate(names):
+            if spelled.rstrip("?") == name:
+                return self.inputs[index] if index < len(self.inputs) else None
+        raise GraphError(f"{self.kind.value} has no operand '{name}': it has {', '.join(names)}.")
+
+    @property
+    def operands(self) -> list[Value]:
+        """The operands that are present."""
+        return [value for value in self.inputs if value is not None]
+
+    @property
+    def output(self) -> Value:
+        """The first output."""
+        return self.outputs[0]
+
+    def has(self, trait: Trait) -> bool:
+        """Whether the operation's kind has all of `trait`."""
+        return self.kind.has(trait)
+
+    def attr(self, name: str) -> Any:
+        """An attribute, by its schema's default where the operation does not set it."""
+        if name in self.attrs:
+            return self.attrs[name]
+        return self.kind.spec.attrs[name]
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.kind.value}>"
+
+
+class Graph:
+    """Values and operations in topological order, and the edits that change them."""
+
+    ir = "memory"
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+        self.inputs: list[Value] = []
+        self.outputs: list[Value] = []
+        self._ops: dict[str, Op] = {}
+        self._values: dict[str, Value] = {}
+        self._orphans: dict[Value, None] = {}  # constants whose last use an edit took away
+        self._dirty = False
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def ops(self) -> list[Op]:
+        """The operations, in topological order once edits are committed."""
+        return list(self._ops.values())
+
+    def __iter__(self) -> Iterator[Op]:
+        return iter(self._ops.values())
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    @property
+    def values(self) -> Iterable[Value]:
+        """All values, constants included."""
+        return self._values.values()
+
+    @property
+    def parameters(self) -> list[Value]:
+        """The named tensors of the model's state, in its order."""
+        return [value for value in self._values.values() if value.role is Role.PARAMETER]
+
+    @property
+    def training(self) -> bool:
+        """Whether the graph is the training form of its model."""
+        return False
+
+    def value(self, name: str) -> Value:
+        """The value of that name; GraphError with the nearest name when there is none."""
+        try:
+            return self._values[name]
+        except KeyError:
+            raise GraphError(f"There is no value '{name}' in the graph{nearest(name, self._values)}.") from None
+
+    def op(self, name: str) -> Op:
+        """The operation of that name; GraphError with the nearest name when there is none."""
+        try:
+            return self._ops[name]
+        except KeyError:
+            raise GraphError(f"There is no operation '{name}' in the graph{nearest(name, self._ops)}.") from None
+
+    def has_name(self, name: str) -> bool:
+        """Whether a value or an operation has that name."""
+        return name in self._values or name in self._ops
+
+    def is_output(self, value: Value) -> bool:
+        """Whether the value is one of the graph's outputs."""
+        return any(value is output for output in self.outputs)
+
+    def data(self, value: Value) -> np.ndarray[Any, Any]:
+        """The contents of a parameter or literal (bfloat16 as ml_dtypes.bfloat16). GraphError for other values."""
+        if value.role not in (Role.PARAMETER, Role.CONSTANT):
+            raise GraphError(f"'{value.name}' is computed by the graph: only parameters and literals have data.")
+        return self.native_data(value)
+
+    def scalar(self, value: Value | None) -> float | None:
+        """The number that a literal or parameter of one element holds, None for anything else."""
+        if value is None or value.role not in (Role.PARAMETER, Role.CONSTANT) or value.shape is None:
+            return None
+        if any(extent != 1 for extent in value.shape):
+            return None
+        return float(self.data(value).reshape(-1)[0])
+
+    # ---- building (used by adapters while reading their object, and for graphs in memory) ----------------------
+
+    def add_input(self, name: str, shape: Shape | None, dtype: str | None, native: Any = None) -> Value:
+        """A graph input."""
+        value = self._register(Value(name, shape, dtype, Role.INPUT, native))
+        self.inputs.append(value)
+        return value
+
+    def add_constant(
+        self, name: str, shape: Shape | None, dtype: str | None, native: Any = None, role: Role = Role.PARAMETER
+    ) -> Value:
+        """A parameter or literal that is already part of the native object."""
+        return self._register(Value(name, shape, dtype, role, native))
+
+    def add_op(
+        self,
+        kind: OpKind,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[tuple[str, ValueType]],
+        attrs: Attrs | None = None,
+        *,
+        name: str = "",
+        native: tuple[Any, ...] = (),
+        natives: Sequence[Any] | None = None,
+        module: str = "",
+    ) -> Op:
+        """An operation that is already part of the native object. `natives`: one native value for each output."""
+        values = [Value(label, kind_.shape, kind_.dtype, Role.RESULT) for label, kind_ in outputs]
+        for index, value in enumerate(values):
+            value.native = natives[index] if natives is not None else None
+        op = Op(kind, self.unique_op_name(name or values[0].name), inputs, values, attrs or {}, native, module)
+        self._link(op)
+        return op
+
+    def set_outputs(self, outputs: Sequence[Value]) -> None:
+        """Name the graph's outputs."""
+        self.outputs = list(outputs)
+
+    # ---- edits -------------------------------------------------------------------------------------------------
+
+    def insert(
+        self,
+        kind: OpKind,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[tuple[str, ValueType]],
+        attrs: Attrs | None = None,
+        *,
+        name: str = "",
+        module: str = "",
+        provenance: str = "",
+    ) -> Op:
+        """A new operation, native node included. Outputs are named, and typed, by the caller."""
+        op = self.add_op(kind, inputs, outputs, attrs, name=name, module=module)
+        op.provenance = provenance
+        self.native_emit(op)
+        self._dirty = True
+        return op
+
+    def add_parameter(self, name: str, data: np.ndarray[Any, Any], *, trainable: bool = True) -> Value:
+        """A new named tensor in the model's state."""
+        if self.has_name(name):
+            raise GraphError(f"The model already has something named '{name}': choose another name.")
+        value = Value(name, tuple(int(extent) for extent in data.shape), str(data.dtype), Role.PARAMETER)
+        self._register(value)
+        self.native_add_parameter(value, data, trainable)
+        return value
+
+    def set_operand(self, op: Op, index: int, value: Value) -> None:
+        """Let operand `index` of `op` be `value`."""
+        old = op.inputs[index]
+        if old is value:
+            return
+        self.materialise(op)
+        self.native_set_operand(op, index, value)
+        if old is not None:
+            del old.uses[op, index]
+            self._note_orphan(old)
+        op.inputs[index] = value
+        value.uses[op, index] = None
+        self._dirty = True
+
+    def replace_uses(self, old: Value, new: Value, *, outputs: bool = True) -> None:
+        """Let every reader of `old` read `new`; with `outputs`, the graph's outputs too (they keep their names)."""
+        for op, index in list(old.uses):
+            self.set_operand(op, index, new)
+        if outputs and self.is_output(old):
+            self.native_replace_output(old, new)
+            self.outputs = [new if value is old else value for value in self.outputs]
+        self._dirty = True
+
+    def erase(self, op: Op) -> None:
+        """Remove an operation that nobody reads any more."""
+        self._check_unread(op, inside=frozenset((op,)))
+        self.materialise(op)
+        self._unlink(op)
+        self.native_erase(op)
+        self._dirty = True
+
+    def fuse(
+        self,
+        ops: Sequence[Op],
+        kind: OpKind,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[Value],
+        attrs: Attrs | None = None,
+        *,
+        name: str = "",
+        provenance: str = "",
+    ) -> Op:
+        """One operation in the place of `ops`. `outputs` are values that they produce; names and readers stay."""
+        inside = frozenset(ops)
+        kept = frozenset(outputs)
+        for op in ops:
+            self._check_unread(op, inside, kept)
+        for op in ops:
+            self.materialise(op)
+        old_natives = [value.native for value in outputs]
+        module = ops[0].module
+        for op in ops:
+            self._unlink(op, keep=kept)
+        new = Op(kind, self.unique_op_name(name or outputs[0].name), inputs, outputs, attrs or {}, module=module)
+        new.provenance = provenance
+        self._link(new)
+        self.native_emit(new)
+        for old, value in zip(old_natives, outputs, strict=True):
+            self.native_redirect(old, value)
+        for op in sorted(ops, key=lambda op: op.order, reverse=True):
+            self.native_erase(op)
+        self._dirty = True
+        return new
+
+    def materialise(self, op: Op) -> None:
+        """Give each operation of a group (several operations that one native node stands for) its own native node."""
+        group = op.group
+        if group is None:
+            return
+        native = op.native
+        produced = [(value, value.native) for member in group for value in member.outputs if value.native is not None]
+        for member in group:
+            member.group = None
+            member.native = ()
+            self.native_emit(member)
+        for value, old in produced:
+            self.native_redirect(old, value)
+        self.native_erase_nodes(native)
+        self._dirty = True
+
+    def commit(self) -> None:
+        """Sort topologically (stable), drop parameters that edits left unread, and check the native object.
+
+        GraphError names a cycle, or what the native checker says.
+        """
+        if self._dirty:
+            self._sort()
+        for value in list(self._orphans):
+            if not value.uses and not self.is_output(value):
+                del self._values[value.name]
+                self.native_drop(value)
+        self._orphans.clear()
+        for order, op in enumerate(self):
+            op.order = order
+        self.native_commit()
+        self._dirty = False
+
+    def clone(self) -> Self:
+        """A copy that can be edited alone; tensors are shared until an edit replaces them."""
+        copy = type(self)(self.name)
+        values: dict[Value, Value] = {}
+        for value in self._values.values():
+            twin = Value(value.name, value.shape, value.dtype, value.role, value.native)
+            twin.constant = value.constant
+            values[value] = twin
+        for op in self:
+            inputs = [None if value is None else values[value] for value in op.inputs]
+            twin_op = Op(op.kind, op.name, inputs, [values[out] for out in op.outputs], dict(op.attrs), (), op.module)
+            twin_op.provenance, twin_op.order = op.provenance, op.order
+            copy._link(twin_op)
+        for twin in values.values():
+            copy._values.setdefault(twin.name, twin)
+        copy.inputs = [values[value] for value in self.inputs]
+        copy.outputs = [values[value] for value in self.outputs]
+        return copy
+
+    def unique_name(self, stem: str) -> str:
+        """`stem`, or `stem_1`, `stem_2`, ...: the first that neither a value nor an operation has."""
+        name, count = stem, 0
+        while self.has_name(name):
+            count += 1
+            name = f"{stem}_{count}"
+        return name
+
+    def unique_op_name(self, stem: str) -> str:
+        """As `unique_name`, among operations only: an operation may be named after its output."""
+        name, count = stem, 0
+        while name in self._ops:
+            count += 1
+            name = f"{stem}_{count}"
+        return name
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Execute the native object: outputs by name. GraphError where there is nothing to execute."""
+        raise GraphError("A graph in memory cannot be run: only graphs of torch and ONNX models can.")
+
+    # ---- what adapters implement -------------------------------------------------------------------------------
+
+    def native_data(self, value: Value) -> np.ndarray[Any, Any]:
+        """Contents of a parameter or literal."""
+        return np.asarray(value.native)
+
+    def native_emit(self, op: Op) -> None:
+        """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
+
+    def native_erase(self, op: Op) -> None:
+        """Remove the native nodes that `op` covers."""
+        self.native_erase_nodes(op.native)
+
+    def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
+        """Remove native nodes that nothing reads."""
+
+    def native_redirect(self, old: Any, value: Value) -> None:
+        """Let every reader of the native value `old`, graph outputs included, read `value.native`; names stay."""
+
+    def native_set_operand(self, op: Op, index: int, value: Value) -> None:
+        """Change one operand of the native nodes of `op`; `op.inputs[index]` still is the old value."""
+
+    def native_replace_output(self, old: Value, new: Value) -> None:
+        """Let `new` be a graph output in the place of `old`; the output's outward name stays."""
+
+    def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
+        """Register a new tensor and set `value.native`."""
+        value.native = data
+
+    def native_drop(self, value: Value) -> None:
+        """Remove a parameter that nothing reads."""
+
+    def native_commit(self) -> None:
+        """Sort and check the native object."""
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _register(self, value: Value) -> Value:
+        if value.name in self._values:
+            raise GraphError(f"Two values of the graph have the name '{value.name}': names must be unique.")
+        self._values[value.name] = value
+        return value
+
+    def _link(self, op: Op) -> None:
+        op.order = len(self._ops)
+        self._ops[op.name] = op
+        for index, value in enumerate(op.inputs):
+            if value is not None:
+                value.uses[op, index] = None
+        operands = op.operands
+        constant = not op.has(Trait.RANDOM) and op.kind is not OpKind.OPAQUE
+        constant = constant and all(value.constant for value in operands) and (bool(operands) or op.has(Trait.SOURCE))
+        for value in op.outputs:
+            if self._values.get(value.name) is not value:
+                self._register(value)
+            value.producer = op
+            value.constant = constant
+
+    def _unlink(self, op: Op, keep: frozenset[Value] = frozenset()) -> None:
+        del self._ops[op.name]
+        for index, value in enumerate(op.inputs):
+            if value is not None:
+                value.uses.pop((op, index), None)
+                self._note_orphan(value)
+        for value in op.outputs:
+            value.producer = None
+            if value not in keep:
+                del self._values[value.name]
+
+    def _note_orphan(self, value: Value) -> None:
+        if not value.uses and value.role in (Role.PARAMETER, Role.CONSTANT):
+            self._orphans[value] = None
+
+    def _check_unread(self, op: Op, inside: frozenset[Op], kept: frozenset[Value] = frozenset()) -> None:
+        for value in op.outputs:
+            if value in kept:
+                continue
+            reader = next((user for user in value.users if user not in inside), None)
+            if reader is not None:
+                raise GraphError(f"'{op.name}' cannot be removed: '{reader.name}' still reads '{value.name}'.")
+            if self.is_output(value):
+                raise GraphError(f"'{op.name}' cannot be removed: '{value.name}' is an output of the graph.")
+
+    def _sort(self) -> None:
+        """Stable: an operation keeps its place unless one that it reads comes later."""
+        done: dict[str, Op] = {}
+        entered: set[Op] = set()
+        for root in self:
+            if root.name in done:
+                continue
+            stack: list[tuple[Op, Iterator[Value]]] = [(root, iter(root.operands))]
+            entered.add(root)
+            while stack:
+                op, operands = stack[-1]
+                for value in operands:
+                    producer = value.producer
+                    if producer is None or producer.name in done:
+                        continue
+                    if producer in entered:
+                        raise GraphError(
+                            f"The graph has a cycle through '{producer.name}': undo the edit that made it."
+                        )
+                    entered.add(producer)
+                    stack.append((producer, iter(producer.operands)))
+                    break
+                else:
+                    stack.pop()
+                    done[op.name] = op
+        self._ops = done
