@@ -249,6 +249,32 @@ class Graph:
         self._link(op)
         return op
 
+    def cover(
+        self,
+        ops: Sequence[Op],
+        kind: OpKind,
+        inputs: Sequence[Value | None],
+        outputs: Sequence[Value],
+        attrs: Attrs | None = None,
+    ) -> Op:
+        """Present `ops` as one logical operation that covers their native nodes; the native object does not change.
+
+        Only while reading, and only for operations that stand for whole native nodes (`group` is None).
+        """
+        inside, kept = frozenset(ops), frozenset(outputs)
+        for op in ops:
+            if op.group is not None:
+                raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered.")
+            self._check_unread(op, inside, kept)
+        for op in ops:
+            self._unlink(op, keep=kept)
+        native = tuple(node for op in ops for node in op.native)
+        label = self.unique_op_name(outputs[0].name)
+        op = Op(kind, label, inputs, outputs, attrs or {}, native, module=ops[-1].module)
+        self._link(op)
+        self._dirty = True
+        return op
+
     def set_outputs(self, outputs: Sequence[Value]) -> None:
         """Name the graph's outputs."""
         self.outputs = list(outputs)
