@@ -444,6 +444,18 @@ class Graph:
         """Execute the native object: outputs by name. GraphError where there is nothing to execute."""
         raise GraphError("A graph in memory cannot be run: only graphs of torch and ONNX models can.")
 
+    def to_user(self) -> Any:
+        """The model as the kind of object that came in."""
+        raise GraphError("A graph in memory stands for no model: only graphs of torch and ONNX models do.")
+
+    def save(self, path: str) -> None:
+        """Write the model to `path`, whole or not at all."""
+        raise GraphError("A graph in memory cannot be saved: only graphs of torch and ONNX models can.")
+
+    def cannot_emit(self, kind: OpKind) -> str:
+        """Why the model's IR (its opset, its mode) cannot hold an operation of this kind; empty when it can."""
+        return ""
+
     # ---- what adapters implement -------------------------------------------------------------------------------
 
     def native_data(self, value: Value) -> np.ndarray[Any, Any]:
