@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
 
-# What compiling applies when the caller names no passes: every fusion, joins or not, that keeps the values.
-COMPILE_PASSES = ("fuse{joins=all,activations=true}",)
+# What compiling applies when the caller names no passes: every fusion, joins or not, that keeps the inferred values.
+COMPILE_PASSES = ("canonicalise{dropout=true}", "fuse{joins=all,activations=true}")
 
 
 class Tuning(msgspec.Struct, frozen=True):
