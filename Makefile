@@ -15,11 +15,12 @@ READY = $(VENV)/.ready
 
 env: $(READY)
 
+# torchvision, timm and transformers come without their requirements, which could replace a CPU torch by one with CUDA;
+# what they need otherwise is the extra "models".
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "rescompile needs Python 3.11 or 3.12; name one with make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt -e '.[all,models,dev]'
-	# Their own requirements would replace a CPU torch by one with CUDA; what they need otherwise is the extra "models".
 	$(PIP) install --quiet --no-deps -c constraints.txt torchvision timm transformers
 	@touch $@
 
