@@ -6,7 +6,6 @@ from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import branch_works, chain
 from rescompile.detection.reach import order
 from rescompile.graph import Op, Value
-from rescompile.kinds import OpKind
 
 _FREE = ("identity", "view")
 _TRIED = 3  # operands that are tried as the new features, newest first
@@ -24,13 +23,18 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     parts = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
     moving = [(index, value) for index, value in parts if not value.constant]
     if len(parts) < 2:
+        judgement.concats[tuple(value for _, value in parts)] = output
         return Refusal("a concatenation of one value")
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
+    judgement.concats[tuple(value for _, value in parts)] = output
     newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
     meet: Value | None = None
     working = False
     for index, new in newest[:_TRIED]:
+        before = judgement.concats.get(tuple(value for other, value in parts if other != index))
+        if before is not None and order(before) < order(new) and judgement.reach.comes_from(before, new):
+            return _appended(judgement, op, before, (index, new))
         old = [(other, value) for other, value in moving if other != index and value is not new]
         fork = judgement.reach.meet(new, [value for _, value in old])
         if fork is None:
@@ -63,25 +67,36 @@ def _grown(
         return Refusal("no working branch", fork)
     skip = max(free, key=lambda index: -1 if ways[index] is None else order(dict((new, *old))[index]))
     way = ways[skip]
-    start = _whole(op, fork, region)
     shortcut = "identity" if way is None or way.shortcut is None else way.shortcut
     return Draft(
         kind="dense",
         shortcut=shortcut,
-        fork=start,
+        fork=fork,
         join_op=op,
         join_value=op.outputs[0],
         skip_index=skip,
-        branches=[top for top in tops if order(top) > order(start)],
-        branch_ops=[member for member in region if member.order > order(start)],
+        branches=[top for top in tops if order(top) > order(fork)],
+        branch_ops=region,
         shortcut_ops=[] if way is None else list(way.ops),
-        outside=outside if start is fork else [],
+        outside=outside,
     )
 
 
-def _whole(op: Op, fork: Value, region: list[Op]) -> Value:
-    """The earlier concatenation of the same features that the branch starts from, else the fork."""
-    first = region[0]
-    if first.kind is OpKind.CONCAT and fork in first.inputs and set(first.inputs) < set(op.inputs):
-        return first.outputs[0]
-    return fork
+def _appended(judgement: Judgement, op: Op, fork: Value, new: tuple[int, Value]) -> Draft | Refusal:
+    """The features of an earlier concatenation, once more, and what was made of all of them."""
+    region, outside = judgement.reach.between(fork, [new[1]])
+    if not branch_works(judgement.reach, region):
+        return Refusal(f"no working branch: nothing works between '{fork.name}' and the concatenation", fork)
+    skip = next(index for index, value in enumerate(op.inputs) if value is not None and index != new[0])
+    return Draft(
+        kind="dense",
+        shortcut="identity",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=skip,
+        branches=[new[1]],
+        branch_ops=region,
+        shortcut_ops=[],
+        outside=outside,
+    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rescompile.detection.judgement import Draft, Judgement
-from rescompile.detection.paths import branch_works, chain
+from rescompile.detection.paths import Chain, branch_works, chain
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 
@@ -30,28 +30,33 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | None:
     2. The way from the fork to x is free or a projection; the way to H, or to the gate, works.
     """
     reach = judgement.reach
+    best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
     for mix in (*_differences(op), *_convex(judgement.graph, op)):
         fork = reach.meet(mix.x, (mix.new,))
         way = None if fork is None else chain(reach, fork, mix.x)
         if fork is None or way is None or way.shortcut is None or way.sums:
             continue
-        region, outside = reach.between(fork, [mix.new] if mix.gate.constant else [mix.new, mix.gate])
-        if not branch_works(reach, region):
+        if best is not None and best[0].rank <= way.rank:
             continue
-        return Draft(
-            kind="add" if mix.gate.constant else "gated",
-            shortcut=way.shortcut,
-            fork=fork,
-            join_op=op,
-            join_value=op.outputs[0],
-            skip_index=mix.skip_index,
-            branches=[mix.new],
-            branch_ops=region,
-            shortcut_ops=list(way.ops),
-            outside=outside,
-            join_ops=list(mix.inner),
-        )
-    return None
+        region, outside = reach.between(fork, [mix.new] if mix.gate.constant else [mix.new, mix.gate])
+        if branch_works(reach, region):
+            best = way, mix, fork, region, outside
+    if best is None:
+        return None
+    way, mix, fork, region, outside = best
+    return Draft(
+        kind="add" if mix.gate.constant else "gated",
+        shortcut=way.shortcut or "identity",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=mix.skip_index,
+        branches=[mix.new],
+        branch_ops=region,
+        shortcut_ops=list(way.ops),
+        outside=outside,
+        join_ops=list(mix.inner),
+    )
 
 
 def completes(op: Op) -> Op | None:

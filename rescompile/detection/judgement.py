@@ -51,7 +51,7 @@ class Judgement:
         self.reach = Reach(graph)
         self.drafts: dict[Op, Draft] = {}  # by join
         self.refusals: dict[Op, Refusal] = {}
-        self.claimed: set[Op] = set()  # sums inside a spelling that a later join completes (x + t·(h − x))
+        self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
 
     def accept(self, draft: Draft) -> None:
         """A join that ends a block. Sums that it completes are part of it from now on."""
