@@ -357,6 +357,9 @@ def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileEr
     return SpecError(f"{what}{nearest(name, known) if known else ''}{choices}.")
 
 
+_INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: errors are one sentence on stderr, a traceback only with --traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -378,8 +381,8 @@ def _run(arguments: list[str]) -> int:
         status = app(arguments, standalone_mode=False)
     except RescompileError as error:
         return _failed(str(error), error.exit_code, show)
-    except KeyboardInterrupt:
-        return _failed("Interrupted.", 130, show)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:

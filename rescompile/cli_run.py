@@ -74,9 +74,10 @@ def _named(names: Sequence[str], outputs: Any) -> Arrays:
 def load_arrays(path: Path) -> Arrays:
     """The arrays of an .npz file, by name. Pickled objects are refused."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise RescompileError(f"Cannot read '{path}': it holds one unnamed array; save it with numpy.savez.")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise RescompileError(f"Cannot read '{path}': it holds one unnamed array; save it with numpy.savez.")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "it is not an .npz file of plain arrays"
