@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompile.cli_output import complain, say, say_json, stage
+from rescompile.cli_output import complain, say, say_json, show, stage
 from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ def inspect(
             say_json({"node": why, "explanation": explanation})
         else:
             say(explanation)
-    elif as_json:
-        say_json(report.to_dict())
     else:
-        say(str(report))
+        _print_result(report, as_json)
 
 
 @app.command()
@@ -338,7 +336,7 @@ def _print_result(result: Any, as_json: bool) -> None:
     if as_json:
         say_json(result.to_dict())
     else:
-        say(str(result))
+        show(result)
 
 
 def _read_text(path: Path) -> str:

@@ -14,6 +14,16 @@ def say(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
+def show(result: Any) -> None:
+    """A result that prints itself: with colours and the terminal's width on a terminal, as plain text in a pipe."""
+    if sys.stdout.isatty() and hasattr(result, "__rich_console__"):
+        from rich.console import Console
+
+        Console().print(result)
+    else:
+        say(str(result))
+
+
 def say_json(data: Any) -> None:
     """A result, for programs."""
     say(json.dumps(data, indent=2))
