@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompile.cli_output import complain, say, say_json, show, stage
+from rescompile.cli_output import complain, html_page, say, say_json, show, stage
 from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
 
 if TYPE_CHECKING:
@@ -85,16 +85,23 @@ def inspect(
     inputs: Inputs = None,
     trust: Trust = False,
     as_json: Json = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as a page too")] = None,
     why: Annotated[
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
 ) -> None:
     """Show the residual structure of MODEL."""
+    from rescompile.cli_files import check_writable, write_text
+
+    if html is not None:
+        check_writable(html)
     graph = _load(model, inputs, trust)
     from rescompile import api
 
     with stage("Looking for residual blocks"):
         report = api.inspect(graph)
+    if html is not None:
+        write_text(html, html_page(report, model))
     if why is not None:
         explanation = api.explain(graph, report, why)
         if as_json:
