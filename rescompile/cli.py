@@ -146,9 +146,9 @@ def rewrite(
         return
     with stage("Rewriting"):
         result = api.rewrite(graph, specs, verify=not no_verify)
+    _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
-    _save(result, output)
     _print_result(result, as_json)
 
 
@@ -332,11 +332,9 @@ def _check_model_out(model: str, output: Path | None) -> None:
 
 
 def _save(result: Any, output: Path | None) -> None:
-    from rescompile.cli_files import write_whole
-
     if output is not None:
         with stage(f"Writing {output}"):
-            write_whole(output, result.save)
+            result.save(str(output))
 
 
 def _print_result(result: Any, as_json: bool) -> None:
