@@ -42,7 +42,7 @@ def capture(model: Any, example_inputs: Any = None, *, dynamic: Any = None) -> G
         return model
     root = type(model).__module__.partition(".")[0]
     if root in ("onnx", "onnx_ir", "onnxscript") or any("ONNXProgram" in base.__name__ for base in type(model).__mro__):
-        from rescompile.onnx_files import capture as capture_onnx
+        from rescompile.onnx_files import adopt as capture_onnx
 
         return capture_onnx(model)
     from rescompile.fx_capture import capture as capture_torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -81,6 +82,18 @@ class OnnxGraph(Graph):
             self._sort_native()
             self._session = Session(self.model)
         return self._session.run(inputs)  # type: ignore[no-any-return]
+
+    def to_user(self) -> Any:
+        """The model as the kind of object that it came as."""
+        from rescompile.onnx_files import to_user
+
+        return to_user(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to an .onnx file, whole or not at all."""
+        from rescompile.onnx_files import save
+
+        save(self, path)
 
     def clone(self) -> Self:
         """A copy with a model of its own; tensors are shared."""
