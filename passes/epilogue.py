@@ -5,12 +5,12 @@ from __future__ import annotations
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.joins import activation_of, only_reader, plain_sum, trailing_activation
-from rescompile.plan import Refusal, Rewrite, fuse_edit
+from rescompile.plans import Refusal, Rewrite, fuse_edit
 
 _FUSED = {OpKind.CONV: OpKind.FUSED_CONV, OpKind.LINEAR: OpKind.FUSED_LINEAR}
 
 
-def residual_epilogue(graph: Graph, join: Op) -> Rewrite | Refusal:
+def residual_epilogue(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | Refusal:
     """y = g(f(W·x + b) + r)  →  y = fused(x, W, b, r; inner=f, outer=g)
 
     1. One operand of the sum is a conv or linear, or an activation f of one, that nothing else reads.
@@ -20,11 +20,11 @@ def residual_epilogue(graph: Graph, join: Op) -> Rewrite | Refusal:
     refused = plain_sum(join)
     if refused is not None:
         return refused
-    # Where both operands are contractions (a projection shortcut), the one that runs last takes the add.
     found = [branch for branch in (_branch(graph, value) for value in join.operands) if branch]
     if not found:
         return Refusal(join.name, "neither operand is a conv or linear whose output only the sum reads")
-    ops, inner, tail = max(found, key=lambda branch: branch[0][0].order)
+    # Where both operands are contractions (a projection shortcut), the branch takes the add, else the one that runs last.
+    ops, inner, tail = max(found, key=lambda branch: (branch[2] is not skip, branch[0][0].order))
     work = ops[0]
     residual = next(value for value in join.operands if value is not tail)
     outer, readers = trailing_activation(graph, join.output)
@@ -73,6 +73,6 @@ def _fused(
     total = inside if residual is None else f"{inside} + r"
     equation = total if outer == "none" else f"{outer}({total})"
     call = "x, W, b" if residual is None else "x, W, b, r"
-    reason = f"into the epilogue of '{work.name}'"
+    reason = f"into the epilogue of the {work.kind.value} of '{work.module or work.name}'"
     join = next((op for op in ops if op.kind is OpKind.ADD), work)
     return Rewrite(join.name, f"{equation}  →  {kind.value}({call})", reason, (edit,))

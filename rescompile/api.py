@@ -10,13 +10,13 @@ import msgspec
 
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
-from rescompile.plan import Pass, Pipeline, Plan
-from rescompile.rewrite import Result, apply_plan, make_plan, run_passes
+from rescompile.plans import Pass, Pipeline, Plan
+from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
-    from rescompile.diff import GraphDiff
+    from rescompile.differences import GraphDiff
 
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
@@ -42,7 +42,7 @@ def capture(model: Any, example_inputs: Any = None, *, dynamic: Any = None) -> G
         return model
     root = type(model).__module__.partition(".")[0]
     if root in ("onnx", "onnx_ir", "onnxscript") or any("ONNXProgram" in base.__name__ for base in type(model).__mro__):
-        from rescompile.onnx_files import adopt as capture_onnx
+        from rescompile.onnx_files import capture as capture_onnx
 
         return capture_onnx(model)
     from rescompile.fx_capture import capture as capture_torch
@@ -109,7 +109,7 @@ def load_plan(text: str | bytes) -> Plan:
 
 def diff(before: Any, after: Any, *, names: tuple[str, str] = ("A", "B")) -> GraphDiff:
     """What changed between two graphs or models; `names` are what the report calls them."""
-    from rescompile.diff import diff_graphs
+    from rescompile.differences import diff_graphs
 
     return diff_graphs(capture(before), capture(after), names)
 

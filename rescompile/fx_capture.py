@@ -74,7 +74,7 @@ def load_pt2(path: str | Path, trust: bool = False) -> FxGraph:
         )
     try:
         program = torch.export.load(str(path))
-    except Exception as error:  # noqa: BLE001 (torch raises anything on a damaged file)
+    except Exception as error:
         raise RescompileError(f"torch cannot load '{path}': {_first_line(error)}") from error
     return _from_program(program, name=path.stem)
 
@@ -238,7 +238,7 @@ def _propagate(
     module.eval()
     try:
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*values)
-    except Exception as error:  # noqa: BLE001 (the user's code may raise anything)
+    except Exception as error:
         raise RescompileError(f"The model fails on the example inputs: {_first_line(error)}") from error
     finally:
         for child, training in flags.items():

@@ -11,15 +11,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from torch import nn
 
 import rescompile as rc
 from rescompile.graph import Graph
 from rescompile.printing import print_graph
-from rescompile.rewrite import Result
+from rescompile.rewriting import Result
 from tests.residual_models import Chain, ConvBlock, MlpBlock, livened
 
+# A failing model is small enough as drawn; shrinking would export hundreds of them.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 IRS = ("fx", "onnx")
 
 
@@ -129,7 +131,7 @@ def chains(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return livened(Chain(blocks, taps)), torch.randn(2, 3, 8)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=PHASES)
 @given(chains())
 def test_fusing_random_residual_chains_keeps_values_and_is_idempotent(case: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = case
@@ -140,7 +142,7 @@ def test_fusing_random_residual_chains_keeps_values_and_is_idempotent(case: tupl
     assert before["by_kind"] == after["by_kind"]
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4, deadline=None, phases=PHASES)
 @given(chains())
 def test_fusing_random_residual_chains_in_onnx(case: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = case

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rescompile.diff import diff_graphs
+from rescompile.differences import diff_graphs
 from rescompile.graph import Graph, Role, Value, ValueType
 from rescompile.kinds import OpKind
 

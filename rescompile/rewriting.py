@@ -15,7 +15,7 @@ import msgspec
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plan import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
 from rescompile.verify import Verification, verify
 
 
