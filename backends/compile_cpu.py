@@ -1,0 +1,46 @@
+"""Compile for a processor: kernels with chosen tiles, channels last inside, the rest generated and scheduled."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tvm import relax
+
+from rescompile.backends import artifact, constants, lowering
+from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.compile import Progress, describe
+from rescompile.backends.emitter import Emitter
+from rescompile.backends.program import Program
+from rescompile.backends.targets import CompileTarget
+from rescompile.backends.working import working_copy
+from rescompile.graph import Graph, Value
+
+
+def compile_cpu(
+    graph: Graph, target: CompileTarget, database: str | Path | None, tuning: int | None, progress: Progress | None
+) -> Program:
+    """A program for `target`, which is a processor."""
+    work = working_copy(graph)
+    constants.fold(work)
+    lowered = lowering.lower(Emitter(work))
+    module = lowering.finish(lowered.module, None)
+    executable = relax.build(module, target=target.tvm, exec_mode="compiled")
+    manifest = Manifest(
+        target=target.name,
+        device="cpu",
+        inputs=[_info(value) for value in graph.inputs],
+        outputs=[_info(value) for value in graph.outputs],
+        model=graph.name,
+        source_hash=artifact.fingerprint(describe(graph), lowered.weights),
+        threads=target.threads,
+        rescompile=artifact.version(),
+        tvm=artifact.tvm_version(),
+        regions=[asdict(region) for region in lowered.regions.values()],
+    )
+    return Program(executable, lowered.weights, manifest)
+
+
+def _info(value: Value) -> TensorInfo:
+    return TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype))
