@@ -266,14 +266,25 @@ class Graph:
             if op.group is not None:
                 raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered.")
             self._check_unread(op, inside, kept)
+        orphans = dict(self._orphans)
         for op in ops:
             self._unlink(op, keep=kept)
+        self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
         native = tuple(node for op in ops for node in op.native)
         label = self.unique_op_name(outputs[0].name)
         op = Op(kind, label, inputs, outputs, attrs or {}, native, module=ops[-1].module)
         self._link(op)
+        op.order = max(member.order for member in ops)
         self._dirty = True
         return op
+
+    def sort(self) -> None:
+        """Put the operations in topological order and number them; the native object does not change."""
+        if self._dirty:
+            self._sort()
+        for order, op in enumerate(self):
+            op.order = order
+        self._dirty = False
 
     def set_outputs(self, outputs: Sequence[Value]) -> None:
         """Name the graph's outputs."""
@@ -443,6 +454,18 @@ class Graph:
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Execute the native object: outputs by name. GraphError where there is nothing to execute."""
         raise GraphError("A graph in memory cannot be run: only graphs of torch and ONNX models can.")
+
+    def to_user(self) -> Any:
+        """The model as the kind of object that came in."""
+        raise GraphError("A graph in memory stands for no model: only graphs of torch and ONNX models do.")
+
+    def save(self, path: str) -> None:
+        """Write the model to `path`, whole or not at all."""
+        raise GraphError("A graph in memory cannot be saved: only graphs of torch and ONNX models can.")
+
+    def cannot_emit(self, kind: OpKind) -> str:
+        """Why the model's IR (its opset, its mode) cannot hold an operation of this kind; empty when it can."""
+        return ""
 
     # ---- what adapters implement -------------------------------------------------------------------------------
 

@@ -189,7 +189,8 @@ _EPILOGUE_ATTRS: dict[str, Any] = {"inner": "none", "outer": "none"}
 
 K = OpKind
 KINDS: dict[OpKind, KindSpec] = {
-    K.IDENTITY: _kind("x", _VIEW | _UNARY),
+    # dropout: the rate of a dropout that evaluation switches off, 0 for what never does anything.
+    K.IDENTITY: _kind("x", _VIEW | _UNARY, dropout=0.0),
     K.CAST: _kind("x", _VIEW | _UNARY, dtype="float32"),
     # The target shape is the output's; a shape operand of the IR (ONNX) is kept by the adapter only.
     K.RESHAPE: _kind("x", _VIEW),

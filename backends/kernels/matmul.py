@@ -1,0 +1,84 @@
+"""y[m, n] = epilogue(sum over k of x[m, k] * w[n, k]): linears, and 1×1 convolutions seen as rows of pixels."""
+
+from __future__ import annotations
+
+import tvm
+
+from rescompile.backends.kernels.blocks import Blocks
+from rescompile.backends.kernels.emit import Expr, Flat, chunk, let, minimum, parallel, serial, when
+from rescompile.backends.kernels.register_tile import RegisterTile
+from rescompile.backends.kernels.specs import Epilogue, compute_dtype
+from rescompile.backends.kernels.tiles import Tile
+
+
+def emit_matmul(
+    x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat, *,
+    rows: Expr, depth: int, columns: int, epilogue: Epilogue, tile: Tile, row_tasks: Expr, block_tasks: Expr, dtype: str,
+) -> None:  # fmt: skip
+    """Emits the loops: tasks > (weights or pixels outermost) > reduction > register tile.
+
+    The last row tile is moved back to end at the last row, so that no smaller tile is needed: it writes a few rows
+    again, with the same values. Only a dynamic row count below the tile's takes tiles of 4, 2 and 1 rows.
+    """
+    blocks = Blocks.of(depth, columns, 1, tile.lanes)
+
+    def register_tile(block: Expr, first: Expr, pixels: int) -> None:
+        tile_sums = RegisterTile(pixels, tile.lanes, compute_dtype(dtype))
+        column = block * tile.lanes
+        tile_sums.accumulate(
+            [depth],
+            lambda pixel, index, lane: x[(first + pixel) * depth + index[-1]],
+            lambda index, lane: weight[(block * depth + index[-1]) * tile.lanes + lane],
+        )
+        blocks.with_width(
+            block,
+            lambda width: tile_sums.store(
+                epilogue,
+                width,
+                lambda pixel, lane, value: y.store((first + pixel) * columns + column + lane, value),
+                None if bias is None else lambda lane: bias[column + lane],
+                None if residual is None else lambda pixel, lane: residual[(first + pixel) * columns + column + lane],
+            ),
+        )
+
+    def tiles_of(pixels: int) -> None:
+        count = -(-rows // pixels) if isinstance(rows, int) else tvm.tirx.floordiv(rows + (pixels - 1), pixels)
+
+        def one(block: Expr, position: Expr) -> None:
+            first = position * pixels
+            aligned = isinstance(rows, int) and rows % pixels == 0
+            register_tile(block, first if aligned else let(minimum(first, rows - pixels)), pixels)
+
+        with parallel(block_tasks * row_tasks) as task:
+            block_task, row_task = _two(task, row_tasks)
+            first_block, last_block = chunk(block_task, block_tasks, blocks.count)
+            first_row, last_row = chunk(row_task, row_tasks, count)
+            if tile.order == "weights":
+                with serial(first_block, last_block) as block, serial(first_row, last_row) as position:
+                    one(block, position)
+            else:
+                with serial(first_row, last_row) as position, serial(first_block, last_block) as block:
+                    one(block, position)
+
+    if isinstance(rows, int):
+        tiles_of(tile.pixels)
+        return
+    with when(rows >= tile.pixels):
+        tiles_of(tile.pixels)
+    with when(rows < tile.pixels), parallel(blocks.count) as block:
+        size = 1
+        while size * 2 < tile.pixels:
+            size *= 2
+        first: Expr = 0
+        while size:
+            with when(tvm.tirx.floormod(tvm.tirx.floordiv(rows, size), 2) == 1):
+                register_tile(block, tvm.tirx.floordiv(rows, size * 2) * (size * 2), size)
+            size //= 2
+
+
+def _two(task: Expr, inner: Expr) -> tuple[Expr, Expr]:
+    if isinstance(inner, int) and inner == 1:
+        return task, 0
+    if isinstance(task, int):
+        return task, task
+    return let(tvm.tirx.floordiv(task, inner)), let(tvm.tirx.floormod(task, inner))

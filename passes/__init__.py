@@ -1,0 +1,18 @@
+"""The catalogue of passes, by the name that users write."""
+
+from __future__ import annotations
+
+from rescompile.passes.canonicalise import Canonicalise
+from rescompile.passes.fold_batch_norm import FoldBatchNorm
+from rescompile.passes.fuse import Fuse
+from rescompile.passes.fuse_activations import FuseActivations
+from rescompile.passes.fuse_joins import FuseJoins
+from rescompile.plan import Pass, Pipeline
+
+PASSES: dict[str, type[Pass] | type[Pipeline]] = {
+    "canonicalise": Canonicalise,
+    "fuse": Fuse,
+    "fold-batch-norm": FoldBatchNorm,
+    "fuse-joins": FuseJoins,
+    "fuse-activations": FuseActivations,
+}

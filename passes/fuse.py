@@ -1,0 +1,41 @@
+"""The fusion of residual subgraphs as one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rescompile.passes.fold_batch_norm import FoldBatchNorm
+from rescompile.passes.fuse_activations import FuseActivations
+from rescompile.passes.fuse_joins import FuseJoins
+from rescompile.passes.joins import Scope
+from rescompile.plan import Pass, Preserves
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
+
+    `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
+    activation and no join, too.
+    """
+
+    name: ClassVar[str] = "fuse"
+    preserves: ClassVar[Preserves] = "values"
+
+    joins: Scope = "residual"
+    batch_norm: bool = True
+    norm: bool = True
+    epilogue: bool = True
+    activations: bool = False
+
+    def stages(self) -> Sequence[Pass]:
+        """The passes, in order."""
+        stages: list[Pass] = []
+        if self.batch_norm:
+            stages.append(FoldBatchNorm())
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))
+        if self.activations:
+            stages.append(FuseActivations())
+        return stages

@@ -1,0 +1,60 @@
+"""What the fusion rules share: which additions are asked for, and when an addition is plain enough to fuse."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import OpKind, activation_name
+from rescompile.plan import Refusal, same_shape
+
+Scope: TypeAlias = Literal["residual", "all"]
+
+
+def plain_sum(join: Op) -> Refusal | None:
+    """None when `join` is x + y of equal shape and dtype, neither of them a constant; else the reason."""
+    where = join.name
+    operands = join.operands
+    if len(operands) != 2:
+        return Refusal(where, f"it adds {len(operands)} values, and a fused kernel adds two")
+    if any(scale != 1 for scale in join.attr("scales")):
+        return Refusal(where, "an operand is scaled, which the fused operations have no place for")
+    if operands[0] is operands[1]:
+        return Refusal(where, "it adds a value to itself")
+    constant = next((value for value in operands if value.constant), None)
+    if constant is not None:
+        return Refusal(where, f"'{constant.name}' is a constant: a bias, not a skip")
+    if not same_shape(join.output, *operands):
+        shapes = " and ".join(_shape(value) for value in operands)
+        return Refusal(where, f"the operands have shapes {shapes}: a broadcast or unknown extent cannot be fused")
+    if len({value.dtype for value in (join.output, *operands)}) != 1:
+        return Refusal(where, f"the operands have dtypes {operands[0].dtype} and {operands[1].dtype}")
+    return None
+
+
+def only_reader(graph: Graph, value: Value) -> Op | None:
+    """The one operation that reads `value`, None when there are several or the graph returns it."""
+    if len(value.uses) != 1 or graph.is_output(value):
+        return None
+    return value.users[0]
+
+
+def activation_of(op: Op | None) -> str | None:
+    """The name by which a fused kind carries this operation as an activation."""
+    return None if op is None else activation_name(op.kind, {**op.kind.spec.attrs, **op.attrs})
+
+
+def trailing_activation(graph: Graph, value: Value) -> tuple[str, list[Op]]:
+    """The activation that alone reads `value` ("none" without one), and its operation."""
+    reader = only_reader(graph, value)
+    name = activation_of(reader)
+    return ("none", []) if reader is None or name is None else (name, [reader])
+
+
+def is_sum(op: Op) -> bool:
+    """Whether the operation adds values."""
+    return op.kind is OpKind.ADD
+
+
+def _shape(value: Value) -> str:
+    return "unknown" if value.shape is None else "[" + ",".join(str(extent) for extent in value.shape) + "]"

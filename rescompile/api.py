@@ -1,0 +1,144 @@
+"""The Python API: the one place, with the command line, that sees core, passes and backends together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from rescompile.errors import RescompileError
+from rescompile.graph import Graph
+from rescompile.plan import Pass, Pipeline, Plan
+from rescompile.rewrite import Result, apply_plan, make_plan, run_passes
+
+if TYPE_CHECKING:
+    from rescompile.backends.program import Program
+    from rescompile.blocks import Report
+    from rescompile.diff import Diff
+
+PassLike: TypeAlias = str | Pass | Pipeline
+Passes: TypeAlias = PassLike | Sequence[PassLike]
+
+# What compiling applies when the caller names no passes: every fusion, joins or not, that keeps the inferred values.
+COMPILE_PASSES = ("canonicalise{dropout=true}", "fuse{joins=all,activations=true}")
+
+
+class Tuning(msgspec.Struct, frozen=True):
+    """How much to search when compiling: schedule trials, and the folder that keeps tuning records."""
+
+    trials: int = 0
+    database: str | None = None
+
+
+def capture(model: Any, example_inputs: Any = None, *, dynamic: Any = None) -> Graph:
+    """The graph of a torch module, GraphModule, ExportedProgram, or ONNX model object.
+
+    `example_inputs`: tuple of tensors (or dict of keyword arguments) for a module; `dynamic`: torch.export's
+    dynamic_shapes. The model itself is not changed by anything that is done to the graph.
+    """
+    if isinstance(model, Graph):
+        return model
+    root = type(model).__module__.partition(".")[0]
+    if root in ("onnx", "onnx_ir", "onnxscript") or any("ONNXProgram" in base.__name__ for base in type(model).__mro__):
+        from rescompile.onnx_files import capture as capture_onnx
+
+        return capture_onnx(model)
+    from rescompile.fx_capture import capture as capture_torch
+
+    return capture_torch(model, example_inputs, dynamic=dynamic)
+
+
+def load(path: str | Path, *, trust: bool = False) -> Graph:
+    """The graph of a model file: `.onnx`, or `.pt2` with `trust`, because torch executes code from it."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".onnx":
+        from rescompile.onnx_files import load as load_onnx
+
+        return load_onnx(str(path))
+    if suffix == ".pt2":
+        from rescompile.fx_capture import load_pt2
+
+        return load_pt2(str(path), trust=trust)
+    raise RescompileError(f"'{path}' is neither an .onnx nor a .pt2 file: give one of these, or package.module:model.")
+
+
+def inspect(model: Any, example_inputs: Any = None) -> Report:
+    """The residual structure of a graph or model."""
+    from rescompile.detect import inspect_graph
+
+    return inspect_graph(capture(model, example_inputs))
+
+
+def resolve(passes: Passes) -> list[Pass | Pipeline]:
+    """Passes out of specs like `fuse{joins=all}`; RescompileError suggests the nearest name or option."""
+    from rescompile.passes import PASSES
+    from rescompile.specs import parse_pass
+
+    items = [passes] if isinstance(passes, str) or not isinstance(passes, Sequence) else passes
+    return [parse_pass(item, PASSES) if isinstance(item, str) else item for item in items]
+
+
+def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
+    """What `rewrite` would do, without doing it."""
+    return make_plan(capture(model, example_inputs), resolve(passes))[0]
+
+
+def rewrite(model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True) -> Result:
+    """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven."""
+    return run_passes(capture(model, example_inputs), resolve(passes), check=verify)
+
+
+def apply(model: Any, plan: Plan | str | Path, example_inputs: Any = None, *, verify: bool = True) -> Result:
+    """Apply a plan that was made, and perhaps edited, before."""
+    if not isinstance(plan, Plan):
+        plan = read_plan(plan)
+    return apply_plan(capture(model, example_inputs), plan, check=verify)
+
+
+def read_plan(path: str | Path) -> Plan:
+    """A plan from a JSON file."""
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise RescompileError(f"The plan '{path}' cannot be read: {error.strerror}.") from error
+    return Plan.from_json(text)
+
+
+def diff(before: Any, after: Any) -> Diff:
+    """What changed between two graphs or models."""
+    from rescompile.diff import diff_graphs
+
+    return diff_graphs(capture(before), capture(after))
+
+
+def compile(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    target: Any = "cpu",
+    passes: Passes = COMPILE_PASSES,
+    tune: Tuning | None = None,
+    verify: bool = False,
+    threads: int | None = None,
+) -> Program:
+    """Lower a graph or model through TVM to a program for `target`, after fusing it.
+
+    `target`: "cpu", "cuda:sm_90", "cuda:sm_80", or a TVM target. With `verify`, the fused graph is compared with the
+    original before it is lowered.
+    """
+    from rescompile.backends.compile import compile_graph
+
+    result = run_passes(capture(model, example_inputs), resolve(passes), check=verify)
+    if result.rolled_back:
+        raise RescompileError(f"Fusing changed the numbers: {result.rolled_back[0]}.")
+    options = tune or Tuning()
+    return compile_graph(result.graph, target, trials=options.trials, database=options.database, threads=threads)
+
+
+def load_program(path: str | Path) -> Program:
+    """A compiled program from an artifact."""
+    from rescompile.backends.program import load as load_artifact
+
+    return load_artifact(str(path))

@@ -1,0 +1,49 @@
+"""How passes compute new parameters from old ones: a table of named functions, so that a plan stays small and readable.
+
+Each takes the operands' contents (None where absent) and the recipe's attributes, computes in float64, and returns an
+array in the dtype of its first operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+def batch_norm_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """W' = W · γ / √(σ² + ε) along `axis` of the weight. Operands: weight, gamma, variance."""
+    weight, gamma, variance = operands
+    assert weight is not None
+    factor = _norm_factor(gamma, variance, attrs["eps"])
+    shape = [1] * weight.ndim
+    shape[attrs["axis"]] = -1
+    scaled: Array = weight.astype(np.float64) * factor.reshape(shape)
+    return scaled.astype(weight.dtype)
+
+
+def batch_norm_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """b' = (b − μ) · γ / √(σ² + ε) + β. Operands: weight (for its dtype), bias, gamma, beta, mean, variance."""
+    weight, bias, gamma, beta, mean, variance = operands
+    assert weight is not None
+    assert mean is not None
+    start: Any = 0.0 if bias is None else bias.astype(np.float64)
+    moved: Array = (start - mean.astype(np.float64)) * _norm_factor(gamma, variance, attrs["eps"])
+    if beta is not None:
+        moved = moved + beta.astype(np.float64)
+    return moved.astype(weight.dtype)
+
+
+def _norm_factor(gamma: Array | None, variance: Array | None, eps: float) -> Array:
+    assert variance is not None
+    factor: Array = 1.0 / np.sqrt(variance.astype(np.float64) + eps)
+    return factor if gamma is None else factor * gamma.astype(np.float64)
+
+
+RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
+    "batch_norm_weight": batch_norm_weight,
+    "batch_norm_bias": batch_norm_bias,
+}

@@ -1,0 +1,169 @@
+"""Plan, apply, verify, report: the driver that runs passes over a graph as one transaction.
+
+The user's graph is never edited. Passes are planned one after the other on a clone; the result is verified against the
+original; a failure is bisected to the guilty rewrite, which is rolled back together with those that build on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from rescompile.errors import RescompileError, VerificationError
+from rescompile.graph import Graph
+from rescompile.plan import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.verify import Verification, verify
+
+
+class Result(msgspec.Struct):
+    """What a rewrite did. `graph` is a new graph; the one that went in is as it was."""
+
+    original: Graph
+    graph: Graph
+    plan: Plan
+    verification: Verification
+    rolled_back: list[Refusal]
+
+    @property
+    def applied(self) -> list[Rewrite]:
+        """The rewrites that are in the result."""
+        return self.plan.rewrites
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """What was left alone or rolled back, with reasons."""
+        return self.plan.refusals + self.rolled_back
+
+    @property
+    def model(self) -> Any:
+        """The rewritten model, the same kind of object that went in."""
+        return self.graph.to_user()
+
+    @property
+    def key_map(self) -> dict[str, list[str]]:
+        """For each original parameter, the parameters of the result that hold it or were computed from it."""
+        present = {value.name for value in self.graph.parameters}
+        heirs: dict[str, list[str]] = {value.name: [] for value in self.original.parameters}
+        for name, found in heirs.items():
+            if name in present:
+                found.append(name)
+        for rewrite in self.applied:
+            for edit in rewrite.edits:
+                if isinstance(edit, AddParameter) and edit.name in present:
+                    for operand in edit.operands:
+                        if operand in heirs and edit.name not in heirs[operand]:
+                            heirs[operand].append(edit.name)
+        return heirs
+
+    def save(self, path: str) -> None:
+        """Write the model, whole or not at all. VerificationError when the verification failed."""
+        if self.rolled_back or not (self.verification.ok or self.verification.skipped):
+            raise VerificationError(f"Nothing was written to '{path}': {self._failure()}")
+        self.graph.save(path)
+
+    def _failure(self) -> str:
+        return "; ".join(str(refusal) for refusal in self.rolled_back) or str(self.verification)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "schema": 1,
+            "applied": msgspec.to_builtins(self.applied),
+            "refused": msgspec.to_builtins(self.refused),
+            "verification": {"ok": self.verification.ok, **msgspec.to_builtins(self.verification)},
+            "rolled_back": msgspec.to_builtins(self.rolled_back),
+            "key_map": self.key_map,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n{self.verification}"
+
+
+def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
+    """The passes with every pipeline replaced by its stages."""
+    flat: list[Pass] = []
+    for item in passes:
+        flat.extend(item.stages() if isinstance(item, Pipeline) else [item])
+    return flat
+
+
+def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Graph]:
+    """The plan of all passes in order, and the graph as it leaves it. `graph` stays as it was."""
+    working, plan = graph.clone(), Plan(graph.name, graph.ir)
+    for item in stages(passes):
+        step = item.plan(working)
+        step.apply(working)
+        plan.extend(step)
+    return plan, working
+
+
+def run_passes(graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True) -> Result:
+    """Plan and apply `passes`, and verify the result unless `check` is off."""
+    plan, rewritten = make_plan(graph, passes)
+    return _verified(graph, rewritten, plan, check=check)
+
+
+def apply_plan(graph: Graph, plan: Plan, *, check: bool = True) -> Result:
+    """Apply a plan that was made before, and verify the result unless `check` is off.
+
+    RescompileError where the plan does not fit the graph; nothing is changed then.
+    """
+    if plan.ir and plan.ir != graph.ir:
+        raise RescompileError(f"The plan was made for a model in {plan.ir} and this one is in {graph.ir}: plan again.")
+    rewritten = graph.clone()
+    plan.apply(rewritten)
+    return _verified(graph, rewritten, plan, check=check)
+
+
+def _preserves(plan: Plan) -> str:
+    return "interface" if any(rewrite.preserves == "interface" for rewrite in plan.rewrites) else "values"
+
+
+def _verified(graph: Graph, rewritten: Graph, plan: Plan, *, check: bool) -> Result:
+    if not check:
+        return Result(graph, rewritten, plan, Verification(_preserves(plan), skipped="switched off"), [])
+    rolled_back: list[Refusal] = []
+    verification = verify(graph, rewritten, _preserves(plan))
+    while plan.rewrites and not verification.ok and not verification.skipped:
+        guilty = _bisect(graph, plan)
+        rewrite = plan.rewrites[guilty]
+        reason = f"rolled back, it changed the numbers: {verification.worst}"
+        rolled_back.append(Refusal(rewrite.where, reason, rewrite.pass_name))
+        kept = plan.rewrites[:guilty]
+        for later in plan.rewrites[guilty + 1 :]:
+            if _applies(graph, [*kept, later]):
+                kept.append(later)
+            else:
+                rolled_back.append(
+                    Refusal(later.where, f"rolled back: it builds on '{rewrite.where}'", later.pass_name)
+                )
+        plan = Plan(plan.model, plan.ir, kept, plan.refusals)
+        rewritten = graph.clone()
+        plan.apply(rewritten)
+        verification = verify(graph, rewritten, _preserves(plan))
+    return Result(graph, rewritten, plan, verification, rolled_back)
+
+
+def _applies(graph: Graph, rewrites: list[Rewrite]) -> bool:
+    try:
+        Plan(rewrites=rewrites).apply(graph.clone())
+    except RescompileError:
+        return False
+    return True
+
+
+def _bisect(graph: Graph, plan: Plan) -> int:
+    """Index of the first rewrite whose prefix fails: the shortest failing prefix ends with the guilty one."""
+    low, high = 0, len(plan.rewrites)  # the empty prefix holds, the whole plan fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        prefix = Plan(plan.model, plan.ir, plan.rewrites[:middle])
+        trial = graph.clone()
+        prefix.apply(trial)
+        if verify(graph, trial, _preserves(prefix)).ok:
+            low = middle
+        else:
+            high = middle
+    return high - 1

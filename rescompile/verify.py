@@ -1,0 +1,226 @@
+"""Comparing a rewritten graph with the original, on random and on adversarial inputs.
+
+A difference is measured relative to the largest magnitude of the output. The tolerance goes by dtype. Where a model
+itself amplifies rounding (an attention over huge logits), a difference above the tolerance is still accepted when it is
+no larger than what the *original* does to its output under a perturbation of its float inputs by a few units in the
+last place; the check then says so.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from rescompile.errors import RescompileError
+from rescompile.graph import Graph, Value
+from rescompile.kinds import OpKind, Trait
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Inputs: TypeAlias = dict[str, Array]
+
+# Relative to the largest magnitude of an output.
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}
+_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+_SYMBOLIC_EXTENT = 2
+_ULPS_OF_NOISE = 4.0
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One comparison: of one output, on one kind of input."""
+
+    inputs: str
+    output: str
+    difference: float
+    tolerance: float
+    ok: bool
+    note: str = ""
+
+
+class Verification(msgspec.Struct, frozen=True):
+    """All comparisons of a rewrite, or the reason why there were none."""
+
+    preserves: str
+    checks: tuple[Check, ...] = ()
+    skipped: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison held. A verification that was skipped proves nothing and is not ok."""
+        return not self.skipped and all(check.ok for check in self.checks)
+
+    @property
+    def worst(self) -> Check | None:
+        """The comparison with the largest difference relative to its tolerance."""
+        return max(self.checks, key=lambda check: check.difference / check.tolerance, default=None)
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"not verified: {self.skipped}"
+        worst = self.worst
+        if worst is None:
+            return "verified: nothing to compare"
+        verdict = "verified" if self.ok else "FAILED"
+        kinds = len({check.inputs for check in self.checks})
+        return (
+            f"{verdict} ({self.preserves}): {len(self.checks)} comparisons on {kinds} kinds of input, largest relative "
+            f"difference {worst.difference:.1e} (output '{worst.output}', {worst.inputs} inputs, "
+            f"tolerance {worst.tolerance:.0e})"
+        )
+
+
+def interface_of(graph: Graph) -> tuple[Any, ...]:
+    """What a caller sees: names, shapes and dtypes of inputs and outputs."""
+    return (
+        tuple((value.name, value.shape, value.dtype) for value in graph.inputs),
+        tuple((value.shape, value.dtype) for value in graph.outputs),
+    )
+
+
+def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed: int = 0) -> Verification:
+    """Compare the interfaces and, when `preserves` is "values", the outputs of the two graphs."""
+    before, after = interface_of(original), interface_of(rewritten)
+    if before != after:
+        return Verification(
+            preserves, (Check("interface", "signature", float("inf"), 1.0, False, "interface differs"),)
+        )
+    if preserves == "interface":
+        return Verification(preserves, (Check("interface", "signature", 0.0, 1.0, True),))
+    checks: list[Check] = []
+    for label, make in ADVERSARIES.items():
+        inputs = make_inputs(original, make, seed)
+        if inputs is None:
+            return Verification(preserves, skipped="an input of the model has no known shape or dtype")
+        if label != "random" and not any(_is_float(array.dtype) for array in inputs.values()):
+            continue  # integer inputs have no adversarial values that a model must take
+        checks += _compare(original, rewritten, inputs, label, seed)
+    return Verification(preserves, tuple(checks))
+
+
+def make_inputs(
+    graph: Graph, make: Callable[[np.random.Generator, tuple[int, ...]], Array], seed: int
+) -> Inputs | None:
+    """One array for each input, None when a shape or dtype is unknown. Integers stay inside the tables they index."""
+    arrays: Inputs = {}
+    for value in graph.inputs:
+        if value.shape is None or value.dtype is None:
+            return None
+        rng = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
+        shape = tuple(extent if isinstance(extent, int) else _SYMBOLIC_EXTENT for extent in value.shape)
+        dtype = numpy_dtype(value.dtype)
+        if _is_float(dtype):
+            arrays[value.name] = np.asarray(make(rng, shape)).astype(dtype)
+        elif dtype == np.bool_:
+            arrays[value.name] = np.ones(shape, dtype)
+        else:
+            arrays[value.name] = rng.integers(0, index_bound(value), shape).astype(dtype)
+    return arrays
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def index_bound(value: Value) -> int:
+    """How many different integers an input may hold: the length of the table it indexes, 2 where it indexes none."""
+    bound, stack, seen = None, [value], {value}
+    while stack:
+        for op, index in stack.pop().uses:
+            table = op.operand("weight") if op.kind is OpKind.EMBEDDING and index == 1 else None
+            table = op.operand("x") if op.kind is OpKind.GATHER and index == 1 else table
+            if table is not None and table.shape and isinstance(table.shape[0], int):
+                bound = table.shape[0] if bound is None else min(bound, table.shape[0])
+            elif op.has(Trait.FREE):
+                fresh = [out for out in op.outputs if out not in seen]
+                seen.update(fresh)
+                stack.extend(fresh)
+    return max(bound or 2, 1)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.standard_normal(shape)
+
+
+def _zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return np.zeros(shape)
+
+
+def _large(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.standard_normal(shape) * 1e3
+
+
+def _negative(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return -np.abs(rng.standard_normal(shape))
+
+
+def _denormal(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return rng.standard_normal(shape) * 1e-40
+
+
+ADVERSARIES: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
+    "random": _random,
+    "zero": _zeros,
+    "large": _large,
+    "negative": _negative,
+    "denormal": _denormal,
+}
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    return dtype.kind == "f" or dtype == np.dtype(ml_dtypes.bfloat16)
+
+
+def relative_difference(expected: Array, actual: Array) -> float:
+    """max |a − b| / max |a|; infinite where shapes, or the places of NaN and infinity, differ."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    if expected.size == 0:
+        return 0.0
+    if not _is_float(expected.dtype):
+        return 0.0 if np.array_equal(expected, actual) else float("inf")
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(a[finite]).max())
+    difference = float(np.abs(a[finite] - b[finite]).max())
+    return difference / scale if scale > 0 else difference
+
+
+def _compare(original: Graph, rewritten: Graph, inputs: Inputs, label: str, seed: int) -> list[Check]:
+    expected = list(original.run(inputs).values())
+    actual = list(rewritten.run(inputs).values())
+    if len(expected) != len(actual):
+        raise RescompileError(f"The rewritten graph has {len(actual)} outputs where the original has {len(expected)}.")
+    noise: list[Array] | None = None
+    checks = []
+    for index, (output, a, b) in enumerate(zip(original.outputs, expected, actual, strict=True)):
+        tolerance = TOLERANCES.get("bfloat16" if a.dtype == ml_dtypes.bfloat16 else str(a.dtype), 1e-12)
+        difference = relative_difference(a, b)
+        ok, note = difference <= tolerance, ""
+        if not ok and np.isfinite(difference):
+            noise = list(original.run(_perturbed(inputs, seed)).values()) if noise is None else noise
+            own = relative_difference(a, noise[index])
+            if difference <= own:
+                ok, note = True, f"ill-conditioned: the original itself moves by {own:.1e} when its inputs are rounded"
+        checks.append(Check(label, output.name, difference, tolerance, ok, note))
+    return checks
+
+
+def _perturbed(inputs: Inputs, seed: int) -> Inputs:
+    rng = np.random.default_rng(seed)
+    moved: Inputs = {}
+    for name, array in inputs.items():
+        if _is_float(array.dtype):
+            step = _EPSILON.get(array.dtype.name, 2.0**-23) * _ULPS_OF_NOISE
+            moved[name] = (array.astype(np.float64) * (1 + step * rng.uniform(-1, 1, array.shape))).astype(array.dtype)
+        else:
+            moved[name] = array
+    return moved
