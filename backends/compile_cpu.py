@@ -12,10 +12,13 @@ from rescompile.backends import artifact, constants, lowering
 from rescompile.backends.artifact import Manifest, TensorInfo
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.emitter import Emitter
+from rescompile.backends.kernel_set import KernelSet
+from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.program import Program
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.graph import Graph, Value
+from rescompile.kinds import OpKind
 
 
 def compile_cpu(
@@ -24,9 +27,13 @@ def compile_cpu(
     """A program for `target`, which is a processor."""
     work = working_copy(graph)
     constants.fold(work)
-    lowered = lowering.lower(Emitter(work))
-    module = lowering.finish(lowered.module, None)
-    executable = relax.build(module, target=target.tvm, exec_mode="compiled")
+    borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))
+    kernels = KernelSet(target.machine)
+    lowering.lower(Emitter(work, kernels, borders), contents=False)
+    kernels.choose()
+    lowered = lowering.lower(Emitter(work, kernels, borders))
+    module = lowering.finish(lowered.module, target.tvm, None)
+    executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(
         target=target.name,
         device="cpu",

@@ -1,0 +1,48 @@
+"""Which kernels a program calls, and with which tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rescompile.backends.kernels import Machine, Spec, Tile, arguments, candidates
+
+
+class KernelSet:
+    """The kernels of one program. Emission first records what it needs; once tiles are chosen, it runs again."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.wanted: dict[Spec, None] = {}
+        self.choices: dict[Spec, Any] = {}
+
+    def tile(self, spec: Spec) -> Tile:
+        """The chosen tile, before the choice the best guess."""
+        self.wanted.setdefault(spec)
+        if spec in self.choices:
+            chosen: Tile = self.choices[spec].tile
+            return chosen
+        return candidates(spec, self.machine)[0]
+
+    def family(self, spec: Spec) -> str:
+        """conv, linear, attention, norm, softmax, pool, globalmean or layout."""
+        return type(spec).__name__.removesuffix("Spec").lower()
+
+    def shapes(self, spec: Spec) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of the kernel's buffers of static shape, by name."""
+        found = {}
+        for buffer in arguments(spec, self.tile(spec)):
+            static = tuple(extent for extent in buffer.shape if extent is not None)
+            if len(static) == len(buffer.shape):
+                found[buffer.name] = (static, buffer.dtype)
+        return found
+
+    def packing(self, spec: Spec) -> str:
+        """What the packed form of a weight depends on, as text."""
+        return f"{spec.dtype}{self.shapes(spec)['weight'][0]}"
+
+    def choose(self, **options: Any) -> None:
+        """Time the tiles of the kernels that are wanted."""
+
+
+Chooser = Callable[..., None]
