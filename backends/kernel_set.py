@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
+from rescompile.backends.kernels.chooser import Choice, choose
 from rescompile.backends.kernels import Machine, Spec, Tile, arguments, candidates
 
 
@@ -14,14 +14,13 @@ class KernelSet:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.wanted: dict[Spec, None] = {}
-        self.choices: dict[Spec, Any] = {}
+        self.choices: dict[Spec, Choice] = {}
 
     def tile(self, spec: Spec) -> Tile:
         """The chosen tile, before the choice the best guess."""
         self.wanted.setdefault(spec)
         if spec in self.choices:
-            chosen: Tile = self.choices[spec].tile
-            return chosen
+            return self.choices[spec].tile
         return candidates(spec, self.machine)[0]
 
     def family(self, spec: Spec) -> str:
@@ -41,8 +40,6 @@ class KernelSet:
         """What the packed form of a weight depends on, as text."""
         return f"{spec.dtype}{self.shapes(spec)['weight'][0]}"
 
-    def choose(self, **options: Any) -> None:
-        """Time the tiles of the kernels that are wanted."""
-
-
-Chooser = Callable[..., None]
+    def choose(self, cache_dir: str | Path | None, budget_s: float | None) -> None:
+        """Take remembered tiles, or time the candidates of the kernels that are wanted."""
+        self.choices = choose(self.wanted, self.machine, cache_dir, budget_s)
