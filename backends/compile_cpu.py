@@ -18,6 +18,8 @@ from rescompile.backends.kernel_set import KernelSet
 from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
+from rescompile.backends.reports import generated
+from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.graph import Graph, Value
@@ -43,7 +45,7 @@ def compile_cpu(
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
     lowered = lowering.lower(Emitter(work, kernels, borders), imports)
-    module = lowering.finish(lowered.module, target.tvm, None)
+    module = lowering.finish(lowered.module, target.tvm, schedule_generated(lowered.regions))
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(
         target=target.name,
@@ -55,7 +57,7 @@ def compile_cpu(
         threads=target.threads,
         rescompile=artifact.version(),
         tvm=artifact.tvm_version(),
-        regions=[asdict(region) for region in lowered.regions.values()],
+        regions=[asdict(region) for region in [*lowered.regions.values(), *generated(module, lowered.regions)]],
     )
     return Program(executable, lowered.weights, manifest)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
 from typing import Any, TypeAlias
 
@@ -24,6 +23,7 @@ from rescompile.backends.layouts import (
     to_channels_first,
     to_channels_last,
 )
+from rescompile.backends.reports import Region
 from rescompile.backends.symbols import Extent, Symbols, static
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import GraphError
@@ -37,22 +37,6 @@ LITERAL_ELEMENTS = 16
 # What the copying kernel takes; it moves elements only, so their width is all that counts.
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _COPY = Op(OpKind.PERMUTE, "layout", [], [], {})
-
-
-@dataclass
-class Region:
-    """What one kernel, or one group of generated functions, of a program computes."""
-
-    name: str  # name of the function in the module
-    kernel: str  # conv, linear, attention, ..., or generated
-    ops: list[str] = field(default_factory=list)
-    spec: str = ""
-    tile: str = ""
-    tried: list[dict[str, Any]] = field(default_factory=list)  # tile and microseconds of each timed candidate
-    microseconds: float | None = None
-    flops: int | None = None
-    bytes: int | None = None
-    calls: int = 0
 
 
 class Emitter:
@@ -207,7 +191,7 @@ class Emitter:
             family = self.kernels.family(spec)
             name = f"{family}_{len(self._functions)}"
             self._functions[spec] = self.bb.add_func(prim_func(spec, tile, name), name)
-            self.regions[name] = Region(name, family, spec=str(spec), tile=str(tile))
+            self.regions[name] = Region.of_kernel(name, family, spec, tile, self.kernels.choices.get(spec), buffers)
         function = self._functions[spec]
         region = self.regions[function.name_hint]
         region.ops.append(op.name)

@@ -50,7 +50,12 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
         names = {axis: torch.export.Dim.AUTO for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str)}
         dynamic.append(names)
 
+    root: Any = getattr(graph, "module", None)
+
     def replace(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr" and node not in made and isinstance(_attribute(root, node), torch.nn.Module):
+            made[node] = body.get_attr(str(node.target))  # the body of a higher-order operation
+            return made[node]
         key = str(node.target) if node.op == "get_attr" and str(node.target) in made else node
         if key not in made:
             raise RescompileError(f"{spelled(op)} (it reads '{node.name}', which is no tensor of the graph)")
@@ -63,8 +68,13 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
         native = value.native
         outputs.append(made[native] if native in made else _item(body, made, native, spelled(op)))
     body.output(tuple(outputs))
-    root: Any = getattr(graph, "module", None)
     return fx.GraphModule(root if isinstance(root, torch.nn.Module) else {}, body), taken, tuple(examples), tuple(dynamic)
+
+
+def _attribute(root: Any, node: fx.Node) -> Any:
+    for part in str(node.target).split("."):
+        root = getattr(root, part, None)
+    return root
 
 
 def _native(value: Value) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter, Region
+from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
+from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
