@@ -23,7 +23,7 @@ def residual_epilogue(graph: Graph, join: Op, skip: Value | None = None) -> Rewr
     found = [branch for branch in (_branch(graph, value) for value in join.operands) if branch]
     if not found:
         return Refusal(join.name, "neither operand is a conv or linear whose output only the sum reads")
-    # Where both operands are contractions (a projection shortcut), the branch takes the add, else the one that runs last.
+    # Where both are contractions (a projection shortcut), the branch takes the add, else the one that runs last.
     ops, inner, tail = max(found, key=lambda branch: (branch[2] is not skip, branch[0][0].order))
     work = ops[0]
     residual = next(value for value in join.operands if value is not tail)
@@ -44,19 +44,23 @@ def activation_epilogue(graph: Graph, work: Op) -> Rewrite | Refusal:
 
 
 def _branch(graph: Graph, value: Value) -> tuple[list[Op], str, Value] | None:
-    """The contraction (and activation) that ends in `value`, when nothing else reads them."""
-    producer = value.producer
-    if producer is None or only_reader(graph, value) is None:
-        return None
-    if producer.kind in _FUSED:
-        return [producer], "none", value
-    inner = activation_of(producer)
-    source = producer.inputs[0] if inner is not None else None
-    if source is None or source.producer is None or source.producer.kind not in _FUSED:
-        return None
-    if only_reader(graph, source) is None:
-        return None
-    return [source.producer, producer], inner or "none", value
+    """The contraction (with its activation, past dropouts that are off) that ends in `value`, when nothing else reads
+    them."""
+    ops: list[Op] = []
+    inner = "none"
+    current: Value | None = value
+    while current is not None and current.producer is not None and only_reader(graph, current) is not None:
+        op = current.producer
+        ops.insert(0, op)
+        if op.kind in _FUSED:
+            return ops, inner, value
+        activation = activation_of(op)
+        if activation is not None and inner == "none":
+            inner = activation
+        elif op.kind is not OpKind.IDENTITY:
+            return None
+        current = op.inputs[0]
+    return None
 
 
 def _fused(
@@ -74,5 +78,8 @@ def _fused(
     equation = total if outer == "none" else f"{outer}({total})"
     call = "x, W, b" if residual is None else "x, W, b, r"
     reason = f"into the epilogue of the {work.kind.value} of '{work.module or work.name}'"
+    dropout = next((op.attr("dropout") for op in ops if op.kind is OpKind.IDENTITY and op.attr("dropout")), None)
+    if dropout is not None:
+        reason += f"; a dropout of {dropout:g}, which only training applies, goes"
     join = next((op for op in ops if op.kind is OpKind.ADD), work)
     return Rewrite(join.name, f"{equation}  →  {kind.value}({call})", reason, (edit,))

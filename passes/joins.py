@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import OpKind, activation_name
+from rescompile.kinds import activation_name
 from rescompile.plans import Refusal, same_shape
 
 Scope: TypeAlias = Literal["residual", "all"]
