@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
 import traceback
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,8 @@ def plain_attention() -> Iterator[None]:
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     """`torch.export.export`, non-strict, with an error that names the line of the model it stops at."""
     try:
-        with plain_attention():
+        # Where it fails, torch prints the half-made graph on stderr; the error says what matters of it.
+        with plain_attention(), redirect_stderr(io.StringIO()):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise RescompileError(_why_not(model, args, kwargs, error)) from error
