@@ -10,13 +10,13 @@ import msgspec
 
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
-from rescompile.plan import Pass, Pipeline, Plan
-from rescompile.rewrite import Result, apply_plan, make_plan, run_passes
+from rescompile.plans import Pass, Pipeline, Plan
+from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
-    from rescompile.diff import Diff
+    from rescompile.differences import GraphDiff
 
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
@@ -66,9 +66,16 @@ def load(path: str | Path, *, trust: bool = False) -> Graph:
 
 def inspect(model: Any, example_inputs: Any = None) -> Report:
     """The residual structure of a graph or model."""
-    from rescompile.detect import inspect_graph
+    from rescompile.detection import inspect_graph
 
     return inspect_graph(capture(model, example_inputs))
+
+
+def explain(graph: Graph, report: Report, node: str) -> str:
+    """Which block the operation or value belongs to and in which role, or which rule turned it down."""
+    from rescompile.detection import explain as explain_node
+
+    return explain_node(graph, report, node)
 
 
 def resolve(passes: Passes) -> list[Pass | Pipeline]:
@@ -90,27 +97,21 @@ def rewrite(model: Any, passes: Passes, example_inputs: Any = None, *, verify: b
     return run_passes(capture(model, example_inputs), resolve(passes), check=verify)
 
 
-def apply(model: Any, plan: Plan | str | Path, example_inputs: Any = None, *, verify: bool = True) -> Result:
+def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:
     """Apply a plan that was made, and perhaps edited, before."""
-    if not isinstance(plan, Plan):
-        plan = read_plan(plan)
     return apply_plan(capture(model, example_inputs), plan, check=verify)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """A plan from a JSON file."""
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise RescompileError(f"The plan '{path}' cannot be read: {error.strerror}.") from error
+def load_plan(text: str | bytes) -> Plan:
+    """A plan from its JSON."""
     return Plan.from_json(text)
 
 
-def diff(before: Any, after: Any) -> Diff:
-    """What changed between two graphs or models."""
-    from rescompile.diff import diff_graphs
+def diff(before: Any, after: Any, *, names: tuple[str, str] = ("A", "B")) -> GraphDiff:
+    """What changed between two graphs or models; `names` are what the report calls them."""
+    from rescompile.differences import diff_graphs
 
-    return diff_graphs(capture(before), capture(after))
+    return diff_graphs(capture(before), capture(after), names)
 
 
 def compile(
@@ -134,7 +135,7 @@ def compile(
     if result.rolled_back:
         raise RescompileError(f"Fusing changed the numbers: {result.rolled_back[0]}.")
     options = tune or Tuning()
-    return compile_graph(result.graph, target, trials=options.trials, database=options.database, threads=threads)
+    return compile_graph(result.graph, target, tuning=options.trials or None, database=options.database, threads=threads)
 
 
 def load_program(path: str | Path) -> Program:

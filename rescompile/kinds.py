@@ -177,7 +177,11 @@ class OpKind(Enum):
 
     def has(self, trait: Trait) -> bool:
         """Whether the kind has all of `trait`."""
-        return KINDS[self].traits & trait == trait
+        # Flag's own operators take a microsecond each, and detection asks for a trait several times an operation.
+        wanted: int = trait._value_
+        return _TRAIT_BITS[self] & wanted == wanted
+
+    __hash__ = object.__hash__  # members are singletons; Enum would hash the name, in Python
 
 
 def _kind(operands: str, traits: Trait, outputs: int = 1, **attrs: Any) -> KindSpec:
@@ -296,7 +300,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.TOPK: _kind("x *rest", Trait.WORK, 2),
     K.FULL: _kind("*shape", Trait.SOURCE, value=0.0),
     K.ARANGE: _kind("*bounds", Trait.SOURCE, start=0, step=1),
-    K.SHAPE: _kind("x", Trait.SOURCE),
+    # axis None: all extents, as a vector; otherwise that one, as a scalar.
+    K.SHAPE: _kind("x", Trait.SOURCE, axis=None),
     K.RANDOM: _kind("*x", Trait.SOURCE | Trait.RANDOM),
     # y = outer(residual + inner(conv(x) + bias))
     K.FUSED_CONV: _kind("x weight bias? residual?", _CONTRACTION | Trait.FUSED, **_CONV_ATTRS, **_EPILOGUE_ATTRS),
@@ -316,6 +321,7 @@ KINDS: dict[OpKind, KindSpec] = {
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
 }
 del K
+_TRAIT_BITS: dict[OpKind, int] = {kind: spec.traits.value for kind, spec in KINDS.items()}
 
 # Activations that a fused kind can carry, by the name its `inner` and `outer` attributes use.
 ACTIVATIONS: dict[str, tuple[OpKind, dict[str, object]] | None] = {

@@ -165,9 +165,9 @@ class Plan(msgspec.Struct):
         self.rewrites.extend(other.rewrites)
         self.refusals.extend(other.refusals)
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> str:
         """As indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Plan:
@@ -258,7 +258,8 @@ class FreshNames:
         return name
 
 
-Decide: TypeAlias = Callable[[Graph, Op], Rewrite | Refusal]
+# A rule: what to do about one join. The value is the operand that the shortcut ends in, None where none is known.
+Decide: TypeAlias = Callable[[Graph, Op, Value | None], Rewrite | Refusal]
 
 
 def _values(graph: Graph, labels: Sequence[str | None]) -> list[Value | None]:

@@ -6,14 +6,16 @@ original; a failure is bisected to the guilty rewrite, which is rolled back toge
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plan import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
 from rescompile.verify import Verification, verify
 
 
@@ -57,7 +59,12 @@ class Result(msgspec.Struct):
                             heirs[operand].append(edit.name)
         return heirs
 
-    def save(self, path: str) -> None:
+    @property
+    def costs(self) -> tuple[Costs, Costs]:
+        """Parameters, floating-point operations and bytes moved, before and after."""
+        return graph_costs(self.original), graph_costs(self.graph)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, whole or not at all. VerificationError when the verification failed."""
         if self.rolled_back or not (self.verification.ok or self.verification.skipped):
             raise VerificationError(f"Nothing was written to '{path}': {self._failure()}")
@@ -75,10 +82,11 @@ class Result(msgspec.Struct):
             "verification": {"ok": self.verification.ok, **msgspec.to_builtins(self.verification)},
             "rolled_back": msgspec.to_builtins(self.rolled_back),
             "key_map": self.key_map,
+            "costs": {name: costs.to_dict() for name, costs in zip(("before", "after"), self.costs, strict=True)},
         }
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self.verification}"
+        return "\n".join([str(self.plan), *cost_lines(*self.costs), str(self.verification)])
 
 
 def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
