@@ -37,7 +37,7 @@ def fold(graph: WorkingGraph) -> int:
 def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np.ndarray[Any, Any]]:
     """Contents of `wanted`, which `ops` compute from constants: by the same lowering, run here and now."""
     from rescompile.backends.emitter import Emitter
-    from rescompile.backends.lowering import finish, lower
+    from rescompile.backends.lowering import build_passes, finish, lower
 
     part = WorkingGraph()
     part.source_ir = graph.source_ir
@@ -70,7 +70,7 @@ def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np
     part.set_outputs([twins[value] for value in wanted])
     lowered = lower(Emitter(part))
     target = tvm.target.Target("llvm")
-    executable = relax.build(finish(lowered.module, None), target=target)
+    executable = relax.build(finish(lowered.module, target, None), target=target, relax_pipeline=build_passes())
     run = relax.VirtualMachine(executable, tvm.cpu())["main"]
     weights = [tvm.runtime.tensor(data) for data in lowered.weights.values()]
     result = run(*[tvm.runtime.tensor(data) for data in given], weights)

@@ -65,8 +65,8 @@ def check(graph: Graph) -> None:
         )
 
 
-def lower(e: Emitter) -> Lowered:
-    """Emit every operation of the emitter's graph and close the function."""
+def lower(e: Emitter, *, contents: bool = True) -> Lowered:
+    """Emit every operation of the emitter's graph and close the function; without `contents` no weight is made."""
     graph = e.graph
     with e.bb.function("main"):
         with e.bb.dataflow():
@@ -81,10 +81,10 @@ def lower(e: Emitter) -> Lowered:
     module = e.bb.get()
     main = module["main"].with_attr("num_input", len(e.inputs))
     module.update_func(module.get_global_var("main"), main)
-    return Lowered(module, e.weights, e.regions)
+    return Lowered(module, e.weights() if contents else {}, e.regions)
 
 
-def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRModule:
+def finish(module: tvm.IRModule, target: tvm.target.Target, schedule: tvm.transform.Pass | None) -> tvm.IRModule:
     """Generate loop nests for what no kernel serves, join neighbours, schedule them, gather the weights in a tuple."""
     passes: list[Any] = [
         relax.transform.InlinePrivateFunctions(),
@@ -92,7 +92,8 @@ def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRM
         relax.transform.EliminateCommonSubexpr(),
         relax.transform.DeadCodeElimination(),
         relax.backend.DispatchSortScan(),
-        relax.transform.LegalizeOps(),
+        # A reshape is another view of the same memory; inside a generated loop it would cost divisions.
+        relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
@@ -101,6 +102,23 @@ def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRM
     if schedule is not None:
         passes.append(schedule)
     passes.append(relax.transform.BundleModelParams("weights"))
-    return tvm.transform.Sequential(passes)(module)
+    with target:
+        return tvm.transform.Sequential(passes)(module)
 
 
+def build_passes() -> tvm.transform.Pass:
+    """From a finished module to virtual machine code: TVM's default, reshapes kept as views."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )

@@ -24,8 +24,17 @@ from __future__ import annotations
 from rescompile.backends.kernels.families import Spec, arguments, candidates, pack_bias, pack_weight, prim_func
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.specs import (
-    ACTIVATIONS, Argument, AttentionSpec, ConvSpec, Epilogue, GlobalMeanSpec, LayoutSpec, LinearSpec, NormSpec,
-    PoolSpec, SoftmaxSpec,
+    ACTIVATIONS,
+    Argument,
+    AttentionSpec,
+    ConvSpec,
+    Epilogue,
+    GlobalMeanSpec,
+    LayoutSpec,
+    LinearSpec,
+    NormSpec,
+    PoolSpec,
+    SoftmaxSpec,
 )  # fmt: skip
 from rescompile.backends.kernels.tiles import Tile
 

@@ -12,10 +12,22 @@ from math import prod
 
 import numpy as np
 import tvm
-
 from rescompile.backends.kernels.blocks import Blocks, as_dtype
 from rescompile.backends.kernels.emit import (
-    Expr, Flat, chunk, div, lanes, let, minimum, mod, parallel, prim_func, scratch, serial, when,
+    Expr,
+    Flat,
+    chunk,
+    div,
+    lanes,
+    let,
+    minimum,
+    mod,
+    parallel,
+    prim_func,
+    scratch,
+    serial,
+    unflatten,
+    when,
 )  # fmt: skip
 from rescompile.backends.kernels.layout import bordered, copy_with_border
 from rescompile.backends.kernels.machine import Machine
@@ -168,10 +180,7 @@ def _emit_spatial(
 
     column_tiles = -(-out_w // tile.pixels)
     with parallel(block_tasks * row_tasks) as task:
-        block_task, row_task = (task, 0) if isinstance(row_tasks, int) and row_tasks == 1 else (
-            (0, task) if isinstance(task, int) else
-            (let(tvm.tirx.floordiv(task, row_tasks)), let(tvm.tirx.floormod(task, row_tasks)))
-        )  # fmt: skip
+        block_task, row_task = unflatten(task, row_tasks)
         first_block, last_block = chunk(block_task, block_tasks, blocks.count)
         first_row, last_row = chunk(row_task, row_tasks, spec.batch * out_h)
 
