@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from tvm import relax
 
 from rescompile.backends import fallback
 from rescompile.backends.emitter import Emitter, Region
-from rescompile.backends.rules import RULES
+from rescompile.backends.rules import RULES, Rule
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
 from rescompile.graph import Graph, Op, Value
@@ -65,7 +66,7 @@ def check(graph: Graph) -> None:
         )
 
 
-def lower(e: Emitter, *, contents: bool = True) -> Lowered:
+def lower(e: Emitter, *, contents: bool = True, rules: Mapping[OpKind, Rule] = RULES) -> Lowered:
     """Emit every operation of the emitter's graph and close the function; without `contents` no weight is made."""
     graph = e.graph
     with e.bb.function("main"):
@@ -74,7 +75,7 @@ def lower(e: Emitter, *, contents: bool = True) -> Lowered:
                 if needs_fallback(graph.source_ir, op):
                     fallback.lower(e, op)
                 else:
-                    RULES[op.kind](e, op)
+                    rules[op.kind](e, op)
             outputs = [e.cast(e.get(value), value.dtype) for value in graph.outputs]
             result = e.bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         e.bb.emit_func_output(result, [*e.inputs, *e.weight_vars])
