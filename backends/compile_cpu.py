@@ -12,6 +12,7 @@ from rescompile.backends import artifact, constants, lowering, threads
 from rescompile.backends.artifact import Manifest, TensorInfo
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.emitter import Emitter
+from rescompile.backends.fallback import Imports
 from rescompile.backends.heads import pack_heads
 from rescompile.backends.kernel_set import KernelSet
 from rescompile.backends.layouts import wanted_borders
@@ -24,7 +25,12 @@ from rescompile.kinds import OpKind
 
 
 def compile_cpu(
-    graph: Graph, target: CompileTarget, database: str | Path | None, tuning: int | None, progress: Progress | None
+    graph: Graph,
+    target: CompileTarget,
+    imports: Imports,
+    database: str | Path | None,
+    tuning: int | None,
+    progress: Progress | None,
 ) -> Program:
     """A program for `target`, which is a processor."""
     work = working_copy(graph)
@@ -33,10 +39,10 @@ def compile_cpu(
     group_epilogues(work)
     borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))
     kernels = KernelSet(target.machine)
-    lowering.lower(Emitter(work, kernels, borders), contents=False)
+    lowering.lower(Emitter(work, kernels, borders), imports, contents=False)
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
-    lowered = lowering.lower(Emitter(work, kernels, borders))
+    lowered = lowering.lower(Emitter(work, kernels, borders), imports)
     module = lowering.finish(lowered.module, target.tvm, None)
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(

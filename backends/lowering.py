@@ -10,8 +10,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends import fallback
 from rescompile.backends.emitter import Emitter, Region
+from rescompile.backends.fallback import Imports
 from rescompile.backends.rules import RULES, Rule
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
@@ -28,14 +28,14 @@ class Lowered:
     regions: dict[str, Region]
 
 
-def unsupported(graph: Graph, op: Op) -> str | None:
+def unsupported(graph: Graph, op: Op, imports: Imports) -> str | None:
     """Why the operation cannot be lowered, None when it can."""
     if op.has(Trait.RANDOM):
         return f"{op.kind.value} (a different value on each call; put the model into evaluation mode)"
     if op.kind is OpKind.BATCH_NORM and op.attr("training"):
         return "batch_norm with the batch's statistics (put the model into evaluation mode)"
     if needs_fallback(graph.ir, op):
-        return fallback.unsupported(graph, op)
+        return imports.unsupported(graph, op)
     return None
 
 
@@ -47,15 +47,16 @@ def needs_fallback(ir: str, op: Op) -> bool:
     return op.kind is OpKind.INTERPOLATE and ir == "onnx"
 
 
-def check(graph: Graph) -> None:
-    """UnsupportedOps, naming all operations that cannot be lowered, before any work is done."""
+def check(graph: Graph) -> Imports:
+    """What frontends read of the graph; UnsupportedOps, naming all that cannot be lowered, before any work is done."""
+    imports = Imports()
     live: set[Value] = set(graph.outputs)
     reasons: dict[str, list[str]] = {}
     for op in reversed(graph.ops):
         if not any(value in live for value in op.outputs):
             continue
         live.update(op.operands)
-        reason = unsupported(graph, op)
+        reason = unsupported(graph, op, imports)
         if reason is not None:
             reasons.setdefault(reason, []).append(op.name)
     if reasons:
@@ -64,16 +65,19 @@ def check(graph: Graph) -> None:
             f"TVM has no lowering for these operations: {listed}; run the model with --backend eager, inductor or "
             f"onnxruntime, or replace them."
         )
+    return imports
 
 
-def lower(e: Emitter, *, contents: bool = True, rules: Mapping[OpKind, Rule] = RULES) -> Lowered:
+def lower(
+    e: Emitter, imports: Imports | None = None, *, contents: bool = True, rules: Mapping[OpKind, Rule] = RULES
+) -> Lowered:
     """Emit every operation of the emitter's graph and close the function; without `contents` no weight is made."""
     graph = e.graph
     with e.bb.function("main"):
         with e.bb.dataflow():
             for op in graph:
-                if needs_fallback(graph.source_ir, op):
-                    fallback.lower(e, op)
+                if imports is not None and op.name in imports.found:
+                    imports.lower(e, op)
                 else:
                     rules[op.kind](e, op)
             outputs = [e.cast(e.get(value), value.dtype) for value in graph.outputs]

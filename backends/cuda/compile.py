@@ -14,6 +14,7 @@ from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule_with_rules
 from rescompile.backends.emitter import Region
+from rescompile.backends.fallback import Imports
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.targets import CompileTarget
@@ -25,14 +26,16 @@ SOURCE = "kernels.cu"
 _SOURCE_ONLY = "source only: neither nvcc nor NVRTC was there when it was compiled; TVM compiles it when it is loaded"
 
 
-def compile_cuda(graph: Graph, target: CompileTarget, progress: Progress | None = None) -> Program:
+def compile_cuda(
+    graph: Graph, target: CompileTarget, imports: Imports | None = None, progress: Progress | None = None
+) -> Program:
     """A program for `target`, which is an NVIDIA GPU; this machine need not have one."""
     tell = progress or (lambda *_: None)
     work = working_copy(graph)
     constants.fold(work)
     group_epilogues(work)
     tell("lowering", 0, 3)
-    lowered = lowering.lower(CudaEmitter(work), rules=CUDA_RULES)
+    lowered = lowering.lower(CudaEmitter(work), imports, rules=CUDA_RULES)
     module = lowering.finish(lowered.module, target.tvm, None)
     tell("scheduling", 1, 3)
     scheduled = schedule_with_rules(module, target.tvm)
