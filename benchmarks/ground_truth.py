@@ -134,17 +134,14 @@ def compare(entry: dict[str, Any], report: Report) -> list[str]:
 
 def load(case: Case, ir: str) -> Any:
     """The case's graph in one of "fx", "symbolic", "onnx"."""
-    positional = case.inputs if isinstance(case.inputs, tuple) else ()
-    named = {} if isinstance(case.inputs, tuple) else case.inputs
     if ir == "onnx":
         from rescompile import onnx_files
 
         return onnx_files.load(export(case))
     from rescompile import fx_capture
 
-    if ir == "symbolic":
-        return fx_capture.capture(torch.fx.symbolic_trace(case.model))
-    return fx_capture.capture(case.model, positional, named) if named else fx_capture.capture(case.model, positional)
+    model = torch.fx.symbolic_trace(case.model) if ir == "symbolic" else case.model
+    return fx_capture.capture(model, case.inputs)
 
 
 def export(case: Case, folder: Path = CACHE) -> Path:
