@@ -77,7 +77,9 @@ class _Import:
 
     def _read_node(self, node: ir.Node) -> None:
         facts = self.facts
-        if is_literal(node, self.literals, facts) and self._type_literals(node):
+        if is_literal(node, self.literals, facts) and all(
+            is_static(facts.type(v).shape) for v in node.outputs if v.name
+        ):
             self.literals.update(node.outputs)
             self.constants.update(node.outputs)
             facts.follow(node)
