@@ -8,94 +8,30 @@ weight belongs to the product that reads it; `stack([a, b]).sum(0)` is a sum.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rescompile.fx_functional import out_of_place, replay, scatter_back
+from rescompile.fx_aliases import Aliases
 from rescompile.fx_ops import Attr, Call, is_extent, spell
-from rescompile.fx_rules import RULES, Rule, Site, Step, is_number
+from rescompile.fx_rules import Rule, Site, Step, is_number
+from rescompile.fx_rules_math import MATH_RULES
 from rescompile.fx_rules_nn import NN_RULES
+from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
 from rescompile.fx_types import UNKNOWN, Dims
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name, tensor_at
 from rescompile.graph import Graph, Op, Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 
-TABLE: dict[str, Rule] = {**RULES, **NN_RULES, **SHAPE_RULES}
+RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULES}
 
-# Checks: they compute nothing that the model's outputs depend on.
-_CHECKS = frozenset(
-    {
-        "_assert_tensor_metadata",
-        "_assert_scalar",
-        "_assert_async",
-        "_functional_assert_async",
-        "_functional_assert_scalar",
-        "sym_constrain_range",
-        "sym_constrain_range_for_size",
-        "_assert",
-        "_check",
-    }
-)
 _SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru"})
 _COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
 _PRODUCTS = frozenset({"mm", "matmul", "addmm", "linear"})
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One result of a node that has several, while no `getitem` node reads it."""
-
-    node: fx.Node
-    index: int
-
-
-@dataclass(slots=True)
-class Deferred:
-    """A node that is read into an operation only when something other than its one expected reader asks for it."""
-
-    node: fx.Node
-    call: Call
-    preview: Value
-
-
-@dataclass(slots=True)
-class Native:
-    """What the reader learnt of the native graph beside the view."""
-
-    # In-place nodes whose effect the view already shows as a function, with the nodes that are the same tensor.
-    in_place: list[tuple[fx.Node, tuple[fx.Node, ...]]] = field(default_factory=list)
-    duplicates: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # a second getitem, and the first
-    hidden: set[fx.Node] = field(default_factory=set)
-    targets: dict[str, Value] = field(default_factory=dict)  # attribute path -> value, tied paths to the same
-    training_nodes: int = 0
-    # Values that are a node's tensor after something wrote to it: natively the node itself.
-    versions: dict[fx.Node, list[Value]] = field(default_factory=dict)
-
-
-def is_check(node: fx.Node) -> bool:
-    """Whether a node only checks what it reads."""
-    if node.op == "call_module":
-        return node.target == "_guards_fn"
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in _CHECKS
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the innermost module whose forward made the node, "" when unknown."""
-    ours = (node.meta.get("custom") or {}).get("rescompile")
-    if ours and "module" in ours:
-        return str(ours["module"])
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))
-    path = path[0] if isinstance(path, tuple | list) else path
-    return "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self'].")
 
 
 class Reader:
@@ -108,10 +44,7 @@ class Reader:
         self.native = Native()
         self.modules: Mapping[str, nn.Module] = dict(module.named_modules())
         self.current: dict[fx.Node, Value | list[Value] | Deferred | None] = {}
-        self.same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are one tensor, a list shared by all of them
-        self.root: dict[fx.Node, fx.Node] = {}
-        self.parent: dict[fx.Node, fx.Node] = {}  # of a view: what it is a view of
-        self.views: dict[fx.Node, list[fx.Node]] = {}
+        self.aliases = Aliases(self.current, self.native.hidden)
         self.taken = {node.name for node in module.graph.nodes if node.op != "get_attr"}
 
     def read(self) -> Native:
@@ -147,7 +80,7 @@ class Reader:
         found = self.native.targets.get(target)
         if found is not None:
             return found
-        tensor = _lookup(self.module, target)
+        tensor = tensor_at(self.module, target)
         if not isinstance(tensor, torch.Tensor):
             return None
         value = self._constant(self._free(target), tensor, Attr(target), Role.CONSTANT)
@@ -268,7 +201,7 @@ class Reader:
 
     def _apply(self, node: fx.Node, call: Call, *, defer: bool) -> None:
         call = self._python_spellings(call)
-        rule = TABLE.get(call.name)
+        rule = RULES.get(call.name)
         if rule is None:
             self._opaque(node, call)
             return
@@ -276,14 +209,9 @@ class Reader:
         if call.name == "arange":
             call.args.setdefault("end", call.args.get("input"))
         site = Site(call.name, call.args, node, self, outs)
-        if call.writes and not self._may_write(node, call):
-            if self._counts(node, call):
-                self.native.hidden.add(node)
-                self.current[node] = None
-            elif self._scatter_write(node, call):
-                self._call(node)
-            else:
-                self._opaque(node, call)
+        target = call.args.get(call.writes) if call.writes else None
+        if isinstance(target, fx.Node) and not self.aliases.is_plain_write(node, target):
+            self._write(node, call, target)
             return
         found = rule(site)
         if found is None or (several and not self._serves(node, found)):
@@ -363,10 +291,9 @@ class Reader:
         total = spell(reader, self.modules)
         if total is None or total.name not in ("sum", "mean") or total.args.get("dtype") is not None:
             return False
-        rank, dims = len(site.out.shape), total.args.get("dim")
-        dims = [dims] if isinstance(dims, int) else dims
-        wanted = call.args.get("dim", 0) % rank
-        return bool(dims) and [dim % rank for dim in dims] == [wanted] and not total.args.get("keepdim")
+        rank, summed = len(site.out.shape), total.args.get("dim")
+        dims: list[int] = [summed] if isinstance(summed, int) else list(summed or ())
+        return [dim % rank for dim in dims] == [call.args.get("dim", 0) % rank] and not total.args.get("keepdim")
 
     def _shorten(self, steps: tuple[Step, ...], site: Site) -> tuple[Step, ...]:
         """Take a deferred operand into the one step that was waiting for it."""
@@ -403,6 +330,7 @@ class Reader:
         results: list[Value] = []
         for index, step in enumerate(steps):
             self._build_operands(step, node, built, ops, path)
+            values: list[Any]
             if not several:
                 labels, kinds, values = [node.name], outs[:1], [node]
             else:
@@ -410,7 +338,7 @@ class Reader:
                 places = range(count) if len(steps) == 1 else (index,)
                 labels = [items[i].name if i in items else self._free(f"{node.name}_item{i}") for i in places]
                 kinds = [outs[i] if i < len(outs) else UNKNOWN for i in places]
-                values = [items.get(i, Item(node, i)) for i in places]  # type: ignore[misc]
+                values = [items.get(i, Item(node, i)) for i in places]
             op = self._make(step, list(zip(labels, kinds, strict=True)), node, built, path, values)
             ops.append(op)
             results.extend(op.outputs)
@@ -475,13 +403,13 @@ class Reader:
             self.current[node] = results[0]
         producer = results[0].producer
         if call.writes:
-            self._written(node, call, results[0])
+            self._written(node, call.args[call.writes], results[0])
         elif producer is not None and producer.has(Trait.FREE) and call.name not in _COPIES:
             source = call.args.get("input")
             if isinstance(source, fx.Node):
-                self._alias(node, source, producer.kind is K.IDENTITY)
+                self.aliases.add(node, source, exact=producer.kind is K.IDENTITY)
                 for item in items.values():
-                    self._alias(item, source, exact=False)
+                    self.aliases.add(item, source, exact=False)
 
     def _opaque(self, node: fx.Node, call: Call | None = None) -> None:
         inputs = [value for argument in node.all_input_nodes for value in self._expand(argument)]
@@ -495,7 +423,7 @@ class Reader:
             natives: list[Any] = [items.get(i, Item(node, i)) for i in range(count)]
         else:
             labels, kinds, natives = [node.name], [self.dims.of(node)], [node]
-        affected = self._affected(node, call)
+        affected = self._written_nodes(node, call)
         for member in affected:
             current = self.peek(member)
             if current is not None and all(current is not value for value in inputs):
@@ -524,133 +452,43 @@ class Reader:
 
     # ---- operations in place -----------------------------------------------------------------------------------
 
-    def _alias(self, node: fx.Node, source: fx.Node, exact: bool) -> None:
-        self.parent[node] = source
-        root = self.root.get(source, source)
-        self.root[node] = root
-        self.views.setdefault(root, []).append(node)
-        if exact:
-            family = self.same.setdefault(source, [source])
-            family.append(node)
-            self.same[node] = family
+    def _write(self, node: fx.Node, call: Call, target: fx.Node) -> None:
+        """A write that something besides the readers of the same tensor sees."""
+        if self.aliases.is_counter(node, target):
+            self.native.hidden.add(node)
+            self.current[node] = None
+            return
+        fresh = self.aliases.scatter_write(self.module, node, target)
+        if fresh is None:
+            self._opaque(node, call)
+        else:
+            self.taken.update(new.name for new in fresh)
+            self._call(node)
 
-    def _unread(self, nodes: Iterable[fx.Node], now: fx.Node) -> list[fx.Node]:
-        """Nodes that a node after `now` reads."""
-        pending = self.native.hidden
-        return [n for n in nodes if any(u is not now and u not in self.current and u not in pending for u in n.users)]
-
-    def _may_write(self, node: fx.Node, call: Call) -> bool:
-        """Whether a write can be shown as a function: nobody outside the graph, and no other view, sees it."""
-        target = call.args.get(call.writes)
-        if not isinstance(target, fx.Node):
-            return True
-        root = self.root.get(target, target)
-        if root.op in ("placeholder", "get_attr"):
-            return False
-        family = self.same.get(target, [target])
-        return not self._unread((n for n in (root, *self.views.get(root, ())) if n not in family), node)
-
-    def _counts(self, node: fx.Node, call: Call) -> bool:
-        """Whether a call only advances a counter of the module's state, as batch norm's number of batches."""
-        target = call.args[call.writes]
-        return target.op == "get_attr" and node.all_input_nodes == [target] and not self._unread((target, node), node)
-
-    def _written(self, node: fx.Node, call: Call, value: Value) -> None:
-        target = call.args.get(call.writes)
+    def _written(self, node: fx.Node, target: Any, value: Value) -> None:
         if not isinstance(target, fx.Node):
             return
-        family = self.same.get(target, [target])
+        family = self.aliases.family(target)
         self.native.in_place.append((node, tuple(family)))
         for member in family:
             self.current[member] = value
-        self._alias(node, target, exact=True)
+        self.aliases.add(node, target, exact=True)
 
-    def _path(self, node: fx.Node) -> list[fx.Node]:
-        """The views that lead from a root to `node`, the root left out."""
-        path = []
-        while node in self.parent:
-            path.append(node)
-            node = self.parent[node]
-        return path[::-1]
-
-    def _scatter_write(self, node: fx.Node, call: Call) -> bool:
-        """Rewrite, natively, a write through a view, or below other views, as functions; False where that is not known.
-
-        The new nodes come right behind `node`, so that they are read next.
-        """
-        target = call.args[call.writes]
-        root = self.root.get(target, target)
-        path = self._path(target)
-        if root.op in ("placeholder", "get_attr"):
-            return False
-        members = dict.fromkeys((root, *self.views.get(root, ())))
-        affected = self._unread(members, node)
-        versions: dict[fx.Node, fx.Node] = {target: node}
-        made: list[fx.Node] = []
-        with node.graph.inserting_before(node.next):
-            part: fx.Node | None = node
-            for step in reversed(path):
-                whole = self.parent[step]
-                part = scatter_back(node, step, whole, part) if part is not None else None
-                if part is None:
-                    for leftover in reversed(made):
-                        node.graph.erase_node(leftover)
-                    return False
-                if part is not node and part not in made:
-                    made.append(part)
-                versions[whole] = part
-            for member in affected:
-                if member not in versions:
-                    versions[member] = replay(self._path(member), versions)
-        if not out_of_place(self.module, node):
-            return False
-        fresh = {node, *versions.values(), *made}
-        for member, version in versions.items():
-            for user in list(member.users):
-                if user not in self.current and user not in fresh and user not in self.native.hidden:
-                    user.replace_input_with(member, version)
-        self.taken.update(new.name for new in fresh)
-        return True
-
-    def _keep_copy(self, member: fx.Node) -> None:
-        """A copy that is written to later is one that must stay."""
-        root = self.root.get(member, member)
-        maker = next((op for op in self.graph.ops if root in op.native), None)
-        if maker is not None and maker.kind is K.IDENTITY:
-            maker.kind = K.OPAQUE
-            maker.attrs = {"target": target_name(root, self.modules)}
-
-    def _affected(self, node: fx.Node, call: Call | None) -> list[fx.Node]:
+    def _written_nodes(self, node: fx.Node, call: Call | None) -> list[fx.Node]:
         """Nodes whose tensor an opaque call changes, and that are read later."""
         target = call.args.get(call.writes) if call is not None and call.writes else None
         if call is not None and call.name == "setitem":
             target = node.args[0]
         if not isinstance(target, fx.Node):
             return []
-        root = self.root.get(target, target)
-        members = dict.fromkeys((root, *self.views.get(root, ()), target))
-        affected = self._unread(members, node)
-        self._alias(node, target, exact=False)
+        affected = self.aliases.affected(node, target)
+        self.aliases.add(node, target, exact=False)
         return affected
 
-
-def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """What an opaque node calls, for people: "aten.sort.default", "torch.nn.MultiheadAttention", ".numpy"."""
-    if node.op == "call_module":
-        kind = type(modules[str(node.target)])
-        return f"{kind.__module__}.{kind.__qualname__}"
-    if node.op == "call_method":
-        return f".{node.target}"
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"{getattr(target, '__module__', None) or ''}.{getattr(target, '__name__', target)}".lstrip(".")
-
-
-def _lookup(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return None
-    return found
+    def _keep_copy(self, member: fx.Node) -> None:
+        """A copy that is written to later is one that must stay."""
+        root = self.aliases.root(member)
+        maker = next((op for op in self.graph if root in op.native), None)
+        if maker is not None and maker.kind is K.IDENTITY:
+            maker.kind = K.OPAQUE
+            maker.attrs = {"target": target_name(root, self.modules)}
