@@ -8,22 +8,22 @@ weight belongs to the product that reads it; `stack([a, b]).sum(0)` is a sum.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from rescompile.fx_aliases import Aliases
-from rescompile.fx_ops import Attr, Call, is_extent, spell
-from rescompile.fx_rules import Rule, Site, Step, is_number
+from rescompile.fx_build import Builder
+from rescompile.fx_ops import Call, is_extent, spell
+from rescompile.fx_rules import Rule, Site, Step
 from rescompile.fx_rules_math import MATH_RULES
 from rescompile.fx_rules_nn import NN_RULES
 from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
-from rescompile.fx_types import UNKNOWN, Dims
-from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name, tensor_at
-from rescompile.graph import Graph, Op, Role, Value, ValueType
+from rescompile.fx_types import UNKNOWN
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name
+from rescompile.graph import Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 
@@ -31,25 +31,17 @@ RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULE
 
 _SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru"})
 _COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
+_FREE = frozenset(kind for kind in K if kind.has(Trait.FREE))
+_DEFERRED = frozenset({"t", "transpose", "permute", "numpy_T", "stack"})
 _PRODUCTS = frozenset({"mm", "matmul", "addmm", "linear"})
 
 
-class Reader:
+class Reader(Builder):
     """Fills a graph from a module. One use each."""
-
-    def __init__(self, graph: Graph, module: fx.GraphModule, dims: Dims) -> None:
-        self.graph = graph
-        self.module = module
-        self.dims = dims
-        self.native = Native()
-        self.modules: Mapping[str, nn.Module] = dict(module.named_modules())
-        self.current: dict[fx.Node, Value | list[Value] | Deferred | None] = {}
-        self.aliases = Aliases(self.current, self.native.hidden)
-        self.taken = {node.name for node in module.graph.nodes if node.op != "get_attr"}
 
     def read(self) -> Native:
         """Read all nodes."""
-        self._read_state()
+        self.read_state()
         self._hide_checks()
         for node in self.module.graph.nodes:
             op = node.op
@@ -64,63 +56,12 @@ class Reader:
                 self._call(node)
         return self.native
 
-    # ---- values ------------------------------------------------------------------------------------------------
-
-    def peek(self, argument: fx.Node | Attr) -> Value | None:
-        """The value that an argument stands for, without making an operation for it."""
-        if isinstance(argument, Attr):
-            return self.attribute(argument.target)
-        found = self.current.get(argument)
-        if isinstance(found, Deferred):
-            return found.preview
-        return found if isinstance(found, Value) else None
-
-    def attribute(self, target: str) -> Value | None:
-        """The value of a tensor at a path of the module; None for what is no tensor."""
-        found = self.native.targets.get(target)
-        if found is not None:
-            return found
-        tensor = tensor_at(self.module, target)
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        value = self._constant(self._free(target), tensor, Attr(target), Role.CONSTANT)
-        self.native.targets[target] = value
-        return value
-
-    def _read_state(self) -> None:
-        seen: dict[int, Value] = {}
-        for key, tensor in self.module.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            value = seen.get(id(tensor))
-            if value is None:
-                value = seen[id(tensor)] = self._constant(self._free(key), tensor, Attr(key), Role.PARAMETER)
-            self.native.targets[key] = value
-
-    def _constant(self, name: str, tensor: torch.Tensor, native: Attr, role: Role) -> Value:
-        kind = self.dims.of_value(tensor)
-        return self.graph.add_constant(name, kind.shape, kind.dtype, native, role)
-
-    def _free(self, stem: str) -> str:
-        name, count = stem, 0
-        while name in self.taken or self.graph.has_name(name):
-            count += 1
-            name = f"{stem}_{count}"
-        self.taken.add(name)
-        return name
-
-    def _realise(self, deferred: Deferred) -> Value | None:
-        del self.current[deferred.node]
-        self._apply(deferred.node, deferred.call, defer=False)
-        found = self.current[deferred.node]
-        return found if isinstance(found, Value) else None
-
     def _outputs(self, node: fx.Node) -> list[Value]:
         values: list[Value] = []
 
         def collect(argument: Any) -> None:
             if isinstance(argument, fx.Node):
-                values.extend(self._expand(argument))
+                values.extend(self.expand(argument))
             elif isinstance(argument, list | tuple):
                 for item in argument:
                     collect(item)
@@ -131,35 +72,12 @@ class Reader:
         collect(node.args[0])
         return values
 
-    def _expand(self, node: fx.Node) -> list[Value]:
-        found = self.current.get(node)
-        if isinstance(found, Deferred):
-            found = self._realise(found)
-        if found is None:
-            return []
-        return found if isinstance(found, list) else [found]
-
-    def _operand(self, argument: Any, like: str | None, node: fx.Node, built: dict[Step, Op]) -> Value | None:
-        if isinstance(argument, fx.Node):
-            values = self._expand(argument)
-            return values[0] if values else None
-        if isinstance(argument, Attr):
-            return self.attribute(argument.target)
-        if isinstance(argument, Value):
-            return argument
-        if isinstance(argument, Step):
-            return built[argument].output
-        if isinstance(argument, tuple):
-            return built[argument[0]].outputs[argument[1]]
-        return self._literal(argument, like, node) if is_number(argument) else None
-
-    def _literal(self, number: float, like: str | None, node: fx.Node) -> Value:
-        """A Python number takes the dtype of the tensor that it meets, unless it is of a higher category."""
-        dtype = "bool" if isinstance(number, bool) else "int64" if isinstance(number, int) else "float32"
-        floating = like is not None and like.startswith(("float", "bfloat", "complex"))
-        if like is not None and (floating or dtype == "bool" or (dtype == "int64" and like != "bool")):
-            dtype = like
-        return self.graph.add_constant(self._free(f"{node.name}_c"), (), dtype, number, Role.CONSTANT)
+    def realise(self, deferred: Deferred) -> Value | None:
+        """Make the operation of a deferred node after all."""
+        del self.current[deferred.node]
+        self._apply(deferred.node, deferred.call, defer=False)
+        found = self.current[deferred.node]
+        return found if isinstance(found, Value) else None
 
     # ---- calls -------------------------------------------------------------------------------------------------
 
@@ -200,7 +118,8 @@ class Reader:
             self.native.duplicates.append((node, value.native))
 
     def _apply(self, node: fx.Node, call: Call, *, defer: bool) -> None:
-        call = self._python_spellings(call)
+        if call.name == "getattr":
+            call = self._attribute(call)
         rule = RULES.get(call.name)
         if rule is None:
             self._opaque(node, call)
@@ -217,18 +136,22 @@ class Reader:
         if found is None or (several and not self._serves(node, found)):
             self._opaque(node, call)
             return
-        if defer and isinstance(found, Step) and self._defer(node, call, found, site):
+        if defer and call.name in _DEFERRED and isinstance(found, Step) and self._defer(node, call, found, site):
             return
+        if not several and isinstance(found, Step):
+            value = self.make_one(node, found, outs[0])
+            if value is not None:
+                self._publish(node, call, [value], None)
+                return
         steps = found if isinstance(found, tuple) else (found,)
-        self._emit(node, call, self._shorten(steps, site), outs, several)
+        items = self._items(node) if several else None
+        self._publish(node, call, self.make_steps(node, self._shorten(steps, site), outs, items), items)
 
-    def _python_spellings(self, call: Call) -> Call:
-        """`getattr(x, "T")`, `x.shape`, `sum([x, y])`: calls of Python's own functions."""
-        if call.name == "getattr":
-            owner, attribute = call.args["args"][:2]
-            name = {"shape": "size", "T": "t", "mT": "transpose"}.get(attribute, "getattr")
-            return Call(name, {"input": owner, "dim0": -2, "dim1": -1} if attribute == "mT" else {"input": owner})
-        return call
+    def _attribute(self, call: Call) -> Call:
+        """`x.shape`, `x.T`, `x.mT`"""
+        owner, attribute = call.args["args"][:2]
+        name = {"shape": "size", "T": "t", "mT": "transpose"}.get(attribute, "getattr")
+        return Call(name, {"input": owner, "dim0": -2, "dim1": -1} if attribute == "mT" else {"input": owner})
 
     def _results(self, node: fx.Node, call: Call) -> tuple[list[ValueType], bool]:
         """Types of the node's results, and whether they come as a tuple."""
@@ -304,7 +227,7 @@ class Reader:
             if step.kind is K.LINEAR and isinstance(step.inputs[1], fx.Node):
                 deferred = self.current.get(step.inputs[1])
                 if isinstance(deferred, Deferred):
-                    weight = self._operand(deferred.call.args["input"], None, site.node, {})
+                    weight = self.operand(deferred.call.args["input"], None, site.node, {})
                     step.inputs = [step.inputs[0], weight, *step.inputs[2:]]
                     step.attrs = {"transpose_weight": not step.attrs["transpose_weight"]}
                     last.native = (*last.native, deferred.node)
@@ -317,109 +240,33 @@ class Reader:
                 return (Step(K.ADD, parts, attrs, native=(deferred.node,)),)
         return steps
 
-    # ---- making operations -------------------------------------------------------------------------------------
-
-    def _emit(
-        self, node: fx.Node, call: Call, steps: tuple[Step, ...], outs: Sequence[ValueType], several: bool
-    ) -> None:
-        items = self._items(node) if several else {}
-        natives = (*(n for step in steps for n in step.native), node, *items.values())
-        path = module_path(node) or (str(node.target) if node.op == "call_module" else "")
-        ops: list[Op] = []
-        built: dict[Step, Op] = {}
-        results: list[Value] = []
-        for index, step in enumerate(steps):
-            self._build_operands(step, node, built, ops, path)
-            values: list[Any]
-            if not several:
-                labels, kinds, values = [node.name], outs[:1], [node]
-            else:
-                count = len(step.types) if step.types is not None and len(steps) == 1 else 1
-                places = range(count) if len(steps) == 1 else (index,)
-                labels = [items[i].name if i in items else self._free(f"{node.name}_item{i}") for i in places]
-                kinds = [outs[i] if i < len(outs) else UNKNOWN for i in places]
-                values = [items.get(i, Item(node, i)) for i in places]
-            op = self._make(step, list(zip(labels, kinds, strict=True)), node, built, path, values)
-            ops.append(op)
-            results.extend(op.outputs)
-        for op in ops:
-            op.native = natives
-            if len(ops) > 1:
-                op.group = ops
-        self._publish(node, call, results, items, several)
-
-    def _build_operands(self, step: Step, node: fx.Node, built: dict[Step, Op], ops: list[Op], path: str) -> None:
-        for operand in step.inputs:
-            inner = operand[0] if isinstance(operand, tuple) else operand
-            if not isinstance(inner, Step) or inner in built:
-                continue
-            self._build_operands(inner, node, built, ops, path)
-            types = inner.types if inner.types is not None else (self.dims.of(node),)
-            stem = f"{node.name}_{inner.suffix or inner.kind.value}"
-            outputs = [(self._free(stem if len(types) == 1 else f"{stem}{i}"), kind) for i, kind in enumerate(types)]
-            built[inner] = self._make(inner, outputs, node, built, path, None)
-            ops.append(built[inner])
-
-    def _make(
-        self,
-        step: Step,
-        outputs: Sequence[tuple[str, ValueType]],
-        node: fx.Node,
-        built: dict[Step, Op],
-        path: str,
-        natives: Sequence[Any] | None,
-    ) -> Op:
-        like = None
-        if any(is_number(operand) for operand in step.inputs):
-            for operand in step.inputs:
-                value = None if is_number(operand) else self._operand(operand, None, node, built)
-                if value is not None and value.dtype is not None and (like is None or value.shape):
-                    like = value.dtype
-        inputs: list[Value | None] = []
-        for operand in step.inputs:
-            if isinstance(operand, fx.Node) and step.kind in (K.CONCAT, K.EINSUM):
-                inputs.extend(self._expand(operand))
-            else:
-                inputs.append(self._operand(operand, like, node, built))
-        signature = step.kind.spec.operands
-        if len(inputs) < len(signature) and "*" not in signature[-1]:
-            inputs.extend([None] * (len(signature) - len(inputs)))
-        name = node.name if natives is not None and len(outputs) > 1 else outputs[0][0]
-        op = self.graph.add_op(
-            step.kind, inputs, outputs, step.attrs, name=name, native=(node,), natives=natives, module=path
-        )
-        if step.kind in (K.DROPOUT, K.BATCH_NORM) and (step.kind is K.DROPOUT or step.attrs["training"]):
-            self.native.training_nodes += 1
-        return op
-
-    def _publish(
-        self, node: fx.Node, call: Call, results: list[Value], items: dict[int, fx.Node], several: bool
-    ) -> None:
-        if several:
+    def _publish(self, node: fx.Node, call: Call, results: list[Value], items: Mapping[int, fx.Node] | None) -> None:
+        """Let later nodes find the results of `node`, and note what shares memory with what."""
+        if items is None:
+            self.current[node] = results[0]
+        else:
             self.current[node] = results
             for index, item in items.items():
                 self.current[item] = results[index]
-        else:
-            self.current[node] = results[0]
         producer = results[0].producer
         if call.writes:
             self._written(node, call.args[call.writes], results[0])
-        elif producer is not None and producer.has(Trait.FREE) and call.name not in _COPIES:
+        elif producer is not None and producer.kind in _FREE and call.name not in _COPIES:
             source = call.args.get("input")
             if isinstance(source, fx.Node):
                 self.aliases.add(node, source, exact=producer.kind is K.IDENTITY)
-                for item in items.values():
+                for item in (items or {}).values():
                     self.aliases.add(item, source, exact=False)
 
     def _opaque(self, node: fx.Node, call: Call | None = None) -> None:
-        inputs = [value for argument in node.all_input_nodes for value in self._expand(argument)]
+        inputs = [value for argument in node.all_input_nodes for value in self.expand(argument)]
         val = node.meta.get("val")
         items = self._items(node)
         several = isinstance(val, tuple | list) or (val is None and bool(items) and len(items) == len(node.users))
         if several:
             count = len(val) if isinstance(val, tuple | list) else max(items) + 1
             kinds = [self.dims.of_value(val[i]) if val is not None else UNKNOWN for i in range(count)]
-            labels = [items[i].name if i in items else self._free(f"{node.name}_item{i}") for i in range(count)]
+            labels = [items[i].name if i in items else self.free(f"{node.name}_item{i}") for i in range(count)]
             natives: list[Any] = [items.get(i, Item(node, i)) for i in range(count)]
         else:
             labels, kinds, natives = [node.name], [self.dims.of(node)], [node]
@@ -428,7 +275,7 @@ class Reader:
             current = self.peek(member)
             if current is not None and all(current is not value for value in inputs):
                 inputs.append(current)
-            labels.append(self._free(f"{member.name}_after_{node.name}"))
+            labels.append(self.free(f"{member.name}_after_{node.name}"))
             kinds.append(self.dims.of(member))
             natives.append(member)
         own = len(labels) - len(affected)
