@@ -23,10 +23,11 @@ from rescompile.fx_emit import EMITTERS, emit
 from rescompile.fx_functional import make_functional
 from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
-from rescompile.fx_read import Item, Native, Reader
+from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
 from rescompile.fx_tree import add_tensor, copy_module, owner_of, remove_tensor, to_numpy, to_torch
 from rescompile.fx_types import Dims
+from rescompile.fx_view import Item, Native
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 
