@@ -34,11 +34,11 @@ def run(model: str, backend: str, inputs: Sequence[str], trust: bool, input_file
     graph = load_model(model, inputs, trust)
     if backend == "tvm":
         return _run_program(api.compile(graph), given)
-    from rescompile.backends.runtimes import runner
+    from rescompile.backends.runtimes import prepare
 
     wanted = [InputSpec(value.shape or (), value.dtype or "float32") for value in graph.inputs]
     arrays = _inputs([value.name for value in graph.inputs], wanted, given)
-    return _named([value.name for value in graph.outputs], runner(graph, backend)(*arrays))
+    return _named([value.name for value in graph.outputs], prepare(graph, backend).run(arrays))
 
 
 def _run_program(program: Program, given: Arrays | None) -> Arrays:
