@@ -47,7 +47,7 @@ def compile_graph(
         raise GraphError("The graph has no outputs: there is nothing to compile.")
     imports = lowering.check(graph)
     if where.cuda:
-        from rescompile.backends.compile_cuda import compile_cuda
+        from rescompile.backends.cuda.compile import compile_cuda
 
         return compile_cuda(graph, where, imports, progress)
     from rescompile.backends.compile_cpu import compile_cpu

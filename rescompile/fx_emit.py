@@ -135,7 +135,14 @@ def _pow(t: Torch, x: list[Any], _: Attrs) -> Any:
 
 
 def _where(t: Torch, x: list[Any], _: Attrs) -> Any:
-    return t(aten.where.self, x[0], _tensor(t, x[1]), _tensor(t, x[2]))
+    numbers = _is_number(x[1]), _is_number(x[2])
+    table = {
+        (False, False): aten.where.self,
+        (True, False): aten.where.ScalarSelf,
+        (False, True): aten.where.ScalarOther,
+        (True, True): aten.where.Scalar,
+    }
+    return t(table[numbers], x[0], x[1], x[2])
 
 
 def _clip(t: Torch, x: list[Any], attrs: Attrs) -> Any:

@@ -25,7 +25,7 @@ from rescompile.fx_types import Dims, record_type
 
 # What a GraphModule keeps beside the state of an nn.Module, and makes anew from its graph.
 _DERIVED = frozenset(
-    [
+    {
         "_graph",
         "_code",
         "_lineno_map",
@@ -43,7 +43,7 @@ _DERIVED = frozenset(
         "eval",
         "range_constraints",
         "validate_inputs",
-    ]
+    }
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _HOOKS_ALWAYS = "_forward_hooks_always_called"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rescompile.fx_ops import Attr, Call, spell
+from rescompile.fx_functional import out_of_place, replay, scatter_back
+from rescompile.fx_ops import Attr, Call, is_extent, spell
 from rescompile.fx_rules import RULES, Rule, Site, Step, is_number
 from rescompile.fx_rules_nn import NN_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
@@ -41,8 +42,8 @@ _CHECKS = frozenset(
     }
 )
 _SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru"})
-_COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy"})
-_PRODUCTS = frozenset({"mm", "matmul", "addmm"})
+_COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
+_PRODUCTS = frozenset({"mm", "matmul", "addmm", "linear"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ class Native:
     hidden: set[fx.Node] = field(default_factory=set)
     targets: dict[str, Value] = field(default_factory=dict)  # attribute path -> value, tied paths to the same
     training_nodes: int = 0
+    # Values that are a node's tensor after something wrote to it: natively the node itself.
+    versions: dict[fx.Node, list[Value]] = field(default_factory=dict)
 
 
 def is_check(node: fx.Node) -> bool:
@@ -107,6 +110,7 @@ class Reader:
         self.current: dict[fx.Node, Value | list[Value] | Deferred | None] = {}
         self.same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are one tensor, a list shared by all of them
         self.root: dict[fx.Node, fx.Node] = {}
+        self.parent: dict[fx.Node, fx.Node] = {}  # of a view: what it is a view of
         self.views: dict[fx.Node, list[fx.Node]] = {}
         self.taken = {node.name for node in module.graph.nodes if node.op != "get_attr"}
 
@@ -219,9 +223,8 @@ class Reader:
     def _literal(self, number: float, like: str | None, node: fx.Node) -> Value:
         """A Python number takes the dtype of the tensor that it meets, unless it is of a higher category."""
         dtype = "bool" if isinstance(number, bool) else "int64" if isinstance(number, int) else "float32"
-        if (like is not None and (dtype == "bool" or like.startswith(("float", "bfloat", "complex")))) or (
-            like is not None and dtype == "int64" and like != "bool"
-        ):
+        floating = like is not None and like.startswith(("float", "bfloat", "complex"))
+        if like is not None and (floating or dtype == "bool" or (dtype == "int64" and like != "bool")):
             dtype = like
         return self.graph.add_constant(self._free(f"{node.name}_c"), (), dtype, number, Role.CONSTANT)
 
@@ -233,7 +236,7 @@ class Reader:
         hidden.update(nodes)
         while nodes:
             for argument in nodes.pop().all_input_nodes:
-                if argument in hidden or argument.op != "call_function" or not self.dims.is_scalar(argument):
+                if argument in hidden or not (self.dims.is_scalar(argument) or is_extent(argument)):
                     continue
                 if all(user in hidden for user in argument.users):
                     hidden.add(argument)
@@ -277,6 +280,8 @@ class Reader:
             if self._counts(node, call):
                 self.native.hidden.add(node)
                 self.current[node] = None
+            elif self._scatter_write(node, call):
+                self._call(node)
             else:
                 self._opaque(node, call)
             return
@@ -301,7 +306,7 @@ class Reader:
         """Types of the node's results, and whether they come as a tuple."""
         val = node.meta.get("val")
         if isinstance(val, tuple | list):
-            if call.name == "size":
+            if all(isinstance(item, int | torch.SymInt) for item in val):
                 return [ValueType((len(val),), "int64")], False
             return [self.dims.of_value(item) for item in val], True
         if val is not None:
@@ -343,7 +348,7 @@ class Reader:
         return True
 
     def _is_product(self, node: fx.Node) -> bool:
-        if node.op == "placeholder" or node.op == "output":
+        if node.op in ("placeholder", "output"):
             return False
         call = spell(node, self.modules)
         return call is not None and call.name in _PRODUCTS
@@ -374,7 +379,7 @@ class Reader:
                 if isinstance(deferred, Deferred):
                     weight = self._operand(deferred.call.args["input"], None, site.node, {})
                     step.inputs = [step.inputs[0], weight, *step.inputs[2:]]
-                    step.attrs = {"transpose_weight": True}
+                    step.attrs = {"transpose_weight": not step.attrs["transpose_weight"]}
                     last.native = (*last.native, deferred.node)
         if last.kind in (K.SUM, K.MEAN) and isinstance(last.inputs[0], fx.Node):
             deferred = self.current.get(last.inputs[0])
@@ -448,6 +453,9 @@ class Reader:
                 inputs.extend(self._expand(operand))
             else:
                 inputs.append(self._operand(operand, like, node, built))
+        signature = step.kind.spec.operands
+        if len(inputs) < len(signature) and "*" not in signature[-1]:
+            inputs.extend([None] * (len(signature) - len(inputs)))
         name = node.name if natives is not None and len(outputs) > 1 else outputs[0][0]
         op = self.graph.add_op(
             step.kind, inputs, outputs, step.attrs, name=name, native=(node,), natives=natives, module=path
@@ -495,8 +503,7 @@ class Reader:
             labels.append(self._free(f"{member.name}_after_{node.name}"))
             kinds.append(self.dims.of(member))
             natives.append(member)
-        if not labels:
-            labels, kinds, natives = [node.name], [UNKNOWN], [node]
+        own = len(labels) - len(affected)
         op = self.graph.add_op(
             K.OPAQUE,
             inputs,
@@ -507,16 +514,18 @@ class Reader:
             natives=natives,
             module=module_path(node) or (str(node.target) if node.op == "call_module" else ""),
         )
-        own = len(labels) - len(affected)
         self.current[node] = op.outputs[:own] if several else op.outputs[0]
         for index, item in items.items() if several else ():
             self.current[item] = op.outputs[index]
         for member, value in zip(affected, op.outputs[own:], strict=True):
             self.current[member] = value
+            self.native.versions.setdefault(member, []).append(value)
+            self._keep_copy(member)
 
     # ---- operations in place -----------------------------------------------------------------------------------
 
     def _alias(self, node: fx.Node, source: fx.Node, exact: bool) -> None:
+        self.parent[node] = source
         root = self.root.get(source, source)
         self.root[node] = root
         self.views.setdefault(root, []).append(node)
@@ -555,6 +564,61 @@ class Reader:
         for member in family:
             self.current[member] = value
         self._alias(node, target, exact=True)
+
+    def _path(self, node: fx.Node) -> list[fx.Node]:
+        """The views that lead from a root to `node`, the root left out."""
+        path = []
+        while node in self.parent:
+            path.append(node)
+            node = self.parent[node]
+        return path[::-1]
+
+    def _scatter_write(self, node: fx.Node, call: Call) -> bool:
+        """Rewrite, natively, a write through a view, or below other views, as functions; False where that is not known.
+
+        The new nodes come right behind `node`, so that they are read next.
+        """
+        target = call.args[call.writes]
+        root = self.root.get(target, target)
+        path = self._path(target)
+        if root.op in ("placeholder", "get_attr"):
+            return False
+        members = dict.fromkeys((root, *self.views.get(root, ())))
+        affected = self._unread(members, node)
+        versions: dict[fx.Node, fx.Node] = {target: node}
+        made: list[fx.Node] = []
+        with node.graph.inserting_before(node.next):
+            part: fx.Node | None = node
+            for step in reversed(path):
+                whole = self.parent[step]
+                part = scatter_back(node, step, whole, part) if part is not None else None
+                if part is None:
+                    for leftover in reversed(made):
+                        node.graph.erase_node(leftover)
+                    return False
+                if part is not node and part not in made:
+                    made.append(part)
+                versions[whole] = part
+            for member in affected:
+                if member not in versions:
+                    versions[member] = replay(self._path(member), versions)
+        if not out_of_place(self.module, node):
+            return False
+        fresh = {node, *versions.values(), *made}
+        for member, version in versions.items():
+            for user in list(member.users):
+                if user not in self.current and user not in fresh and user not in self.native.hidden:
+                    user.replace_input_with(member, version)
+        self.taken.update(new.name for new in fresh)
+        return True
+
+    def _keep_copy(self, member: fx.Node) -> None:
+        """A copy that is written to later is one that must stay."""
+        root = self.root.get(member, member)
+        maker = next((op for op in self.graph.ops if root in op.native), None)
+        if maker is not None and maker.kind is K.IDENTITY:
+            maker.kind = K.OPAQUE
+            maker.attrs = {"target": target_name(root, self.modules)}
 
     def _affected(self, node: fx.Node, call: Call | None) -> list[fx.Node]:
         """Nodes whose tensor an opaque call changes, and that are read later."""

@@ -242,9 +242,13 @@ def _glu(c: Site) -> Step | None:
 
 def _dropout(c: Site) -> Step | None:
     if not c.get("train", c.get("training", True)) or c["p"] == 0:
-        return Step(K.IDENTITY, [c["input"]], {"dropout": float(c["p"])})
+        return Step(K.IDENTITY, [c["input"]], {"dropout": float(c["p"])} if c["p"] else {})
     # Dropping whole channels, or to SELU's statistics, is not what DROPOUT means.
     return Step(K.DROPOUT, [c["input"]], {"p": float(c["p"])}) if c.name == "dropout" else None
+
+
+def _stochastic_depth(c: Site) -> Step | None:
+    return None if c["training"] and c["p"] > 0 else Step(K.IDENTITY, [c["input"]])
 
 
 def _softmax(log: bool) -> Rule:
@@ -334,6 +338,20 @@ def _vector_norm(c: Site) -> Step | None:
     return Step(K.SQRT, [Step(K.SUM, [squared], attrs, suffix="sum")])
 
 
+def _normalize(c: Site) -> Step | None:
+    """x / max(‖x‖, eps)"""
+    shape, dim = c.shape(), c.get("dim", 1)
+    if c.get("p", 2.0) != 2 or shape is None or not isinstance(dim, int):
+        return None
+    axis = c.axis(dim)
+    kept = c.retype((*shape[:axis], 1, *shape[axis + 1 :]))
+    squared = Step(K.MUL, [c["input"], c["input"]], suffix="squared", types=c.retype(shape))
+    total = Step(K.SUM, [squared], {"axes": (axis,), "keepdims": True}, suffix="sum", types=kept)
+    length = Step(K.SQRT, [total], suffix="norm", types=kept)
+    bounded = Step(K.CLIP, [length], {"min": c.get("eps", 1e-12), "max": None}, suffix="clamped", types=kept)
+    return Step(K.DIV, [c["input"], bounded])
+
+
 def _argmax(c: Site) -> Step:
     return Step(K.ARGMAX, [c["input"]], {"axes": c.axes(c.get("dim")), "keepdims": bool(c.get("keepdim", False))})
 
@@ -344,7 +362,7 @@ def _cumsum(c: Site) -> Step:
 
 def _full(value: float | None) -> Rule:
     def rule(c: Site) -> Step | None:
-        number = c.get("fill_value", c.get("s", value)) if value is None else value
+        number = c.get("fill_value", c.get("s", c.get("value"))) if value is None else value
         return Step(K.FULL, [], {"value": number}) if is_number(number) else None
 
     return rule
@@ -356,6 +374,11 @@ def _arange(c: Site) -> Step | None:
         return None
     end = c.get("end")
     return Step(K.ARANGE, [end] if isinstance(end, fx.Node) else [], {"start": start, "step": step})
+
+
+def _ndim(c: Site) -> Step | None:
+    rank = c.rank()
+    return None if rank is None else Step(K.FULL, [], {"value": rank})
 
 
 def _random(c: Site) -> Step:
@@ -451,11 +474,14 @@ RULES: dict[str, Rule] = {
     "var": _spread,
     "std": _deviation,
     **dict.fromkeys(("linalg_vector_norm", "norm"), _vector_norm),
+    "normalize": _normalize,
     "argmax": _argmax,
     "cumsum": _cumsum,
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _full(0)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _full(0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _full(1)),
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), _full(None)),
+    "stochastic_depth": _stochastic_depth,
     "arange": _arange,
+    "ndim": _ndim,
     **dict.fromkeys(("sym_size", "size"), _extent),
 }
