@@ -16,7 +16,7 @@ from rescompile.rewrite import Result, apply_plan, make_plan, run_passes
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
-    from rescompile.diff import Diff
+    from rescompile.diff import GraphDiff
 
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
@@ -71,6 +71,13 @@ def inspect(model: Any, example_inputs: Any = None) -> Report:
     return inspect_graph(capture(model, example_inputs))
 
 
+def explain(graph: Graph, report: Report, node: str) -> str:
+    """Which block the operation or value belongs to and in which role, or which rule turned it down."""
+    from rescompile.detect import explain as explain_node
+
+    return explain_node(graph, report, node)
+
+
 def resolve(passes: Passes) -> list[Pass | Pipeline]:
     """Passes out of specs like `fuse{joins=all}`; RescompileError suggests the nearest name or option."""
     from rescompile.passes import PASSES
@@ -90,27 +97,21 @@ def rewrite(model: Any, passes: Passes, example_inputs: Any = None, *, verify: b
     return run_passes(capture(model, example_inputs), resolve(passes), check=verify)
 
 
-def apply(model: Any, plan: Plan | str | Path, example_inputs: Any = None, *, verify: bool = True) -> Result:
+def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:
     """Apply a plan that was made, and perhaps edited, before."""
-    if not isinstance(plan, Plan):
-        plan = read_plan(plan)
     return apply_plan(capture(model, example_inputs), plan, check=verify)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """A plan from a JSON file."""
-    try:
-        text = Path(path).read_bytes()
-    except OSError as error:
-        raise RescompileError(f"The plan '{path}' cannot be read: {error.strerror}.") from error
+def load_plan(text: str | bytes) -> Plan:
+    """A plan from its JSON."""
     return Plan.from_json(text)
 
 
-def diff(before: Any, after: Any) -> Diff:
-    """What changed between two graphs or models."""
+def diff(before: Any, after: Any, *, names: tuple[str, str] = ("A", "B")) -> GraphDiff:
+    """What changed between two graphs or models; `names` are what the report calls them."""
     from rescompile.diff import diff_graphs
 
-    return diff_graphs(capture(before), capture(after))
+    return diff_graphs(capture(before), capture(after), names)
 
 
 def compile(

@@ -165,9 +165,9 @@ class Plan(msgspec.Struct):
         self.rewrites.extend(other.rewrites)
         self.refusals.extend(other.refusals)
 
-    def to_json(self) -> bytes:
+    def to_json(self) -> str:
         """As indented JSON."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2)
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
 
     @classmethod
     def from_json(cls, text: bytes | str) -> Plan:

@@ -1,0 +1,419 @@
+"""The command line: every command reads its arguments, calls `rescompile.api`, and prints what comes back.
+
+Exit codes: 0 done; 1 the model or the request cannot be served; 2 wrong usage; 3 verification failed, nothing written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rescompile.cli_output import complain, say, say_json, stage, table
+from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
+
+if TYPE_CHECKING:
+    from rescompile.graph import Graph
+
+app = typer.Typer(
+    name="rescompile",
+    help="Find the residual connections of a model, rewrite them, prove what the rewrite did, and compile the result.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="file.onnx, file.pt2 or package.module:attribute")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="1x3x224x224, 2x16:int64 or Nx3x224x224; once for each input, where the model does not bring its own",
+    ),
+]
+Trust = Annotated[bool, typer.Option("--trust", help="let torch run the code that a .pt2 file holds")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON only")]
+Passes = Annotated[
+    list[str] | None,
+    typer.Option("--pass", metavar="SPEC", help="name or name{option=value,...}; repeats, in order; fuse otherwise"),
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="do not compare the result with the original")]
+ModelOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="where the model goes")]
+ArtifactOut = Annotated[Path, typer.Option("-o", "--output", metavar="ARTIFACT", help="where the compiled model goes")]
+
+
+class Backend(StrEnum):
+    """What runs a model."""
+
+    TVM = "tvm"
+    ONNXRUNTIME = "onnxruntime"
+    INDUCTOR = "inductor"
+    EAGER = "eager"
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="show where an error comes from")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    # The program's help, in the place of this function's own documentation, is given to `app`.
+    context.obj = show_traceback
+    if version:
+        from importlib.metadata import version as installed
+
+        say(f"rescompile {installed('rescompile')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+        raise typer.Exit(EXIT_USAGE)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    why: Annotated[
+        str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
+    ] = None,
+) -> None:
+    """Show the residual structure of MODEL."""
+    graph = _load(model, inputs, trust)
+    from rescompile import api
+
+    with stage("Looking for residual blocks"):
+        report = api.inspect(graph)
+    if why is not None:
+        explanation = api.explain(graph, report, why)
+        if as_json:
+            say_json({"node": why, "explanation": explanation})
+        else:
+            say(explanation)
+    elif as_json:
+        say_json(report.to_dict())
+    else:
+        say(str(report))
+
+
+@app.command()
+def rewrite(
+    model: Model,
+    output: ModelOut = None,
+    passes: Passes = None,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only; write no model")] = False,
+    plan_out: Annotated[
+        Path | None, typer.Option("--plan-out", metavar="P.json", help="write the plan, for review and `apply`")
+    ] = None,
+    as_json: Json = False,
+    no_verify: NoVerify = False,
+) -> None:
+    """Rewrite MODEL by passes, verify, write OUT."""
+    from rescompile.cli_files import check_writable, write_text
+
+    specs = _passes(passes)
+    if not dry_run:
+        _check_model_out(model, output)
+    if plan_out is not None:
+        check_writable(plan_out)
+    graph = _load(model, inputs, trust)
+    from rescompile import api
+
+    if dry_run:
+        with stage("Planning"):
+            plan = api.plan(graph, specs)
+        if plan_out is not None:
+            write_text(plan_out, plan.to_json())
+        _print_result(plan, as_json)
+        return
+    with stage("Rewriting"):
+        result = api.rewrite(graph, specs, verify=not no_verify)
+    if plan_out is not None:
+        write_text(plan_out, result.plan.to_json())
+    _save(result, output)
+    _print_result(result, as_json)
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(metavar="P.json", help="a plan written by `rewrite --plan-out`")],
+    output: ModelOut = None,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    no_verify: NoVerify = False,
+) -> None:
+    """Apply a reviewed plan to MODEL, verify, write OUT."""
+    _check_model_out(model, output)
+    text = _read_text(plan)
+    from rescompile import api
+
+    edits = api.load_plan(text)
+    graph = _load(model, inputs, trust)
+    with stage("Applying the plan"):
+        result = api.apply(graph, edits, verify=not no_verify)
+    _save(result, output)
+    _print_result(result, as_json)
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="the model before")],
+    after: Annotated[str, typer.Argument(metavar="B", help="the model after")],
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what changed from model A to model B."""
+    graphs = [_load(model, inputs, trust) for model in (before, after)]
+    from rescompile import api
+
+    with stage("Comparing"):
+        found = api.diff(*graphs, names=(before, after))
+    _print_result(found, as_json)
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    output: ArtifactOut,
+    target: Annotated[str, typer.Option("--target", help="cpu, cuda:sm_90, or a target in TVM's own spelling")] = "cpu",
+    passes: Passes = None,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    tune: Annotated[
+        int, typer.Option("--tune", metavar="TRIALS", min=0, help="trials to spend on tuning; 0 tunes nothing")
+    ] = 0,
+    database: Annotated[
+        Path | None, typer.Option("--db", metavar="DIR", help="where tuning records are read and kept")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL through TVM into ARTIFACT.
+
+    The artifact runs in a process that has neither torch nor the model's code.
+    """
+    from rescompile.cli_files import check_writable, write_whole
+
+    specs = _passes(passes)
+    check_writable(output)
+    graph = _load(model, inputs, trust)
+    from rescompile import api
+
+    with stage(f"Compiling for {target}"):
+        tuning = api.Tuning(trials=tune, database=None if database is None else str(database))
+        program = api.compile(graph, target=target, passes=specs, tune=tuning)
+        write_whole(output, program.save)
+    _print_result(program, as_json)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(metavar="ARTIFACT|MODEL", help="a compiled artifact, or any MODEL")],
+    input_file: Annotated[
+        Path | None, typer.Option("--input-file", metavar="X.npz", help="arrays by input name; random ones otherwise")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="Y.npz", help="where the outputs go")] = None,
+    backend: Annotated[Backend, typer.Option("--backend", help="what runs it")] = Backend.TVM,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Run an artifact or a model on given or random inputs."""
+    from rescompile.cli_files import check_writable
+
+    if output is not None:
+        check_writable(output)
+    from rescompile import cli_run
+
+    with stage("Running"):
+        outputs = cli_run.run(model, backend.value, inputs or [], trust, input_file)
+    if output is not None:
+        cli_run.save_arrays(output, outputs)
+    summary = cli_run.summaries(outputs)
+    if as_json:
+        say_json({"outputs": summary})
+    else:
+        say(table(["output", "type", "min", "mean", "max"], [[str(cell) for cell in row.values()] for row in summary]))
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Annotated[
+        str, typer.Option("--against", metavar="NAMES", help="of eager, inductor and onnxruntime, with commas")
+    ] = "eager,onnxruntime",
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL, compiled, against other runtimes.
+
+    All run in one process, interleaved in blocks, on the same random inputs.
+    """
+    names = [name.strip() for name in against.split(",") if name.strip()]
+    known = [backend.value for backend in Backend if backend is not Backend.TVM]
+    for name in names:
+        if name not in known:
+            raise _usage(f"There is no runtime '{name}' to measure against", name, known)
+    graph = _load(model, inputs, trust)
+    from rescompile import api
+
+    with stage("Measuring"):
+        result = api.bench(graph, against=names)
+    _print_result(result, as_json)
+
+
+@app.command("passes")
+def passes_(as_json: Json = False) -> None:
+    """List the passes, their options, what they preserve."""
+    from rescompile.cli_passes import catalogue, print_catalogue
+
+    entries = catalogue()
+    if as_json:
+        say_json({"schema": 1, "passes": entries})
+    else:
+        say(print_catalogue(entries))
+
+
+# ---- shared by the commands ----------------------------------------------------------------------------------------
+
+
+def _load(model: str, inputs: list[str] | None, trust: bool) -> Graph:
+    from rescompile import api
+
+    with stage(f"Loading {model}"):
+        return api.load_model(model, inputs or [], trust)
+
+
+def _passes(specs: list[str] | None) -> list[Any]:
+    """The passes of the command line, parsed before anything long begins."""
+    from rescompile.passes import PASSES
+    from rescompile.specs import parse_pass
+
+    return [parse_pass(spec, PASSES) for spec in specs or ["fuse"]]
+
+
+def _check_model_out(model: str, output: Path | None) -> None:
+    """The output is given, can be written, and has the suffix of the kind of model that goes in."""
+    from rescompile.cli_files import check_writable
+    from rescompile.locate import model_form
+
+    suffix = ".onnx" if model_form(model) == "onnx" else ".pt2"
+    if output is None:
+        raise _usage(f"Say where the model goes: -o OUT{suffix}")
+    if output.suffix.lower() != suffix:
+        raise _usage(f"A model comes back as what went in: '{output}' must end in {suffix}")
+    check_writable(output)
+
+
+def _save(result: Any, output: Path | None) -> None:
+    from rescompile.cli_files import write_whole
+
+    if output is not None:
+        with stage(f"Writing {output}"):
+            write_whole(output, result.save)
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    if as_json:
+        say_json(result.to_dict())
+    else:
+        say(str(result))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise RescompileError(f"Cannot read '{path}': {reason}.") from error
+
+
+def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileError:
+    from rescompile.errors import nearest
+    from rescompile.specs import SpecError
+
+    choices = f": choose from {', '.join(known)}" if known else ""
+    return SpecError(f"{what}{nearest(name, known) if known else ''}{choices}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: errors are one sentence on stderr, a traceback only with --traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has left: nothing to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_CANNOT_SERVE
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    show = "--traceback" in arguments
+    if not show:
+        warnings.simplefilter("ignore")  # libraries warn their developers, not the users of this one
+    try:
+        status = app(arguments, standalone_mode=False)
+    except RescompileError as error:
+        return _failed(str(error), error.exit_code, show)
+    except KeyboardInterrupt:
+        return _failed("Interrupted.", 130, show)
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        return _failed(_missing(error), EXIT_CANNOT_SERVE, show)
+    except Exception as error:  # noqa: BLE001 - the last resort: one sentence, and the traceback on request
+        message = getattr(error, "format_message", None)
+        if message is not None:  # typer's own usage errors, whose classes differ between its versions
+            return _failed(str(message()), EXIT_USAGE, show)
+        what = f"{type(error).__name__}: {error}".rstrip(".")
+        hint = "this is a bug in rescompile; run again with `rescompile --traceback ...` to see where"
+        return _failed(f"Internal error ({what}): {hint}.", EXIT_CANNOT_SERVE, show)
+    return status if isinstance(status, int) else 0
+
+
+def _failed(sentence: str, status: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    complain(sentence)
+    return status
+
+
+_EXTRAS = {
+    "torch": "torch",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "tvm": "tvm",
+    "tvm_ffi": "tvm",
+    "safetensors": "tvm",
+}
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    name = (error.name or "").partition(".")[0]
+    if name in _EXTRAS:
+        return f"This needs {name}, which is not installed: pip install 'rescompile[{_EXTRAS[name]}]'."
+    return f"This needs the Python package '{name or error}', which is not installed: install it first."
+
+
+if __name__ == "__main__":
+    main()

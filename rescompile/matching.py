@@ -1,0 +1,162 @@
+"""Which operation and which parameter of one graph stands for which of another: by names, then by structure.
+
+Names decide where both graphs are of the same IR. What they leave open is matched outwards from there: readers of
+matched values, producers of matched operands. Last come a changed kind under the same name, and equal operations in
+order. Linear in the number of operations.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Container, Hashable
+
+from rescompile.graph import Graph, Op, Role, Value
+from rescompile.kinds import OpKind
+
+LINEARS = (OpKind.LINEAR, OpKind.FUSED_LINEAR)
+
+
+class Matching:
+    """Pairs of operations, and of values that no operation makes, of two graphs."""
+
+    def __init__(self, before: Graph, after: Graph) -> None:
+        self.before = before
+        self.after = after
+        self.ops: dict[Op, Op] = {}
+        self.sources: dict[Value, Value] = {}  # inputs, parameters, literals
+        self._taken: set[Op] = set()
+        self._taken_sources: set[Value] = set()
+        self._ahead: deque[tuple[Value, Value]] = deque()  # twin values, whose readers may be twins
+        self._behind: list[tuple[Value, Value]] = []  # operands of twins, whose producers may be twins
+        self._match()
+
+    def counterpart(self, value: Value | None) -> Value | None:
+        """The value of the second graph that stands for `value`, None when there is none."""
+        if value is None:
+            return None
+        producer = value.producer
+        if producer is None:
+            return self.sources.get(value)
+        twin = self.ops.get(producer)
+        index = producer.outputs.index(value)
+        return twin.outputs[index] if twin is not None and index < len(twin.outputs) else None
+
+    @property
+    def removed(self) -> list[Op]:
+        """Operations of the first graph without a twin."""
+        return [op for op in self.before if op not in self.ops]
+
+    @property
+    def added(self) -> list[Op]:
+        """Operations of the second graph without a twin."""
+        return [op for op in self.after if op not in self._taken]
+
+    def parameters_removed(self) -> list[Value]:
+        """Parameters of the first graph without a twin."""
+        return [value for value in self.before.parameters if value not in self.sources]
+
+    def parameters_added(self) -> list[Value]:
+        """Parameters of the second graph without a twin."""
+        return [value for value in self.after.parameters if value not in self._taken_sources]
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _match(self) -> None:
+        same_ir = self.before.ir == self.after.ir
+        self._match_inputs()
+        parameters = {value.name: value for value in self.after.parameters}
+        for value in self.before.parameters:
+            if value.name in parameters:
+                self._pair_sources(value, parameters[value.name])
+        named = {op.name: op for op in self.after} if same_ir else {}
+        for op in self.before:
+            twin = named.get(op.name)
+            if twin is not None and twin.kind is op.kind:
+                self._pair(op, twin)
+        self._behind.extend(zip(self.before.outputs, self.after.outputs, strict=False))
+        self._spread()
+        for op in self.before:
+            twin = named.get(op.name)
+            if twin is not None:
+                self._pair(op, twin)
+        self._spread()
+        self._match_equal()
+        self._spread()
+
+    def _match_inputs(self) -> None:
+        by_name = {value.name: value for value in self.after.inputs}
+        if all(value.name in by_name for value in self.before.inputs):
+            for value in self.before.inputs:
+                self._pair_sources(value, by_name[value.name])
+        else:
+            for value, twin in zip(self.before.inputs, self.after.inputs, strict=False):
+                self._pair_sources(value, twin)
+
+    def _pair(self, op: Op, twin: Op) -> None:
+        if op in self.ops or twin in self._taken:
+            return
+        self.ops[op] = twin
+        self._taken.add(twin)
+        self._ahead.extend(zip(op.outputs, twin.outputs, strict=False))
+        if op.kind is twin.kind:
+            operands = zip(op.inputs, twin.inputs, strict=False)
+            self._behind.extend((ours, theirs) for ours, theirs in operands if ours is not None and theirs is not None)
+
+    def _pair_sources(self, value: Value, twin: Value) -> None:
+        if value not in self.sources and twin not in self._taken_sources:
+            self.sources[value] = twin
+            self._taken_sources.add(twin)
+            if value.role is Role.INPUT:
+                self._ahead.append((value, twin))
+
+    def _spread(self) -> None:
+        while self._behind or self._ahead:
+            if self._behind:
+                self._match_producers(*self._behind.pop())
+            else:
+                self._match_readers(*self._ahead.popleft())
+
+    def _match_producers(self, ours: Value, theirs: Value) -> None:
+        """Two values in the same place: their producers are twins if they are of one kind."""
+        op, twin = ours.producer, theirs.producer
+        if op is not None and twin is not None:
+            if op.kind is twin.kind:
+                self._pair(op, twin)
+        elif op is None and twin is None and ours.role is theirs.role and ours.role is not Role.INPUT:
+            self._pair_sources(ours, theirs)
+
+    def _match_readers(self, ours: Value, theirs: Value) -> None:
+        """Readers of twin values are twins where kind and place leave no choice but their order."""
+        left = _readers(ours, self.ops)
+        right = _readers(theirs, self._taken)
+        for place, ops in left.items():
+            twins = right.get(place, [])
+            if len(ops) == len(twins):
+                for op, twin in zip(ops, twins, strict=True):
+                    self._pair(op, twin)
+
+    def _match_equal(self) -> None:
+        waiting: dict[Hashable, deque[Op]] = defaultdict(deque)
+        for twin in self.after:
+            if twin not in self._taken:
+                waiting[_signature(twin)].append(twin)
+        for op in self.before:
+            if op not in self.ops:
+                twins = waiting.get(_signature(op))
+                if twins:
+                    self._pair(op, twins.popleft())
+
+
+def _readers(value: Value, taken: Container[Op]) -> dict[tuple[OpKind, int], list[Op]]:
+    found: dict[tuple[OpKind, int], list[Op]] = defaultdict(list)
+    for op, index in value.uses:
+        if op not in taken:
+            found[op.kind, index].append(op)
+    for ops in found.values():
+        ops.sort(key=lambda op: op.order)
+    return found
+
+
+def _signature(op: Op) -> Hashable:
+    attrs = tuple(sorted((name, repr(value)) for name, value in op.attrs.items()))
+    return op.kind, attrs, tuple(value.type for value in op.outputs)
