@@ -12,11 +12,23 @@ from math import prod
 
 import numpy as np
 import tvm
-
 from rescompile.backends.kernels.blocks import Blocks, as_dtype
 from rescompile.backends.kernels.emit import (
-    Expr, Flat, chunk, div, lanes, let, minimum, mod, parallel, prim_func, scratch, serial, when,
-)  # fmt: skip
+    Expr,
+    Flat,
+    chunk,
+    div,
+    lanes,
+    let,
+    minimum,
+    mod,
+    parallel,
+    prim_func,
+    scratch,
+    serial,
+    unflatten,
+    when,
+)
 from rescompile.backends.kernels.layout import bordered, copy_with_border
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.matmul import emit_matmul
@@ -78,7 +90,9 @@ def candidates(spec: ConvSpec, machine: Machine) -> list[Tile]:
         pixels = pixels_for(extent, max(1, most // -(-width // vector)), 8)
         rows = -(-extent // pixels) if matmul else spec.batch * spec.out_height
         count = _blocks(spec, Tile(pixels, width)).count
-        splits = list(task_splits(rows, count, machine.threads))
+        row_bytes = spec.batch * spec.height * spec.width * spec.in_channels * 4
+        weight_bytes = spec.out_channels * spec.in_channels // spec.groups * prod(spec.kernel) * 4
+        splits = task_splits(rows, count, machine.threads, row_bytes, weight_bytes)
         tiles += [Tile(pixels, width, r, b) for r, b in splits[: 5 if index == 0 else 1]]
         if index == 0 and count > 1:
             tiles.append(Tile(pixels, width, *splits[0], order="pixels"))
@@ -98,10 +112,20 @@ def build(spec: ConvSpec, tile: Tile, name: str, dynamic_tasks: bool = False) ->
         residual = extra.pop(0) if spec.epilogue.residual else None
         if _is_matmul(spec):
             emit_matmul(
-                x, weight, bias, residual, y,
-                rows=spec.batch * spec.height * spec.width, depth=spec.in_channels, columns=spec.out_channels,
-                epilogue=spec.epilogue, tile=tile, row_tasks=row_tasks, block_tasks=block_tasks, dtype=spec.dtype,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                residual,
+                y,
+                rows=spec.batch * spec.height * spec.width,
+                depth=spec.in_channels,
+                columns=spec.out_channels,
+                epilogue=spec.epilogue,
+                tile=tile,
+                row_tasks=row_tasks,
+                block_tasks=block_tasks,
+                dtype=spec.dtype,
+            )
             return
         _emit_spatial(spec, tile, x, weight, bias, residual, y, row_tasks, block_tasks)
 
@@ -168,10 +192,7 @@ def _emit_spatial(
 
     column_tiles = -(-out_w // tile.pixels)
     with parallel(block_tasks * row_tasks) as task:
-        block_task, row_task = (task, 0) if isinstance(row_tasks, int) and row_tasks == 1 else (
-            (0, task) if isinstance(task, int) else
-            (let(tvm.tirx.floordiv(task, row_tasks)), let(tvm.tirx.floormod(task, row_tasks)))
-        )  # fmt: skip
+        block_task, row_task = unflatten(task, row_tasks)
         first_block, last_block = chunk(block_task, block_tasks, blocks.count)
         first_row, last_row = chunk(row_task, row_tasks, spec.batch * out_h)
 

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import tvm
+from rescompile.backends.kernels.specs import Argument, compute_dtype
+from rescompile.errors import RescompileError
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rescompile.backends.kernels.specs import Argument, compute_dtype
-from rescompile.errors import RescompileError
-
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
+# What TVM raises when it rejects a function: Python's own types, wherever in the compiler it happens.
+TVM_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 OPAQUE = 8  # Relax's op pattern "opaque": never fused into, never fused away
 
 
@@ -69,29 +70,26 @@ def prim_func(
     one int32 per name in `scalars`.
     """
     dynamic = any(extent is None for argument in arguments for extent in argument.shape)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": OPAQUE})
-            rows = tvm.tirx.Var("rows", "int64") if dynamic else None
-            buffers = []
-            for argument in arguments:
-                shape = [rows if extent is None else extent for extent in argument.shape]
-                # By default TVM trusts buffers to be 64-byte aligned, and slices of a user's tensor crash.
-                buffers.append(T.arg(argument.name, T.buffer(shape, argument.dtype, align=_bytes(argument.dtype))))
-            values = [T.arg(scalar, T.int32()) for scalar in scalars]
-            flats = []
-            for argument, buffer in zip(arguments, buffers, strict=True):
-                size: Expr = 1
-                for extent in argument.shape:
-                    size = size * (rows if extent is None else extent)
-                if not dynamic and size >= 2**31:
-                    raise RescompileError(
-                        f"Buffer {argument.name} of {name} has 2^31 elements or more; split the batch."
-                    )
-                view = T.decl_buffer((size,), _storage(argument.dtype), data=buffer.data, align=_bytes(argument.dtype))
-                flats.append(Flat(view, argument.dtype, compute_dtype(argument.dtype)))
-            body(*flats, *([] if rows is None else [rows]), *values)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": OPAQUE})
+        rows = tvm.tirx.Var("rows", "int64") if dynamic else None
+        buffers = []
+        for argument in arguments:
+            shape = [rows if extent is None else extent for extent in argument.shape]
+            # By default TVM trusts buffers to be 64-byte aligned, and slices of a user's tensor crash.
+            buffers.append(T.arg(argument.name, T.buffer(shape, argument.dtype, align=_bytes(argument.dtype))))
+        values = [T.arg(scalar, T.int32()) for scalar in scalars]
+        flats = []
+        for argument, buffer in zip(arguments, buffers, strict=True):
+            size: Expr = 1
+            for extent in argument.shape:
+                size = size * (rows if extent is None else extent)
+            if not dynamic and size >= 2**31:
+                raise RescompileError(f"Buffer {argument.name} of {name} has 2^31 elements or more; split the batch.")
+            view = T.decl_buffer((size,), _storage(argument.dtype), data=buffer.data, align=_bytes(argument.dtype))
+            flats.append(Flat(view, argument.dtype, compute_dtype(argument.dtype)))
+        body(*flats, *([] if rows is None else [rows]), *values)
     return builder.get()
 
 
@@ -144,6 +142,21 @@ def when(condition: Expr) -> Iterator[None]:
         yield
 
 
+def select(condition: Expr, yes: Expr, no: Expr) -> Expr:
+    """yes if condition else no, lane by lane; both are evaluated"""
+    return T.Select(condition, yes, no)
+
+
+def sqrt(x: Expr) -> Expr:
+    """Square root."""
+    return T.sqrt(x)
+
+
+def log(x: Expr) -> Expr:
+    """Natural logarithm, by the C library."""
+    return T.log(x)
+
+
 def branch(condition: Expr | bool, yes: Callable[[], None], no: Callable[[], None]) -> None:
     """if condition: yes() else: no(); decided here where the condition is a Python bool"""
     if isinstance(condition, bool):
@@ -180,7 +193,23 @@ def chunk(index: Expr, count: Expr, extent: Expr) -> tuple[Expr, Expr]:
     """The index-th of `count` nearly equal parts of range(extent), as (start, stop)."""
     if _is(count, 1):
         return 0, extent
-    return let(tvm.tirx.floordiv(index * extent, count)), let(tvm.tirx.floordiv((index + 1) * extent, count))
+    start, stop = tvm.tirx.floordiv(index * extent, count), tvm.tirx.floordiv((index + 1) * extent, count)
+    return (let(start), let(stop)) if isinstance(count, int) else (_opaque(start), _opaque(stop))
+
+
+def unflatten(index: Expr, inner: Expr) -> tuple[Expr, Expr]:
+    """(index // inner, index % inner)"""
+    if _is(inner, 1):
+        return index, 0
+    outer, rest = tvm.tirx.floordiv(index, inner), tvm.tirx.floormod(index, inner)
+    return (let(outer), let(rest)) if isinstance(inner, int) else (_opaque(outer), _opaque(rest))
+
+
+def _opaque(value: Expr) -> Expr:
+    """`value` through memory: TVM's simplifier spends a second on quotients by an unknown number."""
+    cell = T.alloc_buffer((1,), str(value.ty.dtype), scope="local")
+    T.buffer_store(cell, value, [0])
+    return let(cell[0])
 
 
 def div(a: Expr, b: int) -> Expr:
@@ -208,4 +237,4 @@ def _is(value: Expr, literal: int) -> bool:
 
 
 def _bytes(dtype: str) -> int:
-    return int(dtype.removeprefix("bfloat").removeprefix("float")) // 8
+    return 1 if dtype == "bool" else int(dtype.removeprefix("bfloat").removeprefix("float")) // 8

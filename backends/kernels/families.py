@@ -6,17 +6,35 @@ from typing import Any
 
 import numpy as np
 import tvm
-
-from rescompile.backends.kernels import conv, layout, linear
+from rescompile.backends.kernels import attention, conv, layout, linear, norm, pool, softmax
 from rescompile.backends.kernels.blocks import as_dtype
 from rescompile.backends.kernels.machine import Machine
-from rescompile.backends.kernels.specs import Argument, ConvSpec, LayoutSpec, LinearSpec
+from rescompile.backends.kernels.specs import (
+    Argument,
+    AttentionSpec,
+    ConvSpec,
+    GlobalMeanSpec,
+    LayoutSpec,
+    LinearSpec,
+    NormSpec,
+    PoolSpec,
+    SoftmaxSpec,
+)
 from rescompile.backends.kernels.tiles import Tile
 from rescompile.errors import RescompileError
 
-Spec = ConvSpec | LinearSpec | LayoutSpec
+Spec = ConvSpec | LinearSpec | AttentionSpec | NormSpec | SoftmaxSpec | PoolSpec | GlobalMeanSpec | LayoutSpec
 
-_FAMILIES: dict[type, Any] = {ConvSpec: conv, LinearSpec: linear, LayoutSpec: layout}
+_FAMILIES: dict[type, Any] = {
+    ConvSpec: conv,
+    LinearSpec: linear,
+    AttentionSpec: attention,
+    NormSpec: norm,
+    SoftmaxSpec: softmax,
+    PoolSpec: pool,
+    GlobalMeanSpec: pool.GlobalMean,
+    LayoutSpec: layout,
+}
 
 
 def _family(spec: Spec) -> Any:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tvm
-
 from rescompile.backends.kernels.emit import (
-    Expr, Flat, branch, div, each, lanes, let, mod, parallel, prim_func, serial,
-)  # fmt: skip
+    Expr,
+    Flat,
+    branch,
+    div,
+    each,
+    lanes,
+    let,
+    mod,
+    parallel,
+    prim_func,
+    serial,
+)
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.specs import Argument, LayoutSpec, Pair
 from rescompile.backends.kernels.tiles import Tile
@@ -60,10 +69,10 @@ def copy_with_border(x: Flat, y: Flat, shape: Shape, x_border: Pair, y_border: P
         source = let(((image * x_height + line + x_border[0]) * x_width + x_border[1]) * channels)
         each(shape[2] * channels, lambda i: y.raw.store(start + i, x.raw[source + i]))
 
-    _bordered_rows(y, shape, y_border, row)
+    bordered_rows(y, shape, y_border, row)
 
 
-def _bordered_rows(y: Flat, shape: Shape, border: Pair, row: Callable[[Expr, Expr, Expr], None]) -> None:
+def bordered_rows(y: Flat, shape: Shape, border: Pair, row: Callable[[Expr, Expr, Expr], None]) -> None:
     """Emits row(image, line, start) for each row of y inside its border, and the zeros around them."""
     batch, height, width, channels = shape
     _, y_height, y_width, _ = bordered(shape, border)
@@ -89,7 +98,7 @@ def _bordered_rows(y: Flat, shape: Shape, border: Pair, row: Callable[[Expr, Exp
 
 
 def _from_nchw(x: Flat, y: Flat, shape: Shape, border: Pair) -> None:
-    batch, height, width, channels = shape
+    _, height, width, channels = shape
     plane = height * width
 
     def row(image: Expr, line: Expr, start: Expr) -> None:
@@ -105,7 +114,7 @@ def _from_nchw(x: Flat, y: Flat, shape: Shape, border: Pair) -> None:
         with serial(width) as i:
             each(channels, lambda c: y.raw.store(start + i * channels + c, x.raw[source + c * plane + i]))
 
-    _bordered_rows(y, shape, border, row)
+    bordered_rows(y, shape, border, row)
 
 
 def _to_nchw(x: Flat, y: Flat, shape: Shape, border: Pair) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import tvm
 import tvm_ffi
-
 from rescompile.errors import RescompileError
 
 # TVM turns a local buffer of at most this many bytes into an alloca (kMaxStackAlloca in tvm's codegen);
@@ -52,6 +51,11 @@ class Machine:
             RescompileError: LLVM does not know the processor.
         """
         return _machine(mcpu, triple, threads or os.cpu_count() or 1)
+
+    @property
+    def is_host(self) -> bool:
+        """Whether kernels for this machine can be timed by this process."""
+        return self.target == Machine.host(self.threads).target
 
     def tvm_target(self) -> tvm.target.Target:
         """The TVM target that kernels for this machine are compiled with."""

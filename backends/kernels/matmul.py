@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import tvm
-
 from rescompile.backends.kernels.blocks import Blocks
-from rescompile.backends.kernels.emit import Expr, Flat, chunk, let, minimum, parallel, serial, when
+from rescompile.backends.kernels.emit import (
+    Expr,
+    Flat,
+    chunk,
+    div,
+    let,
+    minimum,
+    mod,
+    parallel,
+    serial,
+    unflatten,
+    when,
+)
 from rescompile.backends.kernels.register_tile import RegisterTile
 from rescompile.backends.kernels.specs import Epilogue, compute_dtype
 from rescompile.backends.kernels.tiles import Tile
@@ -13,7 +23,8 @@ from rescompile.backends.kernels.tiles import Tile
 
 def emit_matmul(
     x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat, *,
-    rows: Expr, depth: int, columns: int, epilogue: Epilogue, tile: Tile, row_tasks: Expr, block_tasks: Expr, dtype: str,
+    rows: Expr, depth: int, columns: int, epilogue: Epilogue, dtype: str,
+    tile: Tile, row_tasks: Expr, block_tasks: Expr,
 ) -> None:  # fmt: skip
     """Emits the loops: tasks > (weights or pixels outermost) > reduction > register tile.
 
@@ -42,7 +53,7 @@ def emit_matmul(
         )
 
     def tiles_of(pixels: int) -> None:
-        count = -(-rows // pixels) if isinstance(rows, int) else tvm.tirx.floordiv(rows + (pixels - 1), pixels)
+        count = -(-rows // pixels) if isinstance(rows, int) else div(rows + (pixels - 1), pixels)
 
         def one(block: Expr, position: Expr) -> None:
             first = position * pixels
@@ -50,7 +61,7 @@ def emit_matmul(
             register_tile(block, first if aligned else let(minimum(first, rows - pixels)), pixels)
 
         with parallel(block_tasks * row_tasks) as task:
-            block_task, row_task = _two(task, row_tasks)
+            block_task, row_task = unflatten(task, row_tasks)
             first_block, last_block = chunk(block_task, block_tasks, blocks.count)
             first_row, last_row = chunk(row_task, row_tasks, count)
             if tile.order == "weights":
@@ -69,16 +80,7 @@ def emit_matmul(
         size = 1
         while size * 2 < tile.pixels:
             size *= 2
-        first: Expr = 0
         while size:
-            with when(tvm.tirx.floormod(tvm.tirx.floordiv(rows, size), 2) == 1):
-                register_tile(block, tvm.tirx.floordiv(rows, size * 2) * (size * 2), size)
+            with when(mod(div(rows, size), 2) == 1):
+                register_tile(block, div(rows, size * 2) * (size * 2), size)
             size //= 2
-
-
-def _two(task: Expr, inner: Expr) -> tuple[Expr, Expr]:
-    if isinstance(inner, int) and inner == 1:
-        return task, 0
-    if isinstance(task, int):
-        return task, task
-    return let(tvm.tirx.floordiv(task, inner)), let(tvm.tirx.floormod(task, inner))

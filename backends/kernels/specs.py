@@ -125,7 +125,10 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """y = x in another layout. `source` and `target` are "NCHW" or "NHWC", not both NCHW; borders belong to the NHWC side."""
+    """y = x in another layout; `source` and `target` are "NCHW" or "NHWC", not both NCHW.
+
+    A border belongs to an NHWC side; y's is filled with zeros.
+    """
 
     batch: int
     height: int
@@ -310,5 +313,5 @@ def _check_dtype(dtype: str) -> None:
 
 
 def compute_dtype(dtype: str) -> str:
-    """The type that sums are held in: float32 also for the 16-bit types."""
-    return "float64" if dtype == "float64" else "float32"
+    """The type that sums are held in: float32 also for the 16-bit types. Masks stay bool."""
+    return dtype if dtype in ("float64", "bool") else "float32"
