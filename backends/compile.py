@@ -45,14 +45,14 @@ def compile_graph(
     where = targets.resolve(target, threads)
     if not graph.outputs:
         raise GraphError("The graph has no outputs: there is nothing to compile.")
-    lowering.check(graph)
+    imports = lowering.check(graph)
     if where.cuda:
         from rescompile.backends.compile_cuda import compile_cuda
 
-        return compile_cuda(graph, where, progress)
+        return compile_cuda(graph, where, imports, progress)
     from rescompile.backends.compile_cpu import compile_cpu
 
-    return compile_cpu(graph, where, database, tuning, progress)
+    return compile_cpu(graph, where, imports, database, tuning, progress)
 
 
 def describe(graph: Graph) -> list[str]:

@@ -8,14 +8,16 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from rescompile.backends.emitter import Emitter
+from rescompile.backends.lowering import build_passes, finish, lower
+from rescompile.backends.rules import RULES
 from rescompile.backends.working import WorkingGraph, foldable
 from rescompile.graph import Op, Role, Value
-from rescompile.kinds import OpKind
 
 
 def fold(graph: WorkingGraph) -> int:
     """Replace values that are constant by their contents; returns how many operations that took away."""
-    candidates = [op for op in graph if op.kind is not OpKind.OPAQUE and foldable(op)]
+    candidates = [op for op in graph if op.kind in RULES and foldable(op)]
     if not candidates:
         return 0
     inside = set(candidates)
@@ -36,9 +38,6 @@ def fold(graph: WorkingGraph) -> int:
 
 def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np.ndarray[Any, Any]]:
     """Contents of `wanted`, which `ops` compute from constants: by the same lowering, run here and now."""
-    from rescompile.backends.emitter import Emitter
-    from rescompile.backends.lowering import finish, lower
-
     part = WorkingGraph()
     part.source_ir = graph.source_ir
     twins: dict[Value, Value] = {}
@@ -70,7 +69,7 @@ def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np
     part.set_outputs([twins[value] for value in wanted])
     lowered = lower(Emitter(part))
     target = tvm.target.Target("llvm")
-    executable = relax.build(finish(lowered.module, None), target=target)
+    executable = relax.build(finish(lowered.module, target, None), target=target, relax_pipeline=build_passes())
     run = relax.VirtualMachine(executable, tvm.cpu())["main"]
     weights = [tvm.runtime.tensor(data) for data in lowered.weights.values()]
     result = run(*[tvm.runtime.tensor(data) for data in given], weights)

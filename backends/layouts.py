@@ -7,6 +7,7 @@ producer of a value writes the widest border that any reader wants, so that no r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rescompile.graph import Graph, Op, Value
@@ -21,10 +22,13 @@ class Layout:
 
     channels_last: bool = False
     border: Pair = (0, 0)
+    swapped: bool = False  # [a, b, c, d] lies as [a, c, b, d]: attention heads inside the sequence
 
 
 NATIVE = Layout()
 CHANNELS_LAST = Layout(channels_last=True)
+SWAPPED = Layout(swapped=True)
+SWAP = (0, 2, 1, 3)
 
 
 def to_channels_last(rank: int) -> tuple[int, ...]:
@@ -46,6 +50,12 @@ def spatial_pads(op: Op) -> tuple[int, int, int, int]:
         return 0, 0, 0, 0
     top, left, bottom, right = pads
     return top, left, bottom, right
+
+
+def pair(extents: Sequence[int], flat: bool) -> Pair:
+    """Kernel size, stride or dilation of two dimensions; a one-dimensional one has height 1."""
+    found = [int(extent) for extent in extents]
+    return (1, found[0]) if flat else (found[0], found[1])
 
 
 def wanted_borders(graph: Graph, readers: frozenset[OpKind]) -> dict[Value, Pair]:

@@ -6,8 +6,10 @@ from typing import Any
 
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter
-from rescompile.backends.lower_linear import epilogue, residual_of
+from rescompile.backends.emitter import DTYPES, Emitter
+from rescompile.backends.kernels import ConvSpec, Epilogue
+from rescompile.backends.layouts import Layout, pair, spatial_pads
+from rescompile.backends.lower_linear import epilogue, packed, residual_of, residual_value
 from rescompile.errors import GraphError
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
@@ -19,7 +21,62 @@ _NARROW = ("float16", "bfloat16")
 
 def conv(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(conv(x) + bias))"""
-    conv_in_relax(e, op)
+    if e.kernels is not None and _kernel_takes(e, op):
+        conv_by_kernel(e, op)
+    else:
+        conv_in_relax(e, op)
+
+
+def _kernel_takes(e: Emitter, op: Op) -> bool:
+    x, weight = op.operands[:2]
+    shape, dtype = x.shape, op.output.dtype or x.dtype
+    if shape is None or len(shape) not in (3, 4) or not all(isinstance(extent, int) for extent in shape):
+        return False
+    literal = e.is_literal(weight) and ((bias := op.operand("bias")) is None or e.is_literal(bias))
+    same = all(value.dtype == dtype for value in op.operands)
+    residual = residual_value(op)
+    return literal and same and dtype in DTYPES and (residual is None or residual.shape == op.output.shape)
+
+
+def conv_by_kernel(e: Emitter, op: Op) -> None:
+    """One kernel, channels last; the border that the output's readers want is written by it."""
+    x, weight, bias, residual = op.operands[0], op.operands[1], op.operand("bias"), residual_value(op)
+    shape = [int(extent) for extent in x.shape or ()]
+    flat = len(shape) == 3
+    read = e.widest(x)
+    beside = None if residual is None else e.widest(residual)
+    write = Layout(channels_last=True, border=e.borders.get(op.output, (0, 0)))
+    fused = op.kind is OpKind.FUSED_CONV
+    kernel = [int(extent) for extent in (weight.shape or ())[2:]]
+    spec = ConvSpec(
+        shape[0],
+        *((1, shape[2]) if flat else (shape[2], shape[3])),
+        shape[1],
+        int((weight.shape or ())[0]),
+        pair(kernel, flat),
+        pair(op.attr("stride"), flat),
+        spatial_pads(op),
+        pair(op.attr("dilation"), flat),
+        int(op.attr("groups")),
+        in_border=read.border,
+        out_border=write.border,
+        residual_border=(0, 0) if beside is None else beside.border,
+        epilogue=Epilogue(
+            bias=bias is not None,
+            residual=residual is not None,
+            inner=op.attr("inner") if fused else "none",
+            outer=op.attr("outer") if fused else "none",
+        ),
+        dtype=str(op.output.dtype or x.dtype),
+    )
+    given = {"x": e.get(x, read), **packed(e, spec, weight, bias, lambda data: data[:, :, None] if flat else data)}
+    if residual is not None and beside is not None:
+        given["residual"] = e.get(residual, beside)
+    out = e.call(op, spec, given)[0]
+    if flat:
+        extents = e.shape(out)
+        out = e.reshape(out, [extents[0], extents[2], extents[3]])
+    e.bind(op.output, out, write)
 
 
 def conv_in_relax(e: Emitter, op: Op) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter, Expr
+from rescompile.backends.emitter import DTYPES, Emitter, Expr
+from rescompile.backends.kernels import ConvSpec, Epilogue, LinearSpec, pack_bias, pack_weight
 from rescompile.backends.lower_elementwise import activate
-from rescompile.backends.lower_reduce import widened
-from rescompile.graph import Op
+from rescompile.backends.lower_reduce import product, widened
+from rescompile.errors import GraphError
+from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
 
 R = relax.op
@@ -17,7 +21,75 @@ R = relax.op
 
 def linear(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(x·weightᵀ + bias))"""
-    e.bind(op.output, linear_in_relax(e, op))
+    takes = e.kernels is not None and _kernel_takes(e, op)
+    e.bind(op.output, linear_by_kernel(e, op) if takes else linear_in_relax(e, op))
+
+
+def _kernel_takes(e: Emitter, op: Op) -> bool:
+    weight, bias, residual = op.operands[1], op.operand("bias"), residual_value(op)
+    dtype = op.output.dtype or op.operands[0].dtype
+    if weight.rank != 2 or dtype not in DTYPES or any(value.dtype != dtype for value in op.operands):
+        return False
+    if residual is not None and residual.shape != op.output.shape:
+        return False
+    return e.is_literal(weight) and (bias is None or (e.is_literal(bias) and bias.rank == 1))
+
+
+def linear_by_kernel(e: Emitter, op: Op) -> Expr:
+    """One kernel over the rows of x: its leading dimensions taken together."""
+    x, weight, bias, residual = e.get(op.operands[0]), op.operands[1], op.operand("bias"), residual_of(e, op)
+    lead = e.shape(x)[:-1]
+    rows = product(lead)
+    inside, outside = (int(extent) for extent in weight.shape or ())
+    if op.attr("transpose_weight"):
+        inside, outside = outside, inside
+    fused = op.kind is OpKind.FUSED_LINEAR
+    spec = LinearSpec(
+        rows if isinstance(rows, int) else None,
+        inside,
+        outside,
+        Epilogue(
+            bias=bias is not None,
+            residual=residual is not None,
+            inner=op.attr("inner") if fused else "none",
+            outer=op.attr("outer") if fused else "none",
+        ),
+        str(op.output.dtype or op.operands[0].dtype),
+    )
+    turn = (lambda data: data) if op.attr("transpose_weight") else (lambda data: data.T)
+    given = {"x": x, **packed(e, spec, weight, bias, turn)}
+    if residual is not None:
+        given["residual"] = residual
+    return e.reshape(e.call(op, spec, given, rows)[0], [*lead, outside])
+
+
+def packed(
+    e: Emitter,
+    spec: ConvSpec | LinearSpec,
+    weight: Value,
+    bias: Value | None,
+    view: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+) -> dict[str, Expr]:
+    """Weight and bias of a contraction in its kernel's layout, as parameters of the program."""
+    if e.kernels is None:
+        raise GraphError("There are no kernels for this target.")
+    tile, shapes = e.kernels.tile(spec), e.kernels.shapes(spec)
+
+    def weights() -> np.ndarray[Any, Any]:
+        return pack_weight(spec, tile, view(e.data(weight)))
+
+    made = {"weight": e.weight(f"{weight.name}@{e.kernels.packing(spec)}", weights, *shapes["weight"])}
+    if bias is not None:
+        given = bias
+        made["bias"] = e.weight(
+            f"{bias.name}@{spec.dtype}", lambda: pack_bias(spec, tile, e.data(given)), *shapes["bias"]
+        )
+    return made
+
+
+def residual_value(op: Op) -> Value | None:
+    """The residual operand, None for a kind without one."""
+    return op.operand("residual") if "residual?" in op.kind.spec.operands else None
 
 
 def linear_in_relax(e: Emitter, op: Op) -> Expr:
@@ -35,7 +107,7 @@ def linear_in_relax(e: Emitter, op: Op) -> Expr:
 
 def residual_of(e: Emitter, op: Op) -> Expr | None:
     """The residual operand of a fused kind, as the graph lays it out."""
-    residual = op.operand("residual") if "residual?" in op.kind.spec.operands else None
+    residual = residual_value(op)
     return None if residual is None else e.get(residual)
 
 

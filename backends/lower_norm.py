@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter, Expr
+from rescompile.backends.emitter import DTYPES, Emitter, Expr, numpy_dtype
+from rescompile.backends.kernels import NormSpec
 from rescompile.backends.layouts import CHANNELS_LAST, NATIVE
-from rescompile.backends.lower_reduce import widened
+from rescompile.backends.lower_reduce import product, widened
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
 
@@ -52,18 +53,56 @@ def layer_norm(e: Emitter, op: Op) -> None:
     weight, bias = op.operand("weight"), op.operand("bias") if op.kind is OpKind.LAYER_NORM else None
     x = e.get(op.operands[0])
     axis = op.attr("axis") % len(e.shape(x))
-    e.bind(op.output, row_norm(e, op, x, axis, weight, bias, rms=op.kind is OpKind.RMS_NORM))
+    if _kernel_takes(e, x, axis):
+        e.bind(op.output, norm_by_kernel(e, op, x, None, axis)[0])
+    else:
+        e.bind(op.output, row_norm(e, op, x, axis, weight, bias, rms=op.kind is OpKind.RMS_NORM))
 
 
 def add_norm(e: Emitter, op: Op) -> None:
     """sum = x + residual; y = N(sum); outputs y, sum"""
-    x, residual = (e.get(value) for value in op.operands[:2])
+    x, residual = (e.cast(e.get(value), op.outputs[1].dtype) for value in op.operands[:2])
+    same = e.shape(x) == e.shape(residual) and all(isinstance(extent, int) for extent in e.shape(x))
+    if (same or op.operands[0].shape == op.operands[1].shape) and _kernel_takes(e, x, op.attr("axis") % len(e.shape(x))):
+        outputs = norm_by_kernel(e, op, x, residual, op.attr("axis") % len(e.shape(x)))
+        for value, out in zip(op.outputs, outputs, strict=True):
+            e.bind(value, out)
+        return
     total = e.emit(R.add(x, residual))
     axis = op.attr("axis") % len(e.shape(total))
     rms = op.attr("norm") == "rms"
     weight, bias = op.operand("weight"), None if rms else op.operand("bias")
     e.bind(op.outputs[0], row_norm(e, op, total, axis, weight, bias, rms=rms))
     e.bind(op.outputs[1], total)
+
+
+def _kernel_takes(e: Emitter, x: Expr, axis: int) -> bool:
+    width = product(e.shape(x)[axis:])
+    return e.kernels is not None and isinstance(width, int) and e.dtype(x) in DTYPES
+
+
+def norm_by_kernel(e: Emitter, op: Op, x: Expr, residual: Expr | None, axis: int) -> list[Expr]:
+    """One kernel over rows of the dimensions from `axis` on; with a residual both outputs, if both are read."""
+    shape = e.shape(x)
+    rows, width = product(shape[:axis]), product(shape[axis:])
+    rms = op.kind is OpKind.RMS_NORM or (op.kind is OpKind.ADD_NORM and op.attr("norm") == "rms")
+    weight, bias = op.operand("weight"), None if rms else op.operand("bias")
+    spec = NormSpec(
+        rows if isinstance(rows, int) else None,
+        width,
+        "rms" if rms else "layer",
+        residual=residual is not None,
+        sum_output=residual is not None,
+        weight=weight is not None,
+        bias=bias is not None,
+        eps=float(op.attr("eps")),
+        dtype=e.dtype(x),
+    )
+    given = {"x": x, "residual": residual}
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            given[name] = e.cast(e.get(value), e.dtype(x))
+    return [e.reshape(out, shape) for out in e.call(op, spec, given, rows)]
 
 
 def row_norm(
@@ -88,11 +127,20 @@ def group_norm(e: Emitter, op: Op) -> None:
     x = e.get(value)
     shape = e.shape(x)
     groups = shape[1] if op.kind is OpKind.INSTANCE_NORM else op.attr("groups")
+    where = [1, -1] + [1] * (len(shape) - 2)
+    if e.kernels is not None and e.dtype(x) in DTYPES and all(isinstance(extent, int) for extent in shape):
+        rows = shape[0] * groups
+        spec = NormSpec(
+            rows, product(shape) // rows, weight=False, bias=False, eps=float(op.attr("eps")), dtype=e.dtype(x)
+        )
+        out = e.reshape(e.call(op, spec, {"x": x})[0], shape)
+        parts = [None if part is None else e.cast(e.reshape(e.get(part), where), e.dtype(x)) for part in (weight, bias)]
+        e.bind(op.output, _affine(e, out, parts[0], parts[1]))
+        return
     grouped = widened(e, e.reshape(x, [shape[0], groups, shape[1] // groups, _size(shape[2:])]))
     centred = e.emit(R.subtract(grouped, e.emit(R.mean(grouped, [2, 3], True))))
     power = e.emit(R.mean(e.emit(R.multiply(centred, centred)), [2, 3], True))
     out = e.reshape(e.emit(R.multiply(centred, _inverse_root(e, power, op.attr("eps")))), shape)
-    where = [1, -1] + [1] * (len(shape) - 2)
     parts = [None if part is None else e.cast(e.reshape(e.get(part), where), e.dtype(out)) for part in (weight, bias)]
     e.bind(op.output, e.cast(_affine(e, out, parts[0], parts[1]), e.dtype(x)))
 
@@ -123,8 +171,6 @@ def _folded(e: Emitter, op: Op, parts: tuple[Value | None, ...]) -> tuple[np.nda
 
 
 def _of(e: Emitter, x: Expr) -> Any:
-    from rescompile.backends.emitter import numpy_dtype
-
     return numpy_dtype(e.dtype(x))
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter
-from rescompile.backends.layouts import CHANNELS_LAST, NATIVE
-from rescompile.backends.lower_reduce import widened
+from rescompile.backends.emitter import DTYPES, Emitter
+from rescompile.backends.kernels import PoolSpec
+from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, Layout, pair, spatial_pads
+from rescompile.backends.lower_reduce import global_mean, widened
 from rescompile.errors import GraphError
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
@@ -34,6 +35,8 @@ def pool(e: Emitter, op: Op) -> None:
     """y = the largest element, or the mean, of each window of x"""
     value = op.operands[0]
     last = e.lies_channels_last(value)
+    if last and pool_by_kernel(e, op):
+        return
     x = e.get(value, CHANNELS_LAST if last else NATIVE)
     rank = len(e.shape(x)) - 2
     function = _POOLS.get((op.kind, rank))
@@ -53,10 +56,49 @@ def pool(e: Emitter, op: Op) -> None:
     e.bind(op.output, out, CHANNELS_LAST if last else NATIVE)
 
 
+def pool_by_kernel(e: Emitter, op: Op) -> bool:
+    """One kernel, channels last, writing the border that its readers want; whether there is one for it."""
+    value = op.operands[0]
+    layout = e.widest(value)
+    x = e.get(value, layout)
+    shape = e.shape(x)
+    flat = len(shape) == 3
+    if e.kernels is None or e.dtype(x) not in DTYPES or len(shape) not in (3, 4):
+        return False
+    if not all(isinstance(extent, int) for extent in shape):
+        return False
+    border = e.borders.get(op.output, (0, 0))
+    kernel = pair(op.attr("kernel"), flat)
+    spec = PoolSpec(
+        "max" if op.kind is OpKind.MAX_POOL else "avg",
+        shape[0],
+        1 if flat else shape[1] - 2 * layout.border[0],
+        shape[-2] - 2 * layout.border[1],
+        shape[-1],
+        kernel,
+        pair(op.attr("stride"), flat) if op.attr("stride") else kernel,
+        spatial_pads(op),
+        pair(op.attr("dilation") or (1, 1), flat) if op.kind is OpKind.MAX_POOL else (1, 1),
+        bool(op.attr("ceil_mode")),
+        op.kind is OpKind.AVG_POOL and bool(op.attr("count_include_pad")),
+        layout.border,
+        border,
+        e.dtype(x),
+    )
+    out = e.call(op, spec, {"x": x})[0]
+    if flat:
+        extents = e.shape(out)
+        out = e.reshape(out, [extents[0], extents[2], extents[3]])
+    e.bind(op.output, out, Layout(channels_last=True, border=border))
+    return True
+
+
 def adaptive_avg_pool(e: Emitter, op: Op) -> None:
     """y = means of windows that divide x into `output_size` parts"""
     value = op.operands[0]
     last = e.lies_channels_last(value)
+    if last and all(extent == 1 for extent in op.attr("output_size")) and global_mean(e, op, keep=True):
+        return
     x = e.get(value, CHANNELS_LAST if last else NATIVE)
     shape = e.shape(x)
     rank = len(shape) - 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter, Expr
+from rescompile.backends.emitter import DTYPES, Emitter, Expr
+from rescompile.backends.kernels import GlobalMeanSpec, SoftmaxSpec
 from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, to_channels_last
+from rescompile.backends.symbols import Extent
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
 
@@ -34,10 +36,40 @@ def reduction(e: Emitter, op: Op) -> None:
         x = e.cast(x, op.output.dtype)
     if e.dtype(x) == "bool":
         x = e.cast(x, "int64" if op.output.dtype == "bool" else op.output.dtype)
+    if last and op.kind is OpKind.MEAN and global_mean(e, op, keep):
+        return
     over = [to_channels_last(rank).index(axis) for axis in axes] if last else axes
     out = e.emit(_REDUCTIONS[op.kind](widened(e, x), over, keep))
     out = e.cast(out, op.output.dtype or e.dtype(x))
     e.bind(op.output, out, CHANNELS_LAST if last and keep else NATIVE)
+
+
+def global_mean(e: Emitter, op: Op, keep: bool) -> bool:
+    """y = mean of x over all positions, by a kernel where there is one for it; whether there was."""
+    value = op.operands[0]
+    layout = e.widest(value)
+    x = e.get(value, layout)
+    shape = e.shape(x)
+    if e.kernels is None or e.dtype(x) not in DTYPES or not all(isinstance(extent, int) for extent in shape):
+        return False
+    if len(shape) not in (3, 4):
+        return False
+    height = 1 if len(shape) == 3 else shape[1] - 2 * layout.border[0]
+    spec = GlobalMeanSpec(shape[0], height, shape[-2] - 2 * layout.border[1], shape[-1], layout.border, e.dtype(x))
+    out = e.call(op, spec, {"x": x})[0]
+    if keep:
+        e.bind(op.output, e.reshape(out, [shape[0], *[1] * (len(shape) - 2), shape[-1]]), CHANNELS_LAST)
+    else:
+        e.bind(op.output, e.reshape(out, [shape[0], shape[-1]]))
+    return True
+
+
+def product(extents: Sequence[Extent]) -> Extent:
+    """The number of elements of a shape."""
+    total: Extent = 1
+    for extent in extents:
+        total = total * extent
+    return total
 
 
 def argmax(e: Emitter, op: Op) -> None:
@@ -70,8 +102,16 @@ def softmax(e: Emitter, op: Op) -> None:
     function = R.nn.log_softmax if op.attr("log") else R.nn.softmax
     if e.dtype(x) in _NARROW or "float" not in e.dtype(x):
         x = e.cast(x, "float32" if dtype in _NARROW else dtype)
-    axis = op.attr("axis") % len(e.shape(x))
-    e.bind(op.output, e.cast(e.emit(function(x, axis)), dtype))
+    shape = e.shape(x)
+    axis = op.attr("axis") % len(shape)
+    width = shape[axis]
+    if e.kernels is not None and axis == len(shape) - 1 and isinstance(width, int) and e.dtype(x) in DTYPES:
+        rows = product(shape[:-1])
+        spec = SoftmaxSpec(rows if isinstance(rows, int) else None, width, bool(op.attr("log")), e.dtype(x))
+        out = e.reshape(e.call(op, spec, {"x": x}, rows)[0], shape)
+    else:
+        out = e.emit(function(x, axis))
+    e.bind(op.output, e.cast(out, dtype))
 
 
 _REDUCTIONS: dict[OpKind, Callable[[Expr, list[int], bool], Expr]] = {

@@ -8,7 +8,8 @@ from typing import Any
 from tvm import relax, tirx
 
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, to_channels_first, to_channels_last
+from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, SWAP, SWAPPED, to_channels_first, to_channels_last
+from rescompile.backends.lower_reduce import product
 from rescompile.backends.symbols import Extent
 from rescompile.errors import GraphError
 from rescompile.graph import Op, Value
@@ -26,7 +27,7 @@ def reshape(e: Emitter, op: Op) -> None:
         plain = e.get(value, CHANNELS_LAST)
         shape = e.shape(plain)
         if len(want) == 3:
-            e.bind(op.output, e.reshape(plain, [shape[0], _product(shape[1:-1]), shape[-1]]), CHANNELS_LAST)
+            e.bind(op.output, e.reshape(plain, [shape[0], product(shape[1:-1]), shape[-1]]), CHANNELS_LAST)
             return
         if len(want) == 2 and all(extent == 1 for extent in spatial):
             e.bind(op.output, e.reshape(plain, [shape[0], shape[-1]]))
@@ -50,9 +51,19 @@ def permute(e: Emitter, op: Op) -> None:
     if rank >= 3 and perm == to_channels_last(rank) and e.lies_channels_last(value):
         e.bind(op.output, e.get(value, CHANNELS_LAST))
         return
+    if perm == SWAP and e.has(value, SWAPPED):
+        e.bind(op.output, e.get(value, SWAPPED))
+        return
+    if e.has(value, SWAPPED) and not e.has(value, NATIVE):
+        # [a, b, c, d] lies as [a, c, b, d]: permute from there, perhaps by nothing
+        e.bind(op.output, e.permute(e.get(value, SWAPPED), [SWAP[axis] for axis in perm]))
+        return
     native = e.get(value)
     if rank >= 3 and perm == to_channels_first(rank):
         e.bind(op.output, native, CHANNELS_LAST)
+        return
+    if perm == SWAP:
+        e.bind(op.output, native, SWAPPED)
         return
     e.bind(op.output, e.permute(native, perm))
 
@@ -274,13 +285,6 @@ def _split_sizes(op: Op) -> Sequence[int]:
         return tuple(sizes)
     axis = op.attr("axis")
     return tuple(int((value.shape or ())[axis]) for value in op.outputs)
-
-
-def _product(extents: Sequence[Extent]) -> Extent:
-    total: Extent = 1
-    for extent in extents:
-        total = total * extent
-    return total
 
 
 MOVES = {

@@ -9,8 +9,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends import fallback
-from rescompile.backends.emitter import Emitter, Region
+from rescompile.backends.emitter import Emitter
+from rescompile.backends.fallback import Imports
+from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
@@ -27,14 +28,14 @@ class Lowered:
     regions: dict[str, Region]
 
 
-def unsupported(graph: Graph, op: Op) -> str | None:
+def unsupported(graph: Graph, op: Op, imports: Imports) -> str | None:
     """Why the operation cannot be lowered, None when it can."""
     if op.has(Trait.RANDOM):
         return f"{op.kind.value} (a different value on each call; put the model into evaluation mode)"
     if op.kind is OpKind.BATCH_NORM and op.attr("training"):
         return "batch_norm with the batch's statistics (put the model into evaluation mode)"
     if needs_fallback(graph.ir, op):
-        return fallback.unsupported(graph, op)
+        return imports.unsupported(graph, op)
     return None
 
 
@@ -46,15 +47,16 @@ def needs_fallback(ir: str, op: Op) -> bool:
     return op.kind is OpKind.INTERPOLATE and ir == "onnx"
 
 
-def check(graph: Graph) -> None:
-    """UnsupportedOps, naming all operations that cannot be lowered, before any work is done."""
+def check(graph: Graph) -> Imports:
+    """What frontends read of the graph; UnsupportedOps, naming all that cannot be lowered, before any work is done."""
+    imports = Imports()
     live: set[Value] = set(graph.outputs)
     reasons: dict[str, list[str]] = {}
     for op in reversed(graph.ops):
         if not any(value in live for value in op.outputs):
             continue
         live.update(op.operands)
-        reason = unsupported(graph, op)
+        reason = unsupported(graph, op, imports)
         if reason is not None:
             reasons.setdefault(reason, []).append(op.name)
     if reasons:
@@ -63,16 +65,17 @@ def check(graph: Graph) -> None:
             f"TVM has no lowering for these operations: {listed}; run the model with --backend eager, inductor or "
             f"onnxruntime, or replace them."
         )
+    return imports
 
 
-def lower(e: Emitter) -> Lowered:
-    """Emit every operation of the emitter's graph and close the function."""
+def lower(e: Emitter, imports: Imports | None = None, *, contents: bool = True) -> Lowered:
+    """Emit every operation of the emitter's graph and close the function; without `contents` no weight is made."""
     graph = e.graph
     with e.bb.function("main"):
         with e.bb.dataflow():
             for op in graph:
-                if needs_fallback(graph.source_ir, op):
-                    fallback.lower(e, op)
+                if imports is not None and op.name in imports.found:
+                    imports.lower(e, op)
                 else:
                     RULES[op.kind](e, op)
             outputs = [e.cast(e.get(value), value.dtype) for value in graph.outputs]
@@ -81,10 +84,10 @@ def lower(e: Emitter) -> Lowered:
     module = e.bb.get()
     main = module["main"].with_attr("num_input", len(e.inputs))
     module.update_func(module.get_global_var("main"), main)
-    return Lowered(module, e.weights, e.regions)
+    return Lowered(module, e.weights() if contents else {}, e.regions)
 
 
-def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRModule:
+def finish(module: tvm.IRModule, target: tvm.target.Target, schedule: tvm.transform.Pass | None) -> tvm.IRModule:
     """Generate loop nests for what no kernel serves, join neighbours, schedule them, gather the weights in a tuple."""
     passes: list[Any] = [
         relax.transform.InlinePrivateFunctions(),
@@ -92,7 +95,8 @@ def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRM
         relax.transform.EliminateCommonSubexpr(),
         relax.transform.DeadCodeElimination(),
         relax.backend.DispatchSortScan(),
-        relax.transform.LegalizeOps(),
+        # A reshape is another view of the same memory; inside a generated loop it would cost divisions.
+        relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FuseOps(),
         relax.transform.FuseTIR(),
@@ -101,6 +105,23 @@ def finish(module: tvm.IRModule, schedule: tvm.transform.Pass | None) -> tvm.IRM
     if schedule is not None:
         passes.append(schedule)
     passes.append(relax.transform.BundleModelParams("weights"))
-    return tvm.transform.Sequential(passes)(module)
+    with target:
+        return tvm.transform.Sequential(passes)(module)
 
 
+def build_passes() -> tvm.transform.Pass:
+    """From a finished module to virtual machine code: TVM's default, reshapes kept as views."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rescompile.detect import inspect_graph
+from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op
 from rescompile.kinds import OpKind
 from rescompile.passes.add_norm import add_norm

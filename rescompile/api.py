@@ -66,14 +66,14 @@ def load(path: str | Path, *, trust: bool = False) -> Graph:
 
 def inspect(model: Any, example_inputs: Any = None) -> Report:
     """The residual structure of a graph or model."""
-    from rescompile.detect import inspect_graph
+    from rescompile.detection import inspect_graph
 
     return inspect_graph(capture(model, example_inputs))
 
 
 def explain(graph: Graph, report: Report, node: str) -> str:
     """Which block the operation or value belongs to and in which role, or which rule turned it down."""
-    from rescompile.detect import explain as explain_node
+    from rescompile.detection import explain as explain_node
 
     return explain_node(graph, report, node)
 

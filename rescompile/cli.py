@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompile.cli_output import complain, say, say_json, stage, table
+from rescompile.cli_output import complain, html_page, say, say_json, show, stage
 from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def common(
     # The program's help, in the place of this function's own documentation, is given to `app`.
     context.obj = show_traceback
     if version:
-        from importlib.metadata import version as installed
+        import rescompile
 
-        say(f"rescompile {installed('rescompile')}")
+        say(f"rescompile {rescompile.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
         say(context.get_help())
@@ -85,26 +85,31 @@ def inspect(
     inputs: Inputs = None,
     trust: Trust = False,
     as_json: Json = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write the report as a page too")] = None,
     why: Annotated[
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
 ) -> None:
     """Show the residual structure of MODEL."""
+    from rescompile.cli_files import check_writable, write_text
+
+    if html is not None:
+        check_writable(html)
     graph = _load(model, inputs, trust)
     from rescompile import api
 
     with stage("Looking for residual blocks"):
         report = api.inspect(graph)
+    if html is not None:
+        write_text(html, html_page(report, model))
     if why is not None:
         explanation = api.explain(graph, report, why)
         if as_json:
             say_json({"node": why, "explanation": explanation})
         else:
             say(explanation)
-    elif as_json:
-        say_json(report.to_dict())
     else:
-        say(str(report))
+        _print_result(report, as_json)
 
 
 @app.command()
@@ -141,9 +146,9 @@ def rewrite(
         return
     with stage("Rewriting"):
         result = api.rewrite(graph, specs, verify=not no_verify)
+    _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
-    _save(result, output)
     _print_result(result, as_json)
 
 
@@ -207,18 +212,24 @@ def compile_(
 
     The artifact runs in a process that has neither torch nor the model's code.
     """
-    from rescompile.cli_files import check_writable, write_whole
+    from rescompile import api
+    from rescompile.backends.require import require_tvm
+    from rescompile.cli_files import check_writable
 
-    specs = _passes(passes)
+    require_tvm()
+    specs = _passes(passes, api.COMPILE_PASSES)
     check_writable(output)
     graph = _load(model, inputs, trust)
-    from rescompile import api
+    from rescompile.cli_run import describe, program_data
 
     with stage(f"Compiling for {target}"):
         tuning = api.Tuning(trials=tune, database=None if database is None else str(database))
         program = api.compile(graph, target=target, passes=specs, tune=tuning)
-        write_whole(output, program.save)
-    _print_result(program, as_json)
+        program.save(output)
+    if as_json:
+        say_json(program_data(program))
+    else:
+        say(describe(program, output))
 
 
 @app.command()
@@ -248,7 +259,7 @@ def run(
     if as_json:
         say_json({"outputs": summary})
     else:
-        say(table(["output", "type", "min", "mean", "max"], [[str(cell) for cell in row.values()] for row in summary]))
+        say(cli_run.print_summaries(summary))
 
 
 @app.command()
@@ -271,10 +282,10 @@ def bench(
         if name not in known:
             raise _usage(f"There is no runtime '{name}' to measure against", name, known)
     graph = _load(model, inputs, trust)
-    from rescompile import api
+    from rescompile.cli_bench import bench_graph
 
     with stage("Measuring"):
-        result = api.bench(graph, against=names)
+        result = bench_graph(graph, names)
     _print_result(result, as_json)
 
 
@@ -294,18 +305,17 @@ def passes_(as_json: Json = False) -> None:
 
 
 def _load(model: str, inputs: list[str] | None, trust: bool) -> Graph:
-    from rescompile import api
+    from rescompile.cli_models import load_model
 
     with stage(f"Loading {model}"):
-        return api.load_model(model, inputs or [], trust)
+        return load_model(model, inputs or [], trust)
 
 
-def _passes(specs: list[str] | None) -> list[Any]:
+def _passes(specs: list[str] | None, otherwise: Sequence[str] = ("fuse",)) -> list[Any]:
     """The passes of the command line, parsed before anything long begins."""
-    from rescompile.passes import PASSES
-    from rescompile.specs import parse_pass
+    from rescompile.api import resolve
 
-    return [parse_pass(spec, PASSES) for spec in specs or ["fuse"]]
+    return resolve(specs or list(otherwise))
 
 
 def _check_model_out(model: str, output: Path | None) -> None:
@@ -322,18 +332,16 @@ def _check_model_out(model: str, output: Path | None) -> None:
 
 
 def _save(result: Any, output: Path | None) -> None:
-    from rescompile.cli_files import write_whole
-
     if output is not None:
         with stage(f"Writing {output}"):
-            write_whole(output, result.save)
+            result.save(str(output))
 
 
 def _print_result(result: Any, as_json: bool) -> None:
     if as_json:
         say_json(result.to_dict())
     else:
-        say(str(result))
+        show(result)
 
 
 def _read_text(path: Path) -> str:
@@ -350,6 +358,9 @@ def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileEr
 
     choices = f": choose from {', '.join(known)}" if known else ""
     return SpecError(f"{what}{nearest(name, known) if known else ''}{choices}.")
+
+
+_INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -373,8 +384,8 @@ def _run(arguments: list[str]) -> int:
         status = app(arguments, standalone_mode=False)
     except RescompileError as error:
         return _failed(str(error), error.exit_code, show)
-    except KeyboardInterrupt:
-        return _failed("Interrupted.", 130, show)
+    except (KeyboardInterrupt, typer.Abort):
+        return _INTERRUPTED
     except BrokenPipeError:
         raise
     except ModuleNotFoundError as error:
@@ -412,6 +423,8 @@ def _missing(error: ModuleNotFoundError) -> str:
     name = (error.name or "").partition(".")[0]
     if name in _EXTRAS:
         return f"This needs {name}, which is not installed: pip install 'rescompile[{_EXTRAS[name]}]'."
+    if name == "rescompile":
+        return f"Internal error ({error}): this installation of rescompile is not complete; install it again."
     return f"This needs the Python package '{name or error}', which is not installed: install it first."
 
 

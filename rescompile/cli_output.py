@@ -14,6 +14,29 @@ def say(text: str) -> None:
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
 
 
+def show(result: Any) -> None:
+    """A result that prints itself: with colours and the terminal's width on a terminal, as plain text in a pipe."""
+    if sys.stdout.isatty() and hasattr(result, "__rich_console__"):
+        from rich.console import Console
+
+        Console().print(result)
+    else:
+        say(str(result))
+
+
+def html_page(result: Any, title: str) -> str:
+    """A result that prints itself, as one HTML page that refers to nothing outside it."""
+    import io
+    from html import escape
+
+    from rich.console import Console
+
+    console = Console(record=True, file=io.StringIO(), width=200)
+    console.print(result)
+    page = console.export_html(inline_styles=True)
+    return page.replace("<head>", f"<head>\n<title>{escape(title)}</title>", 1)
+
+
 def say_json(data: Any) -> None:
     """A result, for programs."""
     say(json.dumps(data, indent=2))

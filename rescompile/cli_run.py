@@ -1,33 +1,83 @@
-"""`rescompile run`: arrays in, arrays out, whatever runs the model."""
+"""`rescompile run`: arrays in, arrays out, whatever runs the model; and what a compiled program is, as text."""
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from rescompile import api
 from rescompile.cli_files import write_whole
-from rescompile.errors import RescompileError
+from rescompile.cli_models import load_model
+from rescompile.cli_output import table
+from rescompile.errors import RescompileError, nearest
 from rescompile.printing import print_type
+from rescompile.specs import InputSpec
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+if TYPE_CHECKING:
+    from rescompile.backends.program import Program
+
+Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 
-def run(model: str, backend: str, inputs: list[str], trust: bool, input_file: Path | None) -> Arrays:
+def run(model: str, backend: str, inputs: Sequence[str], trust: bool, input_file: Path | None) -> Arrays:
     """Outputs by name."""
     given = None if input_file is None else load_arrays(input_file)
-    return api.run(model, given, backend=backend, inputs=inputs, trust=trust)
+    if zipfile.is_zipfile(model) and not model.lower().endswith(".pt2"):
+        if backend != "tvm":
+            raise RescompileError(f"'{model}' is a compiled artifact, which runs on tvm only: leave --backend out.")
+        return _run_program(api.load_program(model), given)
+    graph = load_model(model, inputs, trust)
+    if backend == "tvm":
+        return _run_program(api.compile(graph), given)
+    from rescompile.backends.runtimes import runner
+
+    wanted = [InputSpec(value.shape or (), value.dtype or "float32") for value in graph.inputs]
+    arrays = _inputs([value.name for value in graph.inputs], wanted, given)
+    return _named([value.name for value in graph.outputs], runner(graph, backend)(*arrays))
+
+
+def _run_program(program: Program, given: Arrays | None) -> Arrays:
+    manifest = program.manifest
+    specs = [InputSpec(tuple(info.shape), info.dtype) for info in manifest.inputs]
+    arrays = _inputs([info.name for info in manifest.inputs], specs, given)
+    return _named([info.name for info in manifest.outputs], program(*arrays))
+
+
+def _inputs(names: Sequence[str], specs: Sequence[InputSpec], given: Arrays | None) -> list[np.ndarray[Any, Any]]:
+    """The given arrays in order, or random ones."""
+    if given is None:
+        return [spec.example(seed) for seed, spec in enumerate(specs)]
+    for name in given:
+        if name not in names:
+            raise RescompileError(
+                f"The model has no input '{name}'{nearest(name, names)}: it takes {', '.join(names)}."
+            )
+    missing = [f"{name}: {spec}" for name, spec in zip(names, specs, strict=True) if name not in given]
+    if missing:
+        raise RescompileError(f"The input file lacks {', '.join(missing)}.")
+    return [given[name] for name in names]
+
+
+def _named(names: Sequence[str], outputs: Any) -> Arrays:
+    values = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
+
+
+# ---- files of arrays -----------------------------------------------------------------------------------------------
 
 
 def load_arrays(path: Path) -> Arrays:
     """The arrays of an .npz file, by name. Pickled objects are refused."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise RescompileError(f"Cannot read '{path}': it holds one unnamed array; save it with numpy.savez.")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise RescompileError(f"Cannot read '{path}': it holds one unnamed array; save it with numpy.savez.")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or "it is not an .npz file of plain arrays"
@@ -44,6 +94,9 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
     write_whole(path, save)
 
 
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
 def summaries(arrays: Arrays) -> list[dict[str, Any]]:
     """Name, type and spread of every array."""
     return [
@@ -52,12 +105,34 @@ def summaries(arrays: Arrays) -> list[dict[str, Any]]:
     ]
 
 
-def _spread(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+def print_summaries(rows: list[dict[str, Any]]) -> str:
+    """The summaries as a table."""
+    return table(["output", "type", "min", "mean", "max"], [[str(cell) for cell in row.values()] for row in rows])
+
+
+def _spread(array: np.ndarray[Any, Any]) -> dict[str, float | None]:
     if array.size == 0:
         return {"min": None, "mean": None, "max": None}
     wide = array.astype(np.float64)
     return {"min": _short(wide.min()), "mean": _short(wide.mean()), "max": _short(wide.max())}
 
 
-def _short(number: np.float64) -> float:
+def _short(number: Any) -> float:
     return float(f"{float(number):.6g}")
+
+
+def program_data(program: Program) -> dict[str, Any]:
+    """What a compiled program is, as plain data; generated source is left out."""
+    data = dataclasses.asdict(program.manifest)
+    data.pop("sources")
+    return data
+
+
+def describe(program: Program, path: Path) -> str:
+    """What a compiled program is, and where it lies, as text."""
+    manifest = program.manifest
+    lines = [f"{path} for {manifest.target}, {path.stat().st_size / 2**20:.1f} MiB"]
+    for title, infos in (("input", manifest.inputs), ("output", manifest.outputs)):
+        lines += [f"  {title:<7}{info.name}: {print_type(tuple(info.shape), info.dtype)}" for info in infos]
+    lines.append(f"  {len(manifest.regions)} regions")
+    return "\n".join(lines)

@@ -92,6 +92,25 @@ def graph_costs(graph: Graph, extents: Mapping[str, int] | None = None) -> Costs
     )
 
 
+def cost_lines(before: Costs, after: Costs) -> list[str]:
+    """Costs before and after, with their ratio, as text."""
+    lines = ["costs"]
+    rows = [
+        ("operations", before.ops, after.ops),
+        ("parameters", before.parameters, after.parameters),
+        ("FLOPs", before.flops, after.flops),
+        ("bytes moved", before.bytes, after.bytes),
+    ]
+    for title, old, new in rows:
+        share = f" ({(new - old) / old:+.1%})" if old and old != new else ""
+        lines.append(f"  {title:<14} {old:>16,} → {new:,}{share}")
+    if after.symbols:
+        lines.append("  with " + ", ".join(f"{name} = {extent}" for name, extent in after.symbols))
+    if after.uncounted or before.uncounted:
+        lines.append(f"  without the arithmetic of {before.uncounted} → {after.uncounted} unknown operations")
+    return lines
+
+
 def trained_parameters(graph: Graph) -> list[Value]:
     """Parameters of floating dtype but for batch-norm statistics, each once however many operations share it."""
     return [

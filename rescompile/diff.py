@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rescompile.costs import Costs, graph_costs
+from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.matching import LINEARS, Matching
 from rescompile.printing import print_type
@@ -119,25 +119,6 @@ class GraphDiff:
             lines.append("kinds")
             lines += [f"  {kind:<14} {old:>6} → {new}" for kind, old, new in self.kinds]
         return "\n".join([*lines, *cost_lines(*self.costs)])
-
-
-def cost_lines(before: Costs, after: Costs) -> list[str]:
-    """Costs before and after, with their ratio, as text."""
-    lines = ["costs"]
-    rows = [
-        ("operations", before.ops, after.ops),
-        ("parameters", before.parameters, after.parameters),
-        ("FLOPs", before.flops, after.flops),
-        ("bytes moved", before.bytes, after.bytes),
-    ]
-    for title, old, new in rows:
-        share = f" ({(new - old) / old:+.1%})" if old and old != new else ""
-        lines.append(f"  {title:<14} {old:>16,} → {new:,}{share}")
-    if after.symbols:
-        lines.append("  with " + ", ".join(f"{name} = {extent}" for name, extent in after.symbols))
-    if after.uncounted or before.uncounted:
-        lines.append(f"  without the arithmetic of {before.uncounted} → {after.uncounted} unknown operations")
-    return lines
 
 
 def diff_graphs(before: Graph, after: Graph, names: tuple[str, str] = ("A", "B"), *, data: bool = True) -> GraphDiff:

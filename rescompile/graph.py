@@ -123,6 +123,11 @@ class Op:
         """The first output."""
         return self.outputs[0]
 
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factor of each operand, of an ADD."""
+        return tuple(self.attr("scales")) or (1.0,) * len(self.inputs)
+
     def has(self, trait: Trait) -> bool:
         """Whether the operation's kind has all of `trait`."""
         return self.kind.has(trait)

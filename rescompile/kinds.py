@@ -296,7 +296,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.TOPK: _kind("x *rest", Trait.WORK, 2),
     K.FULL: _kind("*shape", Trait.SOURCE, value=0.0),
     K.ARANGE: _kind("*bounds", Trait.SOURCE, start=0, step=1),
-    K.SHAPE: _kind("x", Trait.SOURCE),
+    # axis None: all extents, as a vector; otherwise that one, as a scalar.
+    K.SHAPE: _kind("x", Trait.SOURCE, axis=None),
     K.RANDOM: _kind("*x", Trait.SOURCE | Trait.RANDOM),
     # y = outer(residual + inner(conv(x) + bias))
     K.FUSED_CONV: _kind("x weight bias? residual?", _CONTRACTION | Trait.FUSED, **_CONV_ATTRS, **_EPILOGUE_ATTRS),

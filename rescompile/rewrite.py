@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
 from rescompile.plan import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
@@ -57,6 +58,11 @@ class Result(msgspec.Struct):
                             heirs[operand].append(edit.name)
         return heirs
 
+    @property
+    def costs(self) -> tuple[Costs, Costs]:
+        """Parameters, floating-point operations and bytes moved, before and after."""
+        return graph_costs(self.original), graph_costs(self.graph)
+
     def save(self, path: str) -> None:
         """Write the model, whole or not at all. VerificationError when the verification failed."""
         if self.rolled_back or not (self.verification.ok or self.verification.skipped):
@@ -75,10 +81,11 @@ class Result(msgspec.Struct):
             "verification": {"ok": self.verification.ok, **msgspec.to_builtins(self.verification)},
             "rolled_back": msgspec.to_builtins(self.rolled_back),
             "key_map": self.key_map,
+            "costs": {name: costs.to_dict() for name, costs in zip(("before", "after"), self.costs, strict=True)},
         }
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self.verification}"
+        return "\n".join([str(self.plan), *cost_lines(*self.costs), str(self.verification)])
 
 
 def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:

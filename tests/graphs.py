@@ -147,3 +147,56 @@ def _shape(kind: OpKind, operands: list[Value]) -> Shape | None:
     rank = max(len(shape) for shape in shapes if shape is not None)
     padded = [(1,) * (rank - len(shape)) + tuple(shape) for shape in shapes if shape is not None]
     return tuple(next((n for n in column if n != 1), 1) for column in zip(*padded, strict=True))
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+def residual_mlp(depth: int = 3, width: int = 8) -> Graph:
+    """x + W₂·relu(W₁·x), `depth` times."""
+    b = Builder("mlp")
+    x = b.input(2, width)
+    for index in range(depth):
+        b.module = f"blocks.{index}"
+        x = b.add(x, b.linear(b.relu(b.linear(x, 2 * width)), width), name=f"join_{index}")
+    return b.output(x)
+
+
+def resnet_block(b: Builder, x: Value, channels: int, stride: int = 1, name: str = "") -> Value:
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))), with a 1×1 projection where the shape changes."""
+    y = b.relu(b.batch_norm(b.conv(x, channels, 3, stride)))
+    y = b.batch_norm(b.conv(y, channels, 3))
+    if stride != 1 or x.shape is None or x.shape[1] != channels:
+        x = b.batch_norm(b.conv(x, channels, 1, stride))
+    return b.relu(b.add(y, x, name=name))
+
+
+def attention(b: Builder, x: Value, memory: Value | None = None, mask: Value | None = None) -> Value:
+    """Self-attention, or attention to a memory, as one operation between four linears."""
+    memory = x if memory is None else memory
+    width = int((x.shape or ())[-1])
+    q, k, v = b.linear(x, width), b.linear(memory, width), b.linear(memory, width)
+    return b.linear(b.op(K.ATTENTION, q, k, v, mask, shape=x.shape), width)
+
+
+def mlp(b: Builder, x: Value) -> Value:
+    width = int((x.shape or ())[-1])
+    return b.linear(b.op(K.GELU, b.linear(x, 4 * width)), width)
+
+
+def transformer_layer(
+    b: Builder, x: Value, norm: str = "pre", memory: Value | None = None, mask: Value | None = None
+) -> Value:
+    """Attention (and attention to a memory) and an MLP, with norms before, behind, on or around the branches."""
+
+    def around(x: Value, branch: Any) -> Value:
+        y = branch(b.layer_norm(x) if norm in ("pre", "sandwich") else x)
+        if norm in ("branch", "sandwich"):
+            y = b.layer_norm(y)
+        total = b.add(x, y)
+        return b.layer_norm(total) if norm == "post" else total
+
+    x = around(x, lambda x: attention(b, x, None, mask))
+    if memory is not None:
+        x = around(x, lambda x: attention(b, x, memory, mask))
+    return around(x, lambda x: mlp(b, x))

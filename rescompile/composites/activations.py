@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from rescompile.composites.region import Recogniser, close, scales
+from rescompile.composites.region import Recogniser, close
 from rescompile.graph import Attrs, Op, Value
 from rescompile.kinds import OpKind
 
@@ -173,7 +173,7 @@ def _expand(recogniser: Recogniser, value: Value, atoms: Mapping[Value, Monomial
         terms.append(term)
     if op.kind is OpKind.ADD:
         total: Polynomial = {}
-        for factor, term in zip(scales(op), terms, strict=True):
+        for factor, term in zip(op.scales, terms, strict=True):
             for monomial, number in term.items():
                 total[monomial] = total.get(monomial, 0.0) + factor * number
         return total

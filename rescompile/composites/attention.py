@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from rescompile.composites.region import Recogniser, scales
+from rescompile.composites.region import Recogniser
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
 
@@ -94,7 +94,7 @@ def _mask(recogniser: Recogniser, scores: Value) -> tuple[Value, Value, Op] | No
     op = scores.producer
     if op is None or recogniser.only_user(scores) is None:
         return None
-    if op.kind is OpKind.ADD and len(op.inputs) == 2 and scales(op) == (1.0, 1.0):
+    if op.kind is OpKind.ADD and len(op.inputs) == 2 and op.scales == (1.0, 1.0):
         first, second = op.operands
         if _is_product(first) or not _is_product(second):
             return first, second, op

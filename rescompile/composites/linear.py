@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rescompile.composites.region import Recogniser, scales
+from rescompile.composites.region import Recogniser
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
 
 
 def linear_bias(recogniser: Recogniser, add: Op) -> Op | None:
     """y = x·W + b → LINEAR(x, W, b), where b is a constant [out_features] and nothing else reads x·W."""
-    if len(add.inputs) != 2 or scales(add) != (1.0, 1.0):
+    if len(add.inputs) != 2 or add.scales != (1.0, 1.0):
         return None
     for index, product in enumerate(add.inputs):
         bias = add.inputs[1 - index]

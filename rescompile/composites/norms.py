@@ -9,7 +9,7 @@ only when it is a constant of exactly the normalised shape: a rotary table is no
 
 from __future__ import annotations
 
-from rescompile.composites.region import Recogniser, close, scales
+from rescompile.composites.region import Recogniser, close
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind
 
@@ -88,7 +88,7 @@ def _divided_by_root(recogniser: Recogniser, mean: Op) -> tuple[Value, float, li
         kind = user.kind
         if kind is OpKind.ADD and not rooted and eps == 0.0 and len(user.inputs) == 2:
             number = _other_scalar(recogniser, user, value)
-            if number is None or scales(user) != (1.0, 1.0):
+            if number is None or user.scales != (1.0, 1.0):
                 return None
             eps = number
         elif kind in (OpKind.SQRT, OpKind.RSQRT) and not rooted:
@@ -128,7 +128,7 @@ def _other_scalar(recogniser: Recogniser, op: Op, value: Value) -> float | None:
 def _centred(value: Value, square_mean: Op) -> tuple[Value, list[Op]] | None:
     """`x` and the operations, where the value is x − mean(x) over the same axes."""
     op = value.producer
-    if op is None or op.kind is not OpKind.ADD or len(op.inputs) != 2 or scales(op) != (1.0, -1.0):
+    if op is None or op.kind is not OpKind.ADD or len(op.inputs) != 2 or op.scales != (1.0, -1.0):
         return None
     x, mean = op.inputs
     centre = None if mean is None else mean.producer
@@ -154,7 +154,7 @@ def _affine(
             weight = _parameter(user, value, x.shape, axis)
             if weight is None:
                 break
-        elif user.kind is OpKind.ADD and kind is OpKind.LAYER_NORM and bias is None and scales(user) == (1.0, 1.0):
+        elif user.kind is OpKind.ADD and kind is OpKind.LAYER_NORM and bias is None and user.scales == (1.0, 1.0):
             bias = _parameter(user, value, x.shape, axis)
             if bias is None:
                 break

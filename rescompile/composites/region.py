@@ -15,12 +15,6 @@ def close(number: float | None, target: float) -> bool:
     return number is not None and abs(number - target) <= TOLERANCE * max(abs(target), 1e-3)
 
 
-def scales(op: Op) -> tuple[float, ...]:
-    """One factor for each operand of an ADD."""
-    given = tuple(op.attr("scales"))
-    return given or (1.0,) * len(op.inputs)
-
-
 class Recogniser:
     """A graph that is being read, and the operations that composites have taken so far."""
 

@@ -1,0 +1,119 @@
+"""The models of the demo and the benchmarks: real architectures with random weights.
+
+Each entry builds `(module, example_inputs)`, so that the command line takes it too: `benchmarks.corpus:resnet50`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Built = tuple[torch.nn.Module, tuple[torch.Tensor, ...]]
+
+
+def resnet18() -> Built:
+    """ResNet-18 (He 2015), 8 basic blocks, batch 1, 224²."""
+    return _vision("resnet18")
+
+
+def resnet50() -> Built:
+    """ResNet-50 (He 2015), 16 bottleneck blocks, batch 1, 224²."""
+    return _vision("resnet50")
+
+
+def mobilenet_v2() -> Built:
+    """MobileNetV2 (Sandler 2018), inverted residuals with linear bottlenecks, batch 1, 224²."""
+    return _vision("mobilenet_v2")
+
+
+def convnext_tiny() -> Built:
+    """ConvNeXt-T (Liu 2022), blocks with a layer scale, batch 1, 224²."""
+    return _vision("convnext_tiny")
+
+
+def vit_b_16() -> Built:
+    """ViT-B/16 (Dosovitskiy 2020), 12 pre-norm layers, batch 1, 224²."""
+    return _vision("vit_b_16")
+
+
+def bert_base() -> Built:
+    """BERT-base (Devlin 2018), 12 post-norm layers of 2 joins, batch 1, 128 tokens."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return _LastHidden(BertModel(BertConfig(), add_pooling_layer=False)).eval(), (_tokens(128, 30522),)
+
+
+def gpt2() -> Built:
+    """GPT-2 small (Radford 2019), 12 pre-norm layers, batch 1, 128 tokens."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(0)
+    config = GPT2Config(use_cache=False, attn_implementation="eager")
+    return _LastHidden(GPT2Model(config)).eval(), (_tokens(128, 50257),)
+
+
+CORPUS: dict[str, Callable[[], Built]] = {
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "mobilenet_v2": mobilenet_v2,
+    "convnext_tiny": convnext_tiny,
+    "vit_b_16": vit_b_16,
+    "bert_base": bert_base,
+    "gpt2": gpt2,
+}
+
+
+class _LastHidden(torch.nn.Module):
+    """A transformer that returns its last hidden state alone, as a tensor."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(input_ids=input_ids, return_dict=True).last_hidden_state
+        return hidden
+
+
+def _vision(name: str) -> Built:
+    torch.manual_seed(0)
+    model = _torchvision().models.get_model(name, weights=None)
+    _settle_statistics(model)
+    return model.eval(), (torch.randn(1, 3, 224, 224),)
+
+
+def _settle_statistics(model: torch.nn.Module) -> None:
+    """Give batch norms the statistics of a random batch: with 0 and 1, magnitudes double from block to block."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 96, 96))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _tokens(count: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+
+
+def _torchvision() -> Any:
+    """torchvision, with the operators declared that its compiled part would bring beside a CPU torch."""
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _KEPT.append(library)
+        import torchvision
+    return torchvision
+
+
+_KEPT: list[torch.library.Library] = []  # a library's definitions live as long as it does

@@ -1,0 +1,86 @@
+"""What makes of a plain sum or concatenation a long, recurrent or stochastic one: one row for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rescompile.detection.judgement import Draft, Judgement
+from rescompile.graph import Op, Shape, Value
+from rescompile.kinds import OpKind, Trait
+
+_SAME_SIZE = (OpKind.SLICE, OpKind.PAD, OpKind.CONCAT, OpKind.TILE, OpKind.EXPAND)
+
+
+def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
+    """The branch holds an RNN, an LSTM or a GRU."""
+    return any(op.kind is OpKind.RECURRENT for op in draft.branch_ops)
+
+
+def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
+    """The branch as a whole is multiplied by a random number: stochastic depth (Huang et al. 2016)."""
+    return any(_random_factor(op) for op in draft.branch_ops if op.kind in (OpKind.MUL, OpKind.DIV, OpKind.WHERE))
+
+
+def is_long(judgement: Judgement, draft: Draft) -> bool:
+    """The branch goes to another resolution and comes back: some operation on it enlarges the image."""
+    extents = _extents(draft.join_value.shape)
+    if extents is None:
+        return False
+    return any(_enlarges(op) for op in draft.branch_ops)
+
+
+# kind → what a block of one of the given kinds must fulfil to be of it; the first that holds
+FLAVOURS: tuple[tuple[str, tuple[str, ...], Callable[[Judgement, Draft], bool]], ...] = (
+    ("long", ("add", "dense"), is_long),
+    ("recurrent", ("add",), is_recurrent),
+    ("stochastic", ("add", "parallel"), is_stochastic),
+)
+
+
+def flavour(judgement: Judgement, draft: Draft) -> str:
+    """The kind of a block, all things considered."""
+    for kind, among, holds in FLAVOURS:
+        if draft.kind in among and holds(judgement, draft):
+            return kind
+    return draft.kind
+
+
+def _enlarges(op: Op) -> bool:
+    if op.kind in _SAME_SIZE or not op.operands:
+        return False
+    before, after = _extents(op.operands[0].shape), _extents(op.outputs[0].shape)
+    if op.kind in (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE):
+        return before is None or after is None or before != after
+    if before is None or after is None or len(before) != len(after) or op.kind not in (OpKind.RESHAPE, OpKind.OPAQUE):
+        return False
+    return all(isinstance(a, int) and isinstance(b, int) and a > b > 1 for a, b in zip(after, before, strict=True))
+
+
+def _extents(shape: Shape | None) -> Shape | None:
+    """Height, width, ... of [N, C, H, W]; None for anything that is no image."""
+    return shape[2:] if shape is not None and len(shape) >= 3 else None
+
+
+def _random_factor(op: Op) -> bool:
+    """Whether a factor is random and the same for all elements of a sample."""
+    for value in op.operands:
+        root = _root(value)
+        if root is None or not root.has(Trait.RANDOM) or root.kind is OpKind.DROPOUT:
+            continue
+        shape = value.shape
+        if shape is None or all(extent == 1 for extent in shape[1:]):
+            return True
+    return False
+
+
+def _root(value: Value) -> Op | None:
+    """The operation that a value made by elementwise operations with constants starts from."""
+    for _ in range(8):
+        op = value.producer
+        if op is None or op.has(Trait.SOURCE):
+            return op
+        moving = [operand for operand in op.operands if not operand.constant]
+        if not op.has(Trait.ELEMENTWISE) or len(moving) != 1:
+            return None
+        value = moving[0]
+    return None

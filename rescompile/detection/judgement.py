@@ -1,0 +1,64 @@
+"""What rules say of a join, and what they share while a graph is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rescompile.detection.reach import Reach
+from rescompile.graph import Graph, Op, Value
+
+
+@dataclass(slots=True, eq=False)
+class Draft:
+    """A block as a rule found it; what depends on the whole graph (parent, norm placement, ...) is added later."""
+
+    kind: str
+    shortcut: str
+    fork: Value
+    join_op: Op
+    join_value: Value
+    skip_index: int
+    branches: list[Value]  # the operands (or what a gate mixes in) that branches end in
+    branch_ops: list[Op]
+    shortcut_ops: list[Op]
+    outside: list[Value]
+    join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
+
+    @property
+    def skip(self) -> Value:
+        """The join's operand that the shortcut ends in."""
+        value = self.join_op.inputs[self.skip_index]
+        return self.fork if value is None else value
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a join is not residual, and the nearest value that its operands both come from."""
+
+    reason: str
+    meet: Value | None = None
+    working: bool = False  # both sides work: the join may turn out to be a part of a parallel block's branch
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class Judgement:
+    """The state of one pass over a graph: the ways back, and what was said of each join so far."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.reach = Reach(graph)
+        self.drafts: dict[Op, Draft] = {}  # by join
+        self.refusals: dict[Op, Refusal] = {}
+        self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
+
+    def accept(self, draft: Draft) -> None:
+        """A join that ends a block. Sums that it completes are part of it from now on."""
+        for op in draft.join_ops:
+            self.drafts.pop(op, None)
+            self.refusals.pop(op, None)
+        if draft.join_op not in draft.join_ops:
+            draft.join_ops.append(draft.join_op)
+        self.drafts[draft.join_op] = draft
+        self.reach.contract(draft.join_value, draft.fork)

@@ -1,0 +1,121 @@
+"""What one way from fork to join does: nothing, a projection, or work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rescompile.detection.reach import Reach, order
+from rescompile.graph import Op, Value
+from rescompile.kinds import OpKind, Trait
+
+# The kinds of shortcut, from free to dear.
+_RANK = {"identity": 0, "view": 1, "pad": 2, "pool": 3, "projection": 4}
+
+# Steps that leave a way free of work and of moved elements. An ADD with one way back adds constants only.
+_NOTHING = (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG, OpKind.DROPOUT, OpKind.ADD)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The operations from a fork to one operand of a join, one after the other, each reading only the one before."""
+
+    ops: tuple[Op, ...]
+    shortcut: str | None  # the kind of shortcut that the chain could be; None when it does more than one may
+    affine: bool  # linear in the fork but for constants
+    working: bool  # holds an operation that works
+    sums: tuple[Op, ...] = ()  # joins of other blocks with the same fork that the chain runs through
+
+    @property
+    def rank(self) -> int:
+        """How dear the shortcut is."""
+        return len(_RANK) if self.shortcut is None else _RANK[self.shortcut]
+
+
+def works(op: Op) -> bool:
+    """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions.
+
+    Statistics alone (a mean, a sum) do not: global response normalisation is no residual block.
+    """
+    return op.has(Trait.WORK) and not op.has(Trait.REDUCTION) and op.kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+
+
+def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
+    """Whether a region holds an operation that works; a block nested in it does."""
+    return any(works(op) or op.outputs[0] in reach.forks for op in region)
+
+
+def is_pointwise(op: Op) -> bool:
+    """Whether a contraction is a linear, or a convolution with a kernel of one element."""
+    if op.kind is OpKind.LINEAR:
+        return True
+    weight = op.inputs[1] if op.kind is OpKind.CONV else None
+    return weight is not None and weight.shape is not None and all(extent == 1 for extent in weight.shape[2:])
+
+
+def is_scale(op: Op) -> bool:
+    """Whether the operation multiplies or divides by a constant."""
+    return op.kind in (OpKind.MUL, OpKind.DIV) and any(value.constant for value in op.operands)
+
+
+def step_back(reach: Reach, value: Value) -> Value | None:
+    """The one value that leads to `value`, not counting constants."""
+    sources = reach.sources(value)
+    if len(sources) > 1:
+        sources = tuple(source for source in sources if not source.constant)
+    return sources[0] if len(sources) == 1 else None
+
+
+def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
+    """The chain from `fork` to `top`; None when the way is none, because operations on it read other streams too."""
+    bound = order(fork)
+    ops: list[Op] = []
+    sums: list[Op] = []
+    contractions = norms = activations = views = pads = pools = bends = others = 0
+    value = top
+    while value is not fork:
+        op = value.producer
+        below = step_back(reach, value)
+        if op is None or below is None or op.order <= bound:
+            return None
+        ops.append(op)
+        if value in reach.forks:
+            if reach.forks[value] is not fork or len(op.outputs[0].uses) != 1:
+                return None
+            sums.append(op)
+        elif op.kind in (OpKind.CONV, OpKind.LINEAR):
+            contractions += 1
+            others += not is_pointwise(op)
+        elif op.has(Trait.NORM):
+            norms += 1
+            bends += op.kind is not OpKind.BATCH_NORM
+        elif op.has(Trait.POOL) or op.kind is OpKind.INTERPOLATE:
+            pools += 1
+            bends += op.kind is OpKind.MAX_POOL
+        elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
+            pads += 1
+        elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
+            views += 1
+        elif op.kind in _NOTHING or is_scale(op):
+            pass
+        elif op.has(Trait.FREE):
+            views += 1
+        elif op.has(Trait.ACTIVATION):
+            activations += 1
+            bends += 1
+        else:
+            others += 1
+            bends += 1
+        if contractions > 1 and bends:  # neither a shortcut nor affine, however it goes on
+            break
+        value = below
+    ops.reverse()
+    shortcut: str | None
+    if others or contractions > 1:
+        shortcut = None
+    elif contractions or norms or activations:
+        shortcut = "projection"
+    else:
+        shortcut = "pool" if pools else "pad" if pads else "view" if views else "identity"
+    working = any(works(op) for op in ops) or bool(sums)
+    return Chain(tuple(ops), shortcut, not bends and contractions <= 1 and not sums, working, tuple(sums))

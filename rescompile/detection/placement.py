@@ -1,0 +1,167 @@
+"""Where a block has its norms, and what scales its paths.
+
+post      y = N(x + F(x))          pre    y = x + F(N(x))          branch  y = x + N(F(x))
+sandwich  y = x + N(F(N(x)))       inner  norms inside F only      none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from rescompile.blocks import Scale
+from rescompile.detection.judgement import Draft
+from rescompile.graph import Graph, Op, Role, Value
+from rescompile.kinds import OpKind, Trait
+
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+
+
+def norm_placement(graph: Graph, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
+    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start, in whatever spelling."""
+    inside = set(draft.branch_ops)
+    first = _entries(draft, inside)
+    last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
+    if first is not None:
+        closing = [norm for norm in last if norm not in first]
+        if len(closing) == len(draft.branches):
+            return "sandwich", [*first, *closing]
+        return "pre", first
+    if last and len(last) == len(draft.branches):
+        return "branch", list(dict.fromkeys(last))
+    after = _after(graph, draft.join_value)
+    inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
+    if after is not None and (not inner or _goes_on(graph, after, forks)):
+        return "post", [after]
+    before = _before(draft, inside)
+    if before is not None:
+        return "pre", [before]
+    return ("inner", inner) if inner else ("none", [])
+
+
+def _entries(draft: Draft, inside: Collection[Op]) -> list[Op] | None:
+    """The norms through which the branch reads the fork; None when it reads it in another way too."""
+    found: dict[Op, None] = {}
+    pending = [op for op in draft.fork.users if op in inside]
+    seen = set(pending)
+    while pending:
+        op = pending.pop()
+        if op.has(Trait.NORM):
+            found[op] = None
+        elif op.has(Trait.FREE) or op.kind is OpKind.CONCAT:
+            users = [user for value in op.outputs for user in value.users if user in inside and user not in seen]
+            seen.update(users)
+            pending.extend(users)
+        else:
+            return None
+    return sorted(found, key=lambda op: op.order) or None
+
+
+def _exit(end: Value, inside: Collection[Op]) -> Op | None:
+    """The norm that a branch ends in, behind at most free operations and a scale."""
+    while (op := end.producer) is not None and op in inside:
+        if op.has(Trait.NORM):
+            return op
+        step = _through_scale(op)
+        if step is None:
+            return None
+        end = step
+    return None
+
+
+def _through_scale(op: Op) -> Value | None:
+    """The operand, of a free operation or a factor that carries no stream of its own."""
+    if op.has(Trait.FREE) or op.kind is OpKind.DROPOUT:
+        return op.operands[0]
+    if op.kind in (OpKind.MUL, OpKind.DIV):
+        first, second = op.operands[:2] if len(op.operands) > 1 else (op.operands[0], op.operands[0])
+        if second.constant:
+            return first
+        return second if first.constant and op.kind is OpKind.MUL else None
+    return None
+
+
+def _after(graph: Graph, joined: Value) -> Op | None:
+    """The norm that alone reads the join."""
+    value = joined
+    while len(value.users) == 1 and not graph.is_output(value):
+        op = value.users[0]
+        if op.has(Trait.NORM):
+            return op if op.inputs[0] is value else None
+        if op.kind not in _PASSED:
+            return None
+        value = op.outputs[0]
+    return None
+
+
+def _goes_on(graph: Graph, norm: Op, forks: Collection[Value]) -> bool:
+    """Whether the norm's output is the stream: an output of the graph, or what a block starts from."""
+    value = norm.outputs[0]
+    while True:
+        if graph.is_output(value) or value in forks:
+            return True
+        users = value.users
+        if len(users) != 1 or not (users[0].kind in _PASSED or users[0].has(Trait.ACTIVATION)):
+            return False
+        value = users[0].outputs[0]
+
+
+def _before(draft: Draft, inside: Collection[Op]) -> Op | None:
+    """The norm that made the fork, when only this block reads it: y = P(N(x)) + F(N(x)) with a projection P."""
+    if draft.shortcut == "identity":
+        return None
+    own = {*inside, *draft.shortcut_ops, draft.join_op}
+    value = draft.fork
+    while all(user in own for user in value.users) and (op := value.producer) is not None:
+        if op.has(Trait.NORM):
+            return op
+        if not (op.has(Trait.ACTIVATION) or op.kind in _PASSED):
+            return None
+        own = {op}
+        value = op.operands[0]
+    return None
+
+
+def find_scale(graph: Graph, draft: Draft) -> Scale | None:
+    """The factor on the branch, else on the skip."""
+    op = draft.join_op
+    if op.kind is not OpKind.ADD:
+        return None
+    for index, value in enumerate(op.inputs):
+        factor = op.scales[index]
+        on = "skip" if index == draft.skip_index else "branch"
+        if factor not in (1.0, -1.0) and value is not None and not value.constant:
+            return Scale(on, "constant", float(factor))
+    inside = set(draft.branch_ops)
+    for end in draft.branches:
+        found = _factor(graph, end, inside)
+        if found is not None:
+            return Scale("branch", *found)
+    found = _factor(graph, draft.skip, set(draft.shortcut_ops))
+    return None if found is None else Scale("skip", *found)
+
+
+def _factor(graph: Graph, end: Value, inside: Collection[Op]) -> tuple[str, float | str] | None:
+    while (op := end.producer) is not None and op in inside:
+        step = _through_scale(op)
+        if step is None:
+            return None
+        if op.kind in (OpKind.MUL, OpKind.DIV):
+            constant = next(value for value in op.operands if value is not step)
+            return _describe(graph, constant, inverse=op.kind is OpKind.DIV)
+        end = step
+    return None
+
+
+def _describe(graph: Graph, constant: Value, inverse: bool) -> tuple[str, float | str]:
+    number = graph.scalar(constant) if constant.role is Role.CONSTANT else None
+    if number is not None and number != 0.0:
+        return "constant", 1.0 / number if inverse else number
+    size = _size(constant.shape or (1,))
+    return ("vector" if size != 1 else "scalar"), constant.name
+
+
+def _size(shape: Iterable[int | str]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent if isinstance(extent, int) else 2
+    return size

@@ -1,0 +1,219 @@
+"""Sums: y = s + F(x), where s is x or comes from it by a free way or a projection, and F works.
+
+1. The operands come from one value, the fork.
+2. The way from the fork to one operand, the shortcut, is free of work or is a projection.
+3. The way to another operand, the branch, works.
+4. The shortcut is not broadcast: a bias or a table that is added everywhere is no stream.
+
+Where several operands work on the same fork beside the shortcut, the block is `parallel`: y = x + A(n(x)) + F(n(x)), as
+one sum of three, as x + (A + F) or as (x + A) + F. Where every operand is affine in the fork and works, it is a sum of
+re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rescompile.detection.judgement import Draft, Judgement, Refusal
+from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.reach import order
+from rescompile.graph import Op, Role, Value
+from rescompile.kinds import OpKind, Trait
+
+_INTEGERS = ("int", "uint", "bool")
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+
+
+def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
+    """A block that ends in the sum `op`, or why it is none."""
+    output = op.outputs[0]
+    if output.dtype is not None and output.dtype.startswith(_INTEGERS):
+        return Refusal("integer arithmetic: the sum computes positions or sizes, not features")
+    operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
+    if len({value for _, value in operands}) == 1:
+        return Refusal(f"x + x: every operand is '{operands[0][1].name}'", operands[0][1])
+    streams = [(index, value) for index, value in operands if _may_be_stream(judgement, value)]
+    if len(streams) < 2:
+        return _constant_operand(operands)
+    refusal: Refusal | None = None
+    # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
+    tried = sorted(streams, key=lambda item: order(item[1]))
+    for index, skip in tried if len(streams) > 2 else tried[:1]:
+        others = [(other, value) for other, value in streams if other != index]
+        found = _two(judgement, op, (index, skip), others)
+        if isinstance(found, Draft):
+            return found
+        refusal = found if refusal is None or not refusal.working else refusal
+    return refusal if refusal is not None else _constant_operand(operands)
+
+
+def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
+    """Judge one operand against the others; of two, either may be the shortcut."""
+    reach = judgement.reach
+    fork = reach.meet(left[1], [value for _, value in rest])
+    names = " and ".join(f"'{value.name}'" for _, value in (left, *rest))
+    if fork is None:
+        return Refusal(f"no common origin: {names} come from different inputs or constants")
+    sides = [(left, rest)] if len(rest) > 1 else [(left, rest), (rest[0], [left])]
+    ranked: list[tuple[Chain, tuple[int, Value], Sequence[tuple[int, Value]]]] = []
+    for skip, others in sides:
+        way = chain(reach, fork, skip[1])
+        if way is not None and way.shortcut is not None:
+            ranked.append((way, skip, others))
+    if not ranked:
+        text = (
+            f"two working branches: {names} both work on what they come from, '{fork.name}', so neither is a shortcut"
+        )
+        return Refusal(text, fork, working=True)
+    ranked.sort(key=lambda item: (item[0].rank, len(item[0].ops)))
+    refusal: Refusal | None = None
+    for way, skip, others in ranked:
+        found = _block(judgement, op, fork, way, skip, others)
+        if isinstance(found, Draft):
+            return found
+        refusal = refusal or found
+        if refusal.reason != found.reason and found.working:
+            refusal = found
+    return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _block(
+    judgement: Judgement, op: Op, fork: Value, way: Chain, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
+) -> Draft | Refusal:
+    reach = judgement.reach
+    tops = [value for _, value in others]
+    region, outside = reach.between(fork, tops)
+    if not branch_works(reach, region):
+        if way.sums:
+            return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
+        path = ", ".join(member.name for member in region[:4]) or "nothing"
+        return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
+    if _is_broadcast(skip[1], op.outputs[0]):
+        return Refusal(f"broadcast: '{skip[1].name}' is smaller than the sum, so it is no stream", fork)
+    draft = Draft(
+        kind="add",
+        shortcut=way.shortcut or "identity",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=skip[0],
+        branches=tops,
+        branch_ops=region,
+        shortcut_ops=list(way.ops),
+        outside=outside,
+    )
+    ways = [chain(reach, fork, value) for value in tops]
+    affine = all(other is not None and other.affine and other.working for other in ways)
+    if way.sums:
+        return _absorb(judgement, draft, way, affine)
+    if affine and way.affine and way.working and any(works(member) for member in way.ops):
+        draft.kind = "branches"
+        draft.branch_ops = sorted({*region, *way.ops}, key=lambda member: member.order)
+        draft.branches = [skip[1], *tops]
+        draft.shortcut_ops = []
+        return draft
+    _parallel_tail(judgement, draft)
+    return draft
+
+
+def _absorb(judgement: Judgement, draft: Draft, way: Chain, affine: bool) -> Draft | Refusal:
+    """(x + A(x)) + F(x): the sum completes the one before."""
+    inner = judgement.drafts.get(way.sums[0])
+    plain = all(op in way.sums or op.kind in _PASSED for op in way.ops)
+    if inner is None or len(way.sums) > 1 or not plain:
+        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
+    if inner.kind == "branches" and affine:
+        draft.kind = "branches"
+    elif inner.kind in ("add", "parallel"):
+        draft.kind = "parallel"
+    else:
+        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
+    draft.shortcut = inner.shortcut
+    draft.shortcut_ops = inner.shortcut_ops
+    draft.branch_ops = sorted({*inner.branch_ops, *draft.branch_ops}, key=lambda op: op.order)
+    draft.branches = [*inner.branches, *draft.branches]
+    draft.outside = list(dict.fromkeys([*inner.outside, *draft.outside]))
+    draft.join_ops = list(inner.join_ops)
+    return draft
+
+
+def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
+    """x + (A(n(x)) + F(n(x))): the branch ends in a sum of two that start where the block does."""
+    ends: list[Value] = []
+    sums: list[Op] = []
+    pending = list(draft.branches)
+    while pending:
+        value = pending.pop(0)
+        op = _tail(value)
+        refusal = None if op is None else judgement.refusals.get(op)
+        if op is None or refusal is None or not refusal.working or not _starts_at(judgement, draft.fork, refusal.meet):
+            ends.append(value)
+            continue
+        sums.append(op)
+        pending.extend(judgement.reach.operands(op))
+    working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
+    if len(working) > 1:
+        draft.kind = "parallel"
+        draft.branches = ends
+        draft.join_ops = sorted(sums, key=lambda op: op.order)
+
+
+def _tail(value: Value) -> Op | None:
+    """The sum that a branch ends in, when only the join reads it."""
+    while (op := value.producer) is not None and len(value.uses) == 1:
+        if op.kind is OpKind.ADD:
+            return op
+        if op.kind not in _PASSED and not is_scale(op):
+            return None
+        value = op.operands[0]
+    return None
+
+
+def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
+    """Whether a branch's parts meet at the fork, or at its normalised form."""
+    if meet is None or order(meet) < order(fork):
+        return False
+    if meet is fork:
+        return True
+    way = chain(judgement.reach, fork, meet)
+    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) for op in way.ops)
+
+
+def _may_be_stream(judgement: Judgement, value: Value) -> bool:
+    """Whether an operand could carry a stream: computed from inputs, or a constant that is read elsewhere too."""
+    if not value.constant:
+        return True
+    if value.role is not Role.RESULT:
+        return value in judgement.reach.streams
+    for _ in range(8):
+        if len(value.uses) > 1:
+            return True
+        op = value.producer
+        if op is None or not (op.has(Trait.FREE) or is_scale(op) or op.kind is OpKind.ADD):
+            return op is not None and works(op)
+        value = op.operands[0]
+    return False
+
+
+def _constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
+    constants = [value for _, value in operands if value.constant]
+    if len(constants) == len(operands):
+        return Refusal("constants: the sum does not depend on the model's inputs")
+    value = constants[0]
+    size = None if value.shape is None else [extent for extent in value.shape if extent != 1]
+    if size is not None and not size:
+        return Refusal(f"constant: '{value.name}' is one number")
+    if size is not None and len(size) == 1:
+        return Refusal(f"bias: '{value.name}' is a constant")
+    return Refusal(f"constant table: '{value.name}' does not depend on the inputs (a position embedding, a mask)")
+
+
+def _is_broadcast(skip: Value, total: Value) -> bool:
+    """Whether the sum is larger than the skip, other than by the batch of a stream that starts as a constant."""
+    if skip.shape is None or total.shape is None:
+        return False
+    padded = (1,) * (len(total.shape) - len(skip.shape)) + skip.shape
+    differing = [axis for axis, (own, whole) in enumerate(zip(padded, total.shape, strict=True)) if own != whole]
+    if skip.constant and differing == [0]:
+        return False
+    return any(padded[axis] == 1 for axis in differing)

@@ -1,0 +1,336 @@
+"""`FxGraph`: the graph protocol over a `torch.fx.GraphModule`.
+
+An `FxGraph` owns its module's graph and module tree; tensors may be shared with the user's object. What a value is
+natively: an fx node; `Attr`, a tensor of the module tree, read through a `get_attr` node that is made on demand;
+`Item`, a result of a node with several that nothing reads yet; a Python number.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from rescompile.errors import GraphError
+from rescompile.fx_emit import emit
+from rescompile.fx_native import NodeTorch, Nodes, make_functional, sort_nodes
+from rescompile.fx_ops import Attr
+from rescompile.fx_read import Item, Native, Reader
+from rescompile.fx_result import Origin, save, to_user
+from rescompile.fx_tree import add_tensor, copy_children, copy_graph, owner_of, remove_tensor, to_numpy, to_torch
+from rescompile.fx_types import Dims
+from rescompile.graph import Graph, Op, Value
+
+
+class FxGraph(Graph):
+    """A view of, and the edits on, one `GraphModule`."""
+
+    ir = "fx"
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name)
+        self.module: fx.GraphModule
+        self.dims = Dims()
+        self.native = Native()
+        self.output_names: tuple[str, ...] = ()
+        self.origin: Origin | None = None
+        self._nodes: Nodes | None = None  # bookkeeping of native edits, made by the first one
+
+    @classmethod
+    def read(cls, module: fx.GraphModule, *, name: str = "", dims: Dims | None = None) -> Self:
+        """A graph that owns `module`: its edits change it in place."""
+        graph = cls(name)
+        graph.module = module
+        graph.dims = dims if dims is not None else Dims()
+        graph.native = Reader(graph, module, graph.dims).read()
+        graph.output_names = _unique(value.name for value in graph.outputs)
+        return graph
+
+    @property
+    def training(self) -> bool:
+        """Whether the graph holds operations in their training form."""
+        return self.native.training_nodes > 0 or self.module.training
+
+    # ---- the protocol ------------------------------------------------------------------------------------------
+
+    def native_data(self, value: Value) -> np.ndarray[Any, Any]:
+        """Contents of a parameter or literal."""
+        native = value.native
+        if isinstance(native, Attr):
+            module, leaf = owner_of(self.module, native.target)
+            return to_numpy(getattr(module, leaf))
+        return np.asarray(native, dtype=value.dtype if value.dtype != "bfloat16" else "float32")
+
+    def native_emit(self, op: Op) -> None:
+        """Nodes for `op`, before the node that it replaces or else behind its last operand."""
+        nodes = self._edit()
+        arguments = [None if value is None else self._argument(value) for value in op.inputs]
+        torch_ = NodeTorch(self, nodes, op)
+        with nodes.at(self._place(op)):
+            result = emit(torch_, op.kind, arguments, op.attrs)
+            if not isinstance(result, fx.Node) or result in arguments:
+                result = torch_(torch.ops.aten.alias.default, result)
+            results = [result] if len(op.outputs) == 1 and op.kind.spec.outputs == 1 else torch_.items(result, op)
+        for value, node in zip(op.outputs, results, strict=True):
+            torch_.check(node, value)
+            nodes.rename(node, value.name)
+            value.native = node
+        op.native = tuple(torch_.made)
+
+    def native_redirect(self, old: Any, value: Value) -> None:
+        """Let readers of `old` read the value's node."""
+        new = self._argument(value)
+        if isinstance(old, fx.Node) and old is not new:
+            old.replace_all_uses_with(new)
+            _loosen_views(new)
+
+    def native_set_operand(self, op: Op, index: int, value: Value) -> None:
+        """Change one argument in place where it is one; else make the operation's nodes anew."""
+        self._edit()
+        old = op.inputs[index]
+        slot = self._slot(op, old)
+        if slot is not None and not isinstance(value.native, int | float):
+            node, argument = slot
+            new = self._argument(value)
+            node.replace_input_with(argument, new)
+            _loosen_views(new)
+            return
+        self._emit_anew(op, index, value)
+
+    def native_replace_output(self, old: Value, new: Value) -> None:
+        """Let the graph return `new` where it returned `old`."""
+        self._edit()
+        self.module.graph.output_node().replace_input_with(self._argument(old), self._argument(new))
+
+    def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
+        """Register the tensor in the module tree."""
+        self._edit()
+        add_tensor(self.module, value.name, data, trainable=trainable)
+        value.native = Attr(value.name)
+        self.native.targets[value.name] = value
+
+    def native_drop(self, value: Value) -> None:
+        """Remove the tensor, under all its names, unless something outside the view reads it."""
+        if not isinstance(value.native, Attr):
+            return
+        nodes = self._edit()
+        nodes.sweep()
+        targets = [target for target, tied in self.native.targets.items() if tied is value]
+        if not all(nodes.drop_getter(target) for target in targets) or nodes.called(targets):
+            return
+        for target in targets:
+            remove_tensor(self.module, target)
+            del self.native.targets[target]
+            self._drop_counter(target)
+
+    def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
+        """Remove nodes, with the checks that read them."""
+        self._edit().erase(nodes)
+
+    def native_commit(self) -> None:
+        """Sort, check and compile the native graph."""
+        if self._nodes is not None:
+            self._nodes.sweep()
+            sort_nodes(self.module.graph)
+        try:
+            self.module.graph.lint()
+            self.module.recompile()
+        except (RuntimeError, ValueError, AssertionError, SyntaxError) as error:
+            raise GraphError(f"torch.fx rejects the edited graph: {error}") from error
+
+    def clone(self) -> Self:
+        """A copy with a graph and a module tree of its own; tensors are shared."""
+        memo: dict[fx.Node, fx.Node] = {}
+        copy = super().clone()
+        copy.module = copy_module(self.module, memo)
+        copy.dims = self.dims
+        copy.output_names = self.output_names
+        copy.origin = self.origin
+        copy.native = _map_native(self.native, memo, copy)
+        for value in copy._values.values():
+            value.native = _map(value.native, memo)
+        groups: dict[int, list[Op]] = {}
+        for op, twin in zip(self, copy, strict=True):
+            twin.native = tuple(_map(node, memo) for node in op.native)
+            if op.group is not None:
+                twin.group = groups.setdefault(id(op.group), [])
+                twin.group.append(twin)
+        copy._orphans = {copy.value(value.name): None for value in self._orphans}
+        copy._dirty = self._dirty
+        return copy
+
+    def to_user(self) -> nn.Module | ExportedProgram:
+        """The committed graph as the kind of object that it was captured from, with tensors of its own."""
+        return to_user(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the committed graph as a `.pt2` file, whole or not at all."""
+        save(self, path)
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
+        known = {value.name for value in self.inputs}
+        unknown = sorted(set(inputs) - known)
+        if unknown:
+            raise GraphError(f"The model has no input '{unknown[0]}': its inputs are {', '.join(sorted(known))}.")
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        missing = [n.name for n in placeholders if n.name not in inputs and not n.args and n.users]
+        if missing:
+            raise GraphError(f"The model's input '{missing[0]}' is missing.")
+        arguments = [
+            to_torch(inputs[n.name]) if n.name in inputs else (n.args[0] if n.args else None) for n in placeholders
+        ]
+        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
+        with torch.no_grad():
+            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
+        tensors = _pick(module.graph.output_node().args[0], result)
+        return dict(zip(self.output_names, (to_numpy(torch.as_tensor(t)) for t in tensors), strict=True))
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def _edit(self) -> Nodes:
+        if self._nodes is None:
+            make_functional(self.module, self.native)
+            self._nodes = Nodes(self.module, self.dims)
+        return self._nodes
+
+    def _argument(self, value: Value) -> Any:
+        """The fx argument for a value, its node made where there is none yet."""
+        native, nodes = value.native, self._edit()
+        if isinstance(native, Attr):
+            return nodes.getter(native.target)
+        if isinstance(native, Item):
+            value.native = nodes.item(native.node, native.index, value.name)
+            return value.native
+        if native is None:
+            raise GraphError(f"'{value.name}' has no native value: materialise the operation that makes it first.")
+        return native
+
+    def _place(self, op: Op) -> fx.Node:
+        """The node behind which new nodes for `op` go."""
+        old = [value.native for value in op.outputs if isinstance(value.native, fx.Node)]
+        old = [node for node in old if not node._erased]
+        if old:
+            return max(old).prev
+        behind = [
+            node
+            for value in op.operands
+            for node in (value.native, *(value.producer.native if value.producer is not None else ()))
+            if isinstance(node, fx.Node) and not node._erased and node.op != "get_attr"
+        ]
+        return max(behind) if behind else self._edit().header()
+
+    def _slot(self, op: Op, old: Value | None) -> tuple[fx.Node, fx.Node] | None:
+        """Node and argument of the operand, when the operation is one call that reads it in exactly one place."""
+        main = [node for node in op.native if node.op == "call_module" or node.target is not operator.getitem]
+        if old is None or len(main) != 1 or sum(value is old for value in op.inputs) != 1:
+            return None
+        node = main[0]
+        if isinstance(old.native, Attr):
+            found = [n for n in node.all_input_nodes if n.op == "get_attr" and self._reads(n, old)]
+        else:
+            found = [n for n in node.all_input_nodes if n is old.native]
+        if len(found) != 1 or _count(node, found[0]) != 1:
+            return None
+        return node, found[0]
+
+    def _reads(self, getter: fx.Node, value: Value) -> bool:
+        return self.native.targets.get(str(getter.target)) is value
+
+    def _emit_anew(self, op: Op, index: int, value: Value) -> None:
+        nodes = self._edit()
+        natives, olds, saved = op.native, [out.native for out in op.outputs], op.inputs[index]
+        op.inputs[index] = value
+        try:
+            self.native_emit(op)
+        finally:
+            op.inputs[index] = saved
+        nodes.carry_over(natives, op.native)
+        for old, out in zip(olds, op.outputs, strict=True):
+            self.native_redirect(old, out)
+        self.native_erase_nodes(natives)
+
+    def _drop_counter(self, target: str) -> None:
+        """The batch counter of a norm goes with its statistics."""
+        prefix, _, leaf = target.rpartition(".")
+        key = f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
+        counter = self.native.targets.get(key)
+        if leaf == "running_var" and counter is not None and not counter.uses and self._edit().drop_getter(key):
+            remove_tensor(self.module, key)
+            del self.native.targets[key]
+            self._values.pop(counter.name, None)
+            self._orphans.pop(counter, None)
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        count = seen[name] = seen.get(name, -1) + 1
+        result.append(name if count == 0 else f"{name}_{count}")
+    return tuple(result)
+
+
+def _count(node: fx.Node, argument: fx.Node) -> int:
+    count = 0
+
+    def visit(found: fx.Node) -> fx.Node:
+        nonlocal count
+        count += found is argument
+        return found
+
+    fx.map_arg((node.args, node.kwargs), visit)
+    return count
+
+
+def _loosen_views(node: Any) -> None:
+    """`view` demands a memory layout that another operand need not have; `reshape` takes any."""
+    for user in node.users if isinstance(node, fx.Node) else ():
+        if user.target is torch.ops.aten.view.default:
+            user.target = torch.ops.aten.reshape.default
+        elif user.op == "call_method" and user.target == "view" and not isinstance(user.args[1], torch.dtype):
+            user.target = "reshape"
+
+
+def _pick(arguments: Any, result: Any) -> list[Any]:
+    """The tensors of a result, in the order in which the graph lists its outputs."""
+    if isinstance(arguments, fx.Node):
+        return list(result) if isinstance(result, list | tuple) else [result]
+    if isinstance(arguments, list | tuple):
+        return [t for argument, part in zip(arguments, result, strict=True) for t in _pick(argument, part)]
+    if isinstance(arguments, Mapping):
+        return [t for key, argument in arguments.items() for t in _pick(argument, result[key])]
+    return []
+
+
+def _map(native: Any, memo: Mapping[fx.Node, fx.Node]) -> Any:
+    if isinstance(native, fx.Node):
+        return memo[native]
+    return Item(memo[native.node], native.index) if isinstance(native, Item) else native
+
+
+def _map_native(native: Native, memo: Mapping[fx.Node, fx.Node], graph: Graph) -> Native:
+    return Native(
+        in_place=[(memo[node], tuple(memo[member] for member in family)) for node, family in native.in_place],
+        duplicates=[(memo[second], memo[first]) for second, first in native.duplicates],
+        hidden={memo[node] for node in native.hidden if node in memo},
+        targets={target: graph.value(value.name) for target, value in native.targets.items()},
+        training_nodes=native.training_nodes,
+    )
+
+
+def copy_module(module: fx.GraphModule, memo: dict[fx.Node, fx.Node], tensors: Any = None) -> fx.GraphModule:
+    """A copy with its own graph and module tree. `memo` receives the copy of each node."""
+    graph = copy_graph(module.graph, memo)
+    kind = type(module).__bases__[0]
+    twin = kind.__new__(kind)
+    twin.__dict__.update(copy_children(module, tensors) if tensors is not None else copy_children(module))
+    twin.meta = dict(module.meta)
+    twin.graph = graph
+    return twin

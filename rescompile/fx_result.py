@@ -1,0 +1,195 @@
+"""From an edited graph back to what the user gave: a module, a traced graph, an exported program, a file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from rescompile.errors import RescompileError
+from rescompile.fx_modes import Modes, align, modes_of, record
+from rescompile.fx_modules import is_known
+
+if TYPE_CHECKING:
+    from rescompile.fx_graph import FxGraph
+    from rescompile.fx_module import RewrittenModule
+
+
+@dataclass(slots=True)
+class Origin:
+    """What a graph was captured from."""
+
+    kind: Literal["module", "graph", "program"]
+    model: Any
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    shapes: Any = None  # dynamic shapes, as torch.export takes them
+    training: bool = False
+    pristine: fx.Graph | None = None  # as captured; never edited
+
+
+def to_user(graph: FxGraph) -> nn.Module | ExportedProgram:
+    """The committed graph as the kind of object that it was captured from, with tensors of its own."""
+    origin = graph.origin
+    if origin is not None and origin.kind == "program":
+        return to_program(graph)
+    return to_module(graph)
+
+
+def to_module(graph: FxGraph) -> RewrittenModule:
+    """The committed graph as a module that answers `train()` and `eval()`; its tensors are copies."""
+    from rescompile.fx_module import RewrittenModule
+
+    modes = _modes(graph)
+    module = RewrittenModule.adopt(graph.module, modes=modes, name=graph.name or "Rewritten", tensors=_own_tensor)
+    present = {node.name: node for node in module.graph.nodes}
+    for name, differences in modes.nodes.items():
+        node = present.get(name)
+        if node is not None and not modes_of(node):
+            record(node, "modes", differences)
+    return module
+
+
+def to_program(graph: FxGraph) -> ExportedProgram:
+    """The committed graph as an exported program, captured with the example inputs of the original."""
+    from rescompile.fx_capture import export
+
+    origin = graph.origin
+    if origin is None or not (origin.args or origin.kwargs):
+        raise RescompileError("An exported program needs example inputs: capture the model with some.")
+    from rescompile.fx_module import RewrittenModule
+
+    module = RewrittenModule.adopt(
+        graph.module, modes=Modes(origin.training), name=graph.name or "Rewritten", tensors=_own_tensor
+    )
+    shapes = origin.shapes
+    if origin.kind == "program":
+        shapes = _program_shapes(origin.model)
+    return export(module, origin.args, origin.kwargs, shapes)
+
+
+def save(graph: FxGraph, path: str | Path) -> None:
+    """Write the graph as a `.pt2` file, whole or not at all."""
+    path = Path(path)
+    program = to_program(graph)
+    try:
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".pt2")
+        os.close(handle)
+    except OSError as error:
+        raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
+    try:
+        torch.export.save(program, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        Path(partial).unlink(missing_ok=True)
+        raise RescompileError(f"'{path}' cannot be written: {error}.") from error
+
+
+def _own_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    twin = tensor.detach().clone()
+    return nn.Parameter(twin, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+
+
+def _program_shapes(program: ExportedProgram) -> Any:
+    """The dynamic dimensions of an exported program, as torch.export takes them."""
+    known: dict[str, Any] = {}
+    ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
+
+    def extent(dim: Any) -> Any:
+        name = str(dim.node.expr)
+        if not name.isidentifier():
+            return Dim.AUTO
+        if name not in known:
+            limits = ranges.get(name)
+            low = int(limits.lower) if limits is not None and limits.lower > 0 else None
+            high = int(limits.upper) if limits is not None and limits.upper.is_Integer else None
+            known[name] = Dim(name, min=low, max=high)
+        return known[name]
+
+    vals = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    shapes = [
+        {axis: extent(dim) for axis, dim in enumerate(vals[name].shape) if isinstance(dim, torch.SymInt)}
+        if isinstance(vals[name], torch.Tensor)
+        else None
+        for name in program.graph_signature.user_inputs
+        if isinstance(name, str)
+    ]
+    if not known:
+        return None
+    spec = program.call_spec.in_spec
+    args, kwargs = torch.utils._pytree.tree_unflatten(shapes, spec)
+    names = program.module_call_graph[0].signature
+    labels = list(names.forward_arg_names or ()) if names is not None else []
+    return {**dict(zip(labels, args, strict=False)), **kwargs} if labels else (*args, *kwargs.values())
+
+
+def _modes(graph: FxGraph) -> Modes:
+    origin = graph.origin
+    if origin is None or origin.pristine is None:
+        return Modes(graph.module.training)
+    if origin.kind == "graph":
+        return _traced_modes(graph, origin)
+    modes = _both_forms(origin, origin.pristine)
+    if modes.refusal is None:
+        lost = [name for name in modes.nodes if not _kept(graph, name, origin.pristine)]
+        modes.refusal = _lost(lost) if lost else None
+    return modes
+
+
+def _both_forms(origin: Origin, pristine: fx.Graph) -> Modes:
+    """Capture the model in its other form, and compare."""
+    from rescompile.fx_capture import export
+
+    model = origin.model
+    flags = {child: child.training for child in model.modules()}
+    try:
+        _set_flags(model, not origin.training)
+        other = export(model, origin.args, origin.kwargs, origin.shapes).module()
+    except RescompileError as error:
+        return Modes(origin.training, refusal=str(error))
+    finally:
+        for child, training in flags.items():
+            child.training = training
+    return align(pristine, other.graph, training=origin.training)
+
+
+def _set_flags(model: nn.Module, training: bool) -> None:
+    if hasattr(model, "meta") and isinstance(model, fx.GraphModule):
+        model.train(training)
+        return
+    for child in model.modules():
+        child.training = training
+
+
+def _kept(graph: FxGraph, name: str, pristine: fx.Graph) -> bool:
+    node = next((n for n in graph.module.graph.nodes if n.name == name), None)
+    before = next((n for n in pristine.nodes if n.name == name), None)
+    return node is not None and before is not None and (node.target is before.target or bool(modes_of(node)))
+
+
+def _traced_modes(graph: FxGraph, origin: Origin) -> Modes:
+    """A traced graph's modules hold the mode; what an edit wrote out as functions is recorded at the nodes."""
+    modes = Modes(origin.training)
+    if origin.pristine is None:
+        return modes
+    present = {node.name: node for node in graph.module.graph.nodes}
+    lost = []
+    for node in origin.pristine.find_nodes(op="call_module"):
+        module = origin.model.get_submodule(str(node.target))
+        changes = isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "p", 0) > 0
+        twin = present.get(node.name)
+        if changes and is_known(module) and (twin is None or (twin.op != "call_module" and not modes_of(twin))):
+            lost.append(node.name)
+    modes.refusal = _lost(lost) if lost else None
+    return modes
+
+
+def _lost(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"a rewrite took away '{names[0]}'{more}, which training needs."

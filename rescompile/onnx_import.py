@@ -1,0 +1,348 @@
+"""Reading an onnx_ir model into a graph's view.
+
+Three passes over the nodes: forward, each node becomes logical operations (a MatMul and the Add of its bias become one
+linear); backward, what only computes shapes that other operations keep to themselves is set aside; forward again, the
+rest is presented.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from rescompile.errors import GraphError
+from rescompile.graph import Op, Role, Value, ValueType
+from rescompile.kinds import OpKind as K
+from rescompile.kinds import Trait
+from rescompile.onnx_contrib import CONTRIB_READERS
+from rescompile.onnx_functions import read_call
+from rescompile.onnx_literals import is_literal
+from rescompile.onnx_ops import PROVENANCE_KEY, Step, dtype_name, is_static
+from rescompile.onnx_read import READERS, Site
+from rescompile.onnx_shapes import Facts, complete, literal, merge, name_extents
+
+if TYPE_CHECKING:
+    from rescompile.onnx_graph import OnnxGraph
+
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """Native nodes and the logical operations that they are read as."""
+
+    nodes: tuple[ir.Node, ...]
+    steps: list[Step]
+    outputs: tuple[ir.Value, ...]
+    shown: bool = True
+
+
+def read(graph: OnnxGraph) -> None:
+    """Fill an empty view from `graph.model`."""
+    _Import(graph).run()
+
+
+class _Import:
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        self.model = graph.model
+        self.facts = Facts(graph.model)
+        self.constants: set[ir.Value] = set()  # values that do not depend on the graph's inputs
+        self.literals: set[ir.Value] = set()  # of these, what follows from literals alone
+        self.items: dict[ir.Node, _Item] = {}  # by the node that produces the item's outputs
+        self.values: dict[ir.Value, Value] = {}
+
+    def run(self) -> None:
+        native = self.model.graph
+        self.constants.update(native.initializers.values())
+        for node in native:
+            self._read_node(node)
+        needed = self._set_aside()
+        for value in native.inputs:
+            if value.name not in native.initializers:
+                kind = self.facts.type(value)
+                self.values[value] = self.graph.add_input(_name(value), kind.shape, kind.dtype, value)
+        for value in native.initializers.values():
+            if value in needed:
+                self._present_constant(value, Role.PARAMETER)
+        self._present(needed)
+        self.graph.set_outputs([self.values[value] for value in native.outputs])
+
+    # ---- forward: nodes to steps -------------------------------------------------------------------------------------
+
+    def _read_node(self, node: ir.Node) -> None:
+        facts = self.facts
+        if is_literal(node, self.literals, facts) and all(is_static(facts.type(v).shape) for v in node.outputs if v.name):
+            self.literals.update(node.outputs)
+            self.constants.update(node.outputs)
+            facts.follow(node)
+            if node.op_type != "Constant":
+                self._hide(node)
+            return
+        steps = self._steps(node)
+        outputs = tuple(node.outputs)
+        self._note_types(node, steps)
+        facts.follow(node)
+        nodes: tuple[ir.Node, ...] = (node,)
+        if len(steps) == 1:
+            merged = self._merge_linear(steps[0])
+            nodes = (*merged, node)
+            step = steps[0]
+            pure = step.kind is not K.OPAQUE and not step.kind.has(Trait.RANDOM)
+            operands = [value for value in step.inputs if value is not None]
+            if pure and operands and all(isinstance(v, ir.Value) and v in self.constants for v in operands):
+                self.constants.update(outputs)
+        self.items[node] = _Item(nodes, steps, outputs)
+
+    def _steps(self, node: ir.Node) -> list[Step]:
+        function = self.model.functions.get(node.op_identifier()) if self.model.functions else None
+        reader = READERS.get(node.op_type) if node.domain == "" else None
+        if node.domain == "com.microsoft":
+            reader = CONTRIB_READERS.get(node.op_type)
+        if function is not None:
+            reading = read_call(self._site(node), function)
+        elif reader is not None:
+            reading = reader(self._site(node))
+        else:
+            reading = ""
+        if isinstance(reading, Step):
+            return [reading]
+        if isinstance(reading, list):
+            return reading
+        label = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        if reading:
+            self.graph.notes.append(f"'{node.name or _name(node.outputs[0])}' ({label}) is opaque: {reading}.")
+        inputs = [*node.inputs, *captured(node)]
+        return [Step(K.OPAQUE, inputs, {"target": label}, tuple(range(len(node.outputs))))]
+
+    def _site(self, node: ir.Node) -> Site:
+        opset = self.model.opset_imports.get(node.domain, 1)
+        return Site(node, opset, self.facts, self.constants)
+
+    def _note_types(self, node: ir.Node, steps: list[Step]) -> None:
+        """Types of inner results and of the node's outputs, with the symbolic extents that follow by kind."""
+        for step in steps:
+            if step.kind is K.OPAQUE:
+                break
+            if step.outputs:
+                value = node.outputs[step.outputs[0]]
+                shape, dtype = self.facts.partial_type(value)
+                shape, dtype = merge(shape, step.type.shape), dtype or step.type.dtype
+            else:
+                shape, dtype = step.type.shape, step.type.dtype
+            if shape is None or None in shape:
+                operands = [self._type(operand).shape for operand in step.inputs if operand is not None]
+                shape = complete(step.kind, step.attrs, operands, shape)
+                stem = _name(node.outputs[0])
+                shape = name_extents(shape, stem)
+            if step.outputs:
+                self.facts.types[value] = ValueType(shape, dtype)
+            else:
+                step.type = ValueType(shape, dtype)
+
+    def _type(self, operand: Any) -> ValueType:
+        if isinstance(operand, ir.Value):
+            return self.facts.type(operand)
+        if isinstance(operand, Step):
+            return operand.type
+        return ValueType(tuple(operand.shape), str(operand.dtype))
+
+    def _merge_linear(self, step: Step) -> tuple[ir.Node, ...]:
+        """Make one linear of MatMul with a Transpose of its weight before it, or with an Add of its bias after it."""
+        if step.kind is K.LINEAR and step.attrs.get("transpose_weight") is False:
+            weight = step.inputs[1]
+            item = self._sole(weight)
+            if item is not None and item.steps[0].kind is K.PERMUTE and item.steps[0].attrs["perm"] == (1, 0):
+                step.inputs = [step.inputs[0], item.steps[0].inputs[0], *step.inputs[2:]]
+                step.attrs = {"transpose_weight": True}
+                return self._absorb(item)
+        if step.kind is K.ADD and len(step.inputs) == 2 and "scales" not in step.attrs:
+            for product, bias in (step.inputs, reversed(step.inputs)):
+                item = self._sole(product)
+                linear = item.steps[0] if item is not None else None
+                if item is None or linear is None or linear.kind is not K.LINEAR or linear.inputs[2] is not None:
+                    continue
+                if bias in self.constants and self._fits(bias, linear):
+                    step.kind, step.attrs = K.LINEAR, linear.attrs
+                    step.inputs = [*linear.inputs[:2], bias]
+                    return self._absorb(item)
+        return ()
+
+    def _fits(self, bias: Any, linear: Step) -> bool:
+        weight = self._type(linear.inputs[1]).shape
+        width = weight[0 if linear.attrs["transpose_weight"] else 1] if weight is not None else None
+        return self._type(bias).shape == (width,)
+
+    def _sole(self, value: Any) -> _Item | None:
+        """The item that makes the value, when it is one operation and nothing else reads it."""
+        producer = value.producer() if isinstance(value, ir.Value) else None
+        item = self.items.get(producer) if producer is not None else None
+        if item is None or len(item.steps) != 1 or len(value.uses()) != 1 or value.is_graph_output():
+            return None
+        return item
+
+    def _absorb(self, item: _Item) -> tuple[ir.Node, ...]:
+        del self.items[item.nodes[-1]]
+        return item.nodes
+
+    # ---- backward: what is only shape arithmetic ---------------------------------------------------------------------
+
+    def _set_aside(self) -> set[ir.Value]:
+        """The values that presented operations list; nodes that serve only unlisted operands are hidden."""
+        needed: set[ir.Value] = set(self.model.graph.outputs)
+        for item in reversed(self.items.values()):
+            read = any(value.uses() for value in item.outputs)
+            item.shown = not read or any(value in needed for value in item.outputs)
+            if item.shown:
+                needed.update(v for step in item.steps for v in step.inputs if isinstance(v, ir.Value))
+            else:
+                for node in item.nodes:
+                    self._hide(node)
+        return needed
+
+    def _hide(self, node: ir.Node) -> None:
+        """Keep the node out of the view; the shape that it asks for must be had otherwise once the value is gone."""
+        self.graph.hidden.add(node)
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        if source is not None:
+            self.graph.measured[source] = self.facts.type(source)
+
+    # ---- forward: presentation ---------------------------------------------------------------------------------------
+
+    def _present(self, needed: set[ir.Value]) -> None:
+        names = Counter(node.name for node in self.model.graph)
+        for node in self.model.graph:
+            item = self.items.get(node)
+            if item is None:
+                for value in node.outputs:
+                    if value in needed and value in self.literals:
+                        self._present_constant(value, Role.CONSTANT)
+            elif item.shown:
+                name = node.name if node.name and names[node.name] == 1 else _name(node.outputs[0])
+                self._present_item(item, name)
+
+    def _present_constant(self, value: ir.Value, role: Role) -> None:
+        kind = self.facts.type(value)
+        tensor = literal(value)
+        if tensor is not None:
+            kind = ValueType(tuple(int(extent) for extent in tensor.shape.numpy()), dtype_name(tensor.dtype))
+        self.values[value] = self.graph.add_constant(_name(value), kind.shape, kind.dtype, value, role)
+
+    def _present_item(self, item: _Item, name: str) -> None:
+        node = item.nodes[-1]
+        module = module_path(node)
+        results: dict[Step, Value] = {}
+        group: list[Op] = []
+        for step in item.steps:
+            inputs = [self._operand(operand, results, name) for operand in step.inputs]
+            label = name if step is item.steps[-1] else self.graph.unique_op_name(f"{name}.{step.kind.value}")
+            outputs, natives = self._outputs(step, item, label)
+            op = self.graph.add_op(
+                step.kind, inputs, outputs, step.attrs, name=label, native=item.nodes, natives=natives, module=module
+            )
+            op.provenance = node.metadata_props.get(PROVENANCE_KEY, "")
+            for value in op.outputs:
+                if value.native is not None:
+                    self.values[value.native] = value
+            if op.outputs:
+                results[step] = op.outputs[0]
+            group.append(op)
+        if len(group) > 1:
+            for op in group:
+                op.group = group
+
+    def _outputs(self, step: Step, item: _Item, label: str) -> tuple[list[tuple[str, ValueType]], list[Any]]:
+        if not step.outputs:
+            return [(self.graph.unique_name(f"{_name(item.outputs[0])}.{step.kind.value}"), step.type)], [None]
+        outputs: list[tuple[str, ValueType]] = []
+        natives: list[Any] = []
+        for position, index in enumerate(step.outputs):
+            value = item.outputs[index] if index < len(item.outputs) else None
+            if value is not None and value.name:
+                outputs.append((value.name, self.facts.type(value)))
+                natives.append(value)
+            elif step.kind.spec.outputs > position:  # the kind has it although the node leaves it out
+                first = self.facts.type(item.outputs[step.outputs[0]])
+                outputs.append((self.graph.unique_name(f"{label}.{position}"), first))
+                natives.append(None)
+        return outputs, natives
+
+    def _operand(self, operand: Any, results: dict[Step, Value], name: str) -> Value | None:
+        if operand is None:
+            return None
+        if isinstance(operand, Step):
+            return results[operand]
+        if isinstance(operand, np.ndarray):
+            label = self.graph.unique_name(f"{name}.constant")
+            return self.graph.add_constant(label, operand.shape, str(operand.dtype), operand, Role.CONSTANT)
+        value = self.values.get(operand)
+        if value is None:
+            raise GraphError(
+                f"'{name}' reads '{operand.name}' before anything produces it: the model's nodes are not in order."
+            )
+        return value
+
+
+def _name(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def captured(node: ir.Node) -> list[ir.Value]:
+    """Values of the outer graph that the node's own graphs (the branches of an If, the body of a Loop) read."""
+    found: dict[ir.Value, None] = {}
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            _captured_by(attribute.as_graph(), set(), found)
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            for inner in attribute.as_graphs():
+                _captured_by(inner, set(), found)
+    return list(found)
+
+
+def _captured_by(inner: ir.Graph, outside: set[ir.Value], found: dict[ir.Value, None]) -> None:
+    own = outside | set(inner.inputs) | set(inner.initializers.values())
+    for node in inner:
+        own.update(node.outputs)
+    for node in inner:
+        found.update((value, None) for value in node.inputs if value is not None and value not in own)
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.GRAPH:
+                _captured_by(attribute.as_graph(), own, found)
+    found.update((value, None) for value in inner.outputs if value not in own)
+
+
+def nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes inside the node's own graphs, at any depth."""
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            graphs: tuple[ir.Graph, ...] = (attribute.as_graph(),)
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            graphs = tuple(attribute.as_graphs())
+        else:
+            continue
+        for graph in graphs:
+            yield from graph.all_nodes()
+
+
+def module_path(node: ir.Node) -> str:
+    """Dotted path of the module that made the node: torch's scopes, else the path in the node's name."""
+    scopes = node.metadata_props.get(SCOPES_KEY)
+    if scopes:
+        parts = scopes.strip("[]").split("', '")
+        return parts[-2].strip("'\"") if len(parts) > 1 else ""
+    name = node.name or ""
+    if "/" not in name:
+        return ""
+    path: list[str] = []
+    for part in name.strip("/").split("/")[:-1]:
+        # torch's older exporter repeats a container's name in its members': layer1, layer1.0, conv1
+        if path and part.startswith(path[-1] + "."):
+            path[-1] = part
+        else:
+            path.append(part)
+    return ".".join(path)

@@ -1,0 +1,153 @@
+"""ONNX operators that spell one kind one to one, and the small vocabulary that reading and writing share.
+
+`PLAIN` serves both directions: an operator of the table reads as its kind with its inputs as operands, and a kind of
+the table is written as its operator from opset `since` on. Operators with attributes, or whose meaning changed between
+opsets, have a reader in `onnx_read` and a writer in `onnx_emit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from rescompile.errors import GraphError
+from rescompile.graph import Attrs, Dim, Shape, ValueType
+from rescompile.kinds import OpKind as K
+
+FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
+PROVENANCE_KEY = "rescompile.pass"
+OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
+OLDEST_INITIALIZERS = 4  # the IR version from which initializers need not be inputs as well
+INT64_MAX = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An operator whose inputs are a kind's operands, without attributes; `since`: the opset that brought it."""
+
+    op_type: str
+    kind: K
+    since: int = 1
+
+
+PLAIN: tuple[Plain, ...] = (
+    Plain("Identity", K.IDENTITY),
+    Plain("Add", K.ADD),
+    Plain("Mul", K.MUL),
+    Plain("Div", K.DIV),
+    Plain("Pow", K.POW),
+    Plain("Where", K.WHERE, 9),
+    Plain("Equal", K.EQUAL),
+    Plain("Less", K.LESS),
+    Plain("LessOrEqual", K.LESS_EQUAL, 12),
+    Plain("Greater", K.GREATER),
+    Plain("GreaterOrEqual", K.GREATER_EQUAL, 12),
+    Plain("And", K.LOGICAL_AND),
+    Plain("Or", K.LOGICAL_OR),
+    Plain("Not", K.LOGICAL_NOT),
+    Plain("Neg", K.NEG),
+    Plain("Abs", K.ABS),
+    Plain("Exp", K.EXP),
+    Plain("Log", K.LOG),
+    Plain("Sqrt", K.SQRT),
+    Plain("Reciprocal", K.RECIPROCAL),
+    Plain("Erf", K.ERF, 9),
+    Plain("Sin", K.SIN, 7),
+    Plain("Cos", K.COS, 7),
+    Plain("Floor", K.FLOOR),
+    Plain("Ceil", K.CEIL),
+    Plain("Round", K.ROUND, 11),
+    Plain("Sign", K.SIGN, 9),
+    Plain("IsNaN", K.IS_NAN, 9),
+    Plain("Relu", K.RELU),
+    Plain("Sigmoid", K.SIGMOID),
+    Plain("Tanh", K.TANH),
+    Plain("Softplus", K.SOFTPLUS),
+    Plain("HardSwish", K.HARDSWISH, 14),
+    Plain("Mish", K.MISH, 18),
+    Plain("Shape", K.SHAPE),
+)
+
+# Reductions over axes: the operator, its kind, and the opset from which its axes are an input.
+REDUCTIONS: dict[str, tuple[K, int]] = {
+    "ReduceMean": (K.MEAN, 18),
+    "ReduceSum": (K.SUM, 13),
+    "ReduceMax": (K.AMAX, 18),
+    "ReduceMin": (K.AMIN, 18),
+    "ReduceProd": (K.PROD, 18),
+}
+
+PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One logical operation that a native node is read as.
+
+    `inputs`: native values, literals, or earlier steps of the same node (their first output). `outputs`: which of the
+    node's outputs the step produces, empty for an inner step, whose result has `type`.
+    """
+
+    kind: K
+    inputs: Sequence[ir.Value | Step | np.ndarray[Any, Any] | None]
+    attrs: Attrs = field(default_factory=dict)
+    outputs: tuple[int, ...] = ()
+    type: ValueType = ValueType(None, None)
+
+
+# What a reader answers: one step, several, or the reason why the node has no kind.
+Reading: TypeAlias = Step | list[Step] | str
+
+
+class Arg(NamedTuple):
+    """A native value on its way into a written node, with what is known of its type."""
+
+    value: ir.Value
+    shape: Shape | None
+    dtype: str | None
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, None when unknown."""
+        return None if self.shape is None else len(self.shape)
+
+
+_DTYPE_NAMES: dict[ir.DataType, str] = {}
+for _dtype in ir.DataType:
+    if _dtype in (ir.DataType.UNDEFINED, ir.DataType.STRING):
+        continue
+    _DTYPE_NAMES[_dtype] = str(_dtype.numpy())
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+def dtype_name(dtype: ir.DataType | None) -> str | None:
+    """The protocol's name of an ONNX element type."""
+    if dtype is None:
+        return None
+    return _DTYPE_NAMES.get(dtype, "string" if dtype is ir.DataType.STRING else None)
+
+
+def dtype_of(name: str) -> ir.DataType:
+    """The ONNX element type of that name; GraphError when ONNX has none."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise GraphError(f"ONNX has no element type '{name}': cast to one of {', '.join(sorted(_DTYPES))}.") from None
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy type of that name, those of ml_dtypes included."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def is_static(shape: Sequence[Dim] | None) -> bool:
+    """Whether every extent is known."""
+    return shape is not None and all(isinstance(extent, int) for extent in shape)

@@ -1,0 +1,110 @@
+"""Executing an ONNX model on the CPU, to see what an edit did to its numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from rescompile.errors import GraphError
+from rescompile.onnx_ops import dtype_name
+from rescompile.onnx_serial import PROTO_LIMIT, in_memory_proto, save_external, tensor_bytes
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+class Session:
+    """A model made ready to run; the model may change afterwards without the session noticing."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._types = {
+            value.name or "": value for value in model.graph.inputs if value.name not in model.graph.initializers
+        }
+        self._outputs = [value.name or "" for value in model.graph.outputs]
+        self._run = _prepare(model)
+
+    def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Outputs by name. GraphError for a missing, unknown or wrongly typed input, and for what the runtime says."""
+        for name in inputs:
+            if name not in self._types:
+                raise GraphError(f"The model has no input '{name}': it has {', '.join(self._types)}.")
+        for name, value in self._types.items():
+            if name not in inputs:
+                raise GraphError(f"The model's input '{name}' is missing: give an array for {', '.join(self._types)}.")
+            _check(name, inputs[name], value)
+        return dict(zip(self._outputs, self._run(dict(inputs)), strict=True))
+
+
+def _check(name: str, array: np.ndarray[Any, Any], value: ir.Value) -> None:
+    dtype = dtype_name(value.dtype) if isinstance(value.type, ir.TensorType) else None
+    shape = value.shape
+    wanted = f"{dtype}{'' if shape is None else list(shape)}"
+    if dtype not in (None, "string") and str(array.dtype) != dtype:
+        raise GraphError(f"Input '{name}' is {array.dtype}{list(array.shape)} and the model takes {wanted}.")
+    if shape is None:
+        return
+    fits = len(shape) == array.ndim and all(
+        not isinstance(extent, int) or extent == given for extent, given in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise GraphError(f"Input '{name}' is {array.dtype}{list(array.shape)} and the model takes {wanted}.")
+
+
+def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return _reference(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    providers = ["CPUExecutionProvider"]
+    try:
+        if tensor_bytes(model) < PROTO_LIMIT:
+            session = onnxruntime.InferenceSession(in_memory_proto(model).SerializeToString(), options, providers)
+        else:
+            with tempfile.TemporaryDirectory(prefix="rescompile") as folder:
+                path = Path(folder) / "model.onnx"
+                save_external(model, path, "model.data")
+                session = onnxruntime.InferenceSession(str(path), options, providers)
+    except (RuntimeError, ValueError, NotImplementedError, *_runtime_errors()) as error:
+        raise GraphError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
+
+    def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
+        try:
+            return list(session.run(None, inputs))
+        except (RuntimeError, ValueError, *_runtime_errors()) as error:
+            raise GraphError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+
+    return run
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's exceptions, which have no common base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
+    return tuple(found)
+
+
+def _reference(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
+    """onnx's own evaluator: slow, and without the operators of ONNX Runtime."""
+    try:
+        evaluator = onnx.reference.ReferenceEvaluator(in_memory_proto(model))
+    except (RuntimeError, NotImplementedError) as error:
+        raise GraphError(
+            f"onnx's reference cannot run the model ({_first_line(error)}): install onnxruntime."
+        ) from error
+
+    def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
+        return [np.asarray(output) for output in evaluator.run(None, dict(inputs))]
+
+    return run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

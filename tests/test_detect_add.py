@@ -1,0 +1,463 @@
+"""Sums: every condition of a residual add, and beside each the trap that must not fire."""
+
+from __future__ import annotations
+
+import pytest
+
+from rescompile.blocks import Block, Report
+from rescompile.detection import inspect_graph
+from rescompile.graph import Graph, Value
+from tests.graphs import Builder, K, attention, mlp, residual_mlp, resnet_block, transformer_layer
+
+
+def only(graph: Graph) -> Block:
+    report = inspect_graph(graph)
+    assert len(report) == 1, report
+    return report.blocks[0]
+
+
+def refused(graph: Graph, join: str | None = None) -> str:
+    report = inspect_graph(graph)
+    assert len(report) == 0, report
+    reasons = {entry.join: entry.reason for entry in report.not_residual}
+    return reasons[join] if join else next(iter(reasons.values()))
+
+
+def covers_every_join(graph: Graph, report: Report) -> bool:
+    joins = {op.name for op in graph if op.kind in (K.ADD, K.CONCAT)}
+    told = {op.name for block in report for op in block.join_ops} | {entry.join for entry in report.not_residual}
+    return joins <= told
+
+
+# ---- shortcuts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_identity_shortcut(swapped: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8, name="x")
+    y = b.linear(x, 8, name="f")
+    block = only(b.output(b.add(*((y, x) if swapped else (x, y)), name="join")))
+    assert (block.kind, block.shortcut, block.norm, block.scale) == ("add", "identity", "none", None)
+    assert (block.fork, block.join, block.branch) == ("x", "join", ("f",))
+    assert block.skip_index == (1 if swapped else 0)
+    assert block.shape == (2, 8)
+    assert block.dominated
+    assert block.parent is None
+
+
+def test_projection_shortcut_of_a_resnet_block() -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    block = only(b.output(resnet_block(b, x, 16, stride=2)))
+    assert (block.shortcut, block.norm) == ("projection", "branch")
+    assert [op.kind for op in block.shortcut_ops] == [K.CONV, K.BATCH_NORM]
+    assert [op.kind for op in block.branch_ops] == [K.CONV, K.BATCH_NORM, K.RELU, K.CONV, K.BATCH_NORM]
+    assert block.fork_value is x
+
+
+def test_projection_behind_a_pool() -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    y = b.batch_norm(b.conv(b.relu(b.conv(x, 16, 3, 2)), 16, 3))
+    pooled = b.op(K.AVG_POOL, x, shape=(1, 8, 4, 4), kernel=(2, 2), stride=(2, 2), pads=(0, 0, 0, 0))
+    assert only(b.output(b.add(y, b.batch_norm(b.conv(pooled, 16, 1))))).shortcut == "projection"
+
+
+def test_convolution_of_three_by_three_is_no_shortcut() -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    y = b.conv(b.relu(b.conv(x, 8)), 8)
+    assert refused(b.output(b.add(y, b.relu(b.conv(x, 8))))).startswith("two working branches")
+
+
+@pytest.mark.parametrize("spelling", ["pad", "concat"])
+def test_shortcut_of_padded_channels(spelling: str) -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    y = b.conv(b.relu(b.conv(x, 16, 3, 2)), 16, 3)
+    half = b.op(K.SLICE, x, shape=(1, 8, 4, 4), axes=(2, 3), starts=(0, 0), stops=(8, 8), steps=(2, 2))
+    if spelling == "pad":
+        skip = b.op(K.PAD, half, shape=(1, 16, 4, 4), pads=(0, 4, 0, 0, 0, 4, 0, 0))
+    else:
+        skip = b.concat(half, b.param(1, 8, 4, 4))
+    assert only(b.output(b.add(skip, y))).shortcut == "pad"
+
+
+def test_shortcut_that_only_pools() -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    y = b.conv(b.relu(b.conv(x, 8, 3, 2)), 8, 3)
+    skip = b.op(K.MAX_POOL, x, shape=(1, 8, 4, 4), kernel=(2, 2), stride=(2, 2), pads=(0, 0, 0, 0))
+    assert only(b.output(b.add(skip, y))).shortcut == "pool"
+
+
+def test_shortcut_that_is_a_view() -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    tokens = b.permute(b.reshape(x, 1, 8, 64), 0, 2, 1)
+    block = only(b.output(b.add(tokens, mlp(b, tokens))))
+    assert (block.shortcut, block.fork_value) == ("identity", tokens)
+    b = Builder()
+    x = b.input(1, 64, 8)
+    y = b.reshape(mlp(b, x), 1, 8, 64)
+    block = only(b.output(b.add(y, b.reshape(x, 1, 8, 64))))
+    assert (block.shortcut, block.fork_value) == ("view", x)
+
+
+def test_slices_of_one_split_are_views_of_its_input() -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8, name="x")
+    split = b.ops(K.SPLIT, x, shapes=[(1, 4, 8, 8)] * 2, axis=1, sizes=(4, 4))
+    first, second = split.outputs
+    graph = b.output(b.add(b.conv(first, 4), second))
+    block = only(graph)
+    assert (block.shortcut, block.fork) == ("view", "x")
+
+
+def test_graph_input_parameter_and_constant_can_start_a_stream() -> None:
+    b = Builder()
+    token = b.param(1, 1, 8, name="token")
+    x = b.input(1, 5, 8)
+    h = b.add(token, attention(b, token, x), name="join")
+    block = only(b.output(h))
+    assert (block.fork, block.shortcut) == ("token", "identity")
+    assert [value.producer.inputs[0] for value in block.outside if value.producer] == [x, x]
+    assert not block.dominated
+
+
+def test_stream_of_queries_computed_from_constants() -> None:
+    b = Builder()
+    memory = b.input(1, 5, 8)
+    queries, position = b.param(5, 8), b.param(5, 8)
+    start = b.op(K.EXPAND, queries, shape=(1, 5, 8))
+    start.constant = True
+    y = b.layer_norm(b.add(start, attention(b, b.add(start, position)), name="self"))
+    y = b.layer_norm(b.add(y, attention(b, b.add(y, position), memory), name="cross"))
+    report = inspect_graph(b.output(y))
+    assert [(block.join, block.shortcut) for block in report] == [("self", "identity"), ("cross", "identity")]
+
+
+# ---- traps ---------------------------------------------------------------------------------------------------------
+
+
+def test_trap_bias() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    assert refused(b.output(b.add(b.linear(x, 8, bias=False), b.param(8)))).startswith("bias")
+
+
+def test_trap_number() -> None:
+    b = Builder()
+    assert refused(b.output(b.add(b.linear(b.input(2, 8), 8), 1.0))).startswith("constant")
+
+
+def test_trap_position_embedding_table() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 5, 8), 8)
+    assert refused(b.output(b.add(x, b.param(5, 8)))).startswith("constant table")
+
+
+def test_trap_position_embedding_that_every_layer_adds_to_its_queries() -> None:
+    b = Builder()
+    x, position = b.input(1, 5, 8), b.input(1, 5, 8, name="position")
+    for index in range(3):
+        queries = b.add(x, position, name=f"queries_{index}")
+        q, k, v = b.linear(queries, 8), b.linear(queries, 8), b.linear(x, 8)
+        y = b.linear(b.op(K.ATTENTION, q, k, v, None, shape=x.shape), 8)
+        x = b.layer_norm(b.add(x, y, name=f"join_{index}"))
+    report = inspect_graph(b.output(x))
+    assert [block.join for block in report] == ["join_0", "join_1", "join_2"]
+    assert [entry.join for entry in report.not_residual] == ["queries_0", "queries_1", "queries_2"]
+
+
+def test_trap_mask_that_reaches_every_attention() -> None:
+    b = Builder()
+    x, mask = b.input(1, 5, 8), b.input(1, 1, 5, 5, name="mask")
+    for index in range(3):
+        q, k = (b.permute(b.reshape(b.linear(x, 8), 1, 5, 1, 8), 0, 2, 1, 3) for _ in range(2))
+        scores = b.add(b.matmul(q, b.permute(k, 0, 1, 3, 2)), mask, name=f"mask_{index}")
+        y = b.matmul(b.op(K.SOFTMAX, scores, axis=3), k)
+        y = b.linear(b.reshape(b.permute(y, 0, 2, 1, 3), 1, 5, 8), 8)
+        x = b.add(x, y, name=f"join_{index}")
+    report = inspect_graph(b.output(x))
+    assert [block.join for block in report] == ["join_0", "join_1", "join_2"]
+    assert all(block.outside == (mask,) for block in report)
+    assert {entry.join for entry in report.not_residual} == {"mask_0", "mask_1", "mask_2"}
+
+
+def test_trap_relative_position_bias_shared_by_all_layers() -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    bias = b.op(K.MUL, b.param(1, 1, 5, 5), b.param(1, 1, 5, 5), shape=(1, 1, 5, 5))
+    for index in range(3):
+        q, k = (b.permute(b.reshape(b.linear(x, 8), 1, 5, 1, 8), 0, 2, 1, 3) for _ in range(2))
+        scores = b.add(b.matmul(q, b.permute(k, 0, 1, 3, 2)), bias, name=f"bias_{index}")
+        y = b.matmul(b.op(K.SOFTMAX, scores, axis=3), k)
+        x = b.add(x, b.linear(b.reshape(b.permute(y, 0, 2, 1, 3), 1, 5, 8), 8), name=f"join_{index}")
+    report = inspect_graph(b.output(x))
+    assert [block.join for block in report] == ["join_0", "join_1", "join_2"]
+
+
+def test_trap_x_plus_x() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    assert refused(b.output(b.add(x, x))).startswith("x + x")
+
+
+def test_trap_sum_of_two_inputs() -> None:
+    b = Builder()
+    x, y = b.input(2, 8), b.input(2, 8)
+    assert refused(b.output(b.add(b.linear(x, 8), b.linear(y, 8)))).startswith("no common origin")
+
+
+def test_trap_sum_of_two_working_branches() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    assert refused(b.output(b.add(mlp(b, x), mlp(b, x)))).startswith("two working branches")
+
+
+def test_trap_polynomial_inside_an_activation() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    y = b.add(x, b.mul(b.op(K.POW, x, 3.0), 0.044715))
+    assert refused(b.output(b.op(K.TANH, y))).startswith("no working branch")
+
+
+def test_trap_rotary_embedding() -> None:
+    b = Builder()
+    x, cos, sin = b.input(1, 5, 8), b.input(5, 8), b.input(5, 8)
+    q = b.linear(x, 8)
+    turned = b.concat(b.op(K.NEG, b.slice(q, 2, 4, 8)), b.slice(q, 2, 0, 4), axis=2)
+    graph = b.output(b.add(b.mul(q, cos), b.mul(turned, sin), name="rotary"))
+    report = inspect_graph(graph)
+    assert len(report) == 0
+    assert covers_every_join(graph, report)
+
+
+def test_trap_global_response_norm() -> None:
+    b = Builder()
+    x = b.conv(b.input(1, 8, 4, 4), 8)
+    energy = b.op(K.SQRT, b.op(K.SUM, b.mul(x, x), shape=(1, 8, 1, 1), axes=(2, 3), keepdims=True))
+    scaled = b.mul(x, b.op(K.DIV, energy, b.add(b.mean(energy, 1), 1e-6)))
+    graph = b.output(b.add(x, b.mul(scaled, b.param(1, 8, 1, 1)), name="grn"))
+    assert refused(graph, "grn").startswith("no working branch")
+
+
+def test_trap_integer_arithmetic() -> None:
+    b = Builder()
+    x = b.input(5, dtype="int64")
+    assert refused(b.output(b.add(x, b.op(K.MATMUL, x, x, shape=(5,))))).startswith("integer")
+
+
+def test_trap_smaller_value_that_is_added_everywhere() -> None:
+    b = Builder()
+    x = b.input(2, 1, 8)
+    y = b.op(K.MATMUL, b.input(2, 5, 1), mlp(b, x), shape=(2, 5, 8))
+    assert refused(b.output(b.add(x, y))).startswith("broadcast")
+
+
+def test_branch_may_be_broadcast_where_the_shortcut_is_not() -> None:
+    b = Builder()
+    x = b.input(2, 8, 4, 4)
+    context = b.conv(b.mean(x, 2, 3), 8, 1)
+    assert only(b.output(b.add(x, context))).shortcut == "identity"
+
+
+def test_squeeze_and_excite_gate_is_no_join() -> None:
+    b = Builder()
+    x = b.input(2, 8, 4, 4)
+    gate = b.op(K.SIGMOID, b.conv(b.relu(b.conv(b.mean(x, 2, 3), 2, 1)), 8, 1))
+    report = inspect_graph(b.output(b.mul(x, gate)))
+    assert len(report) == 0
+    assert report.not_residual == ()
+
+
+# ---- several blocks ------------------------------------------------------------------------------------------------
+
+
+def test_chain_of_blocks() -> None:
+    report = inspect_graph(residual_mlp(5))
+    assert [block.join for block in report] == [f"join_{index}" for index in range(5)]
+    assert [block.fork for block in report][1:] == [f"join_{index}" for index in range(4)]
+    assert [block.module for block in report] == [f"blocks.{index}" for index in range(5)]
+    assert all(block.parent is None for block in report)
+    assert report.paths() == {"log2_count": 5.0, "mean_length": 2.5}
+
+
+def test_global_skip_encloses_the_blocks_inside() -> None:
+    b = Builder()
+    head = b.conv(b.input(1, 3, 8, 8), 8)
+    x = head
+    for _ in range(3):
+        y = b.conv(b.relu(b.conv(x, 8)), 8)
+        x = b.add(b.mul(y, 0.1), x)
+    graph = b.output(b.add(head, b.conv(x, 8), name="global"))
+    report = inspect_graph(graph)
+    assert [block.parent for block in report] == [3, 3, 3, None]
+    assert report.blocks[3].fork_value is head
+    assert [op.kind for op in report.blocks[3].branch_ops] == [K.ADD, K.ADD, K.ADD, K.CONV]
+    assert report.summary()["nested"] == 3
+    assert len(report.all_branch_ops(report.blocks[3])) == 3 * 5 + 1
+
+
+def test_one_fork_that_feeds_every_join() -> None:
+    b = Builder()
+    x = b.input(2, 8, name="x")
+    y = x
+    for index in range(6):
+        y = b.add(x, b.linear(b.relu(y), 8), name=f"join_{index}")
+    report = inspect_graph(b.output(y))
+    assert [block.fork for block in report] == ["x"] * 6
+    assert [block.parent for block in report] == [1, 2, 3, 4, 5, None]
+
+
+@pytest.mark.parametrize("spelling", ["x + (a + f)", "(x + a) + f", "one sum", "(a + x) + f"])
+def test_parallel_branches_are_one_block(spelling: str) -> None:
+    b = Builder()
+    x = b.input(1, 5, 8, name="x")
+    n = b.layer_norm(x)
+    a, f = attention(b, n), mlp(b, n)
+    total = {
+        "x + (a + f)": lambda: b.add(x, b.add(a, f)),
+        "(x + a) + f": lambda: b.add(b.add(x, a), f),
+        "(a + x) + f": lambda: b.add(b.add(a, x), f),
+        "one sum": lambda: b.add(x, a, f),
+    }[spelling]()
+    graph = b.output(total)
+    report = inspect_graph(graph)
+    block = only(graph)
+    assert (block.kind, block.fork, block.shortcut, block.norm) == ("parallel", "x", "identity", "pre")
+    assert {op.kind for op in block.branch_ops} >= {K.LAYER_NORM, K.ATTENTION, K.GELU}
+    assert covers_every_join(graph, report)
+
+
+def test_two_blocks_in_a_row_are_not_parallel() -> None:
+    b = Builder()
+    x = transformer_layer(b, b.input(1, 5, 8))
+    report = inspect_graph(b.output(x))
+    assert [block.kind for block in report] == ["add", "add"]
+
+
+def test_sum_of_affine_branches_is_reported_for_reparameterisation() -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    y = b.add(b.batch_norm(b.conv(x, 8, 3)), b.batch_norm(b.conv(x, 8, 1)))
+    y = b.add(b.batch_norm(x), y)
+    report = inspect_graph(b.output(b.relu(y)))
+    assert [block.kind for block in report] == ["branches"]
+    assert len(report.blocks[0].join_ops) == 2
+    assert report.summary() == {
+        "blocks": 0,
+        "nested": 0,
+        "by_kind": {"branches": 1},
+        "by_shortcut": {},
+        "by_norm": {},
+    }
+
+
+def test_identity_beside_an_affine_branch_is_a_residual_block() -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    assert only(b.output(b.add(x, b.batch_norm(b.conv(x, 8, 3))))).kind == "add"
+
+
+# ---- norm placement ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["pre", "post", "branch", "sandwich", "none"])
+def test_norm_placement_of_transformer_layers(norm: str) -> None:
+    b = Builder()
+    x = b.linear(b.input(1, 5, 8), 8)
+    memory, mask = b.input(1, 7, 8), b.input(1, 1, 5, 5)
+    for _ in range(2):
+        x = transformer_layer(b, x, norm, memory, mask)
+    if norm == "pre":
+        x = b.layer_norm(x)
+    graph = b.output(b.linear(x, 3))
+    report = inspect_graph(graph)
+    assert [block.norm for block in report] == [norm] * 6
+    assert [len(block.norms) for block in report] == [{"none": 0, "sandwich": 2}.get(norm, 1)] * 6
+    assert covers_every_join(graph, report)
+
+
+def test_norm_inside_the_branch_is_inner_also_where_a_norm_follows_that_leaves_the_stream() -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    for _ in range(2):
+        x = b.add(x, b.linear(b.layer_norm(b.linear(x, 8)), 8))
+    graph = b.output(b.linear(b.layer_norm(x), 4))
+    assert [block.norm for block in inspect_graph(graph)] == ["inner", "inner"]
+
+
+def test_norm_that_one_of_two_readers_applies_is_not_post() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    y = b.add(x, b.linear(x, 8))
+    block = only(b.output(b.layer_norm(y), y))
+    assert block.norm == "none"
+
+
+# ---- scale ---------------------------------------------------------------------------------------------------------
+
+
+def test_layer_scale_is_a_vector_on_the_branch() -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    block = only(b.output(b.add(x, b.mul(mlp(b, x), b.param(8, name="gamma")))))
+    assert block.scale is not None
+    assert block.scale.to_dict() == {"on": "branch", "type": "vector", "factor": "gamma"}
+
+
+def test_rezero_is_a_scalar_on_the_branch() -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    block = only(b.output(b.add(b.mul(b.param(1, name="alpha"), mlp(b, x)), x)))
+    assert block.scale is not None
+    assert block.scale.to_dict() == {"on": "branch", "type": "scalar", "factor": "alpha"}
+
+
+@pytest.mark.parametrize("spelling", ["alpha", "mul", "div"])
+def test_constant_on_the_branch(spelling: str) -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    y = mlp(b, x)
+    y = {"alpha": lambda: y, "mul": lambda: b.mul(y, 0.5), "div": lambda: b.op(K.DIV, y, 2.0)}[spelling]()
+    block = only(b.output(b.add(x, y, scales=(1.0, 0.5) if spelling == "alpha" else ())))
+    assert block.scale is not None
+    assert block.scale.to_dict() == {"on": "branch", "type": "constant", "factor": 0.5}
+
+
+def test_constant_on_the_skip() -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    block = only(b.output(b.layer_norm(b.add(b.mul(x, 2.0), mlp(b, x)))))
+    assert block.scale is not None
+    assert block.scale.to_dict() == {"on": "skip", "type": "constant", "factor": 2.0}
+    assert (block.shortcut, block.norm) == ("identity", "post")
+
+
+def test_factor_that_depends_on_the_input_is_no_scale() -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    block = only(b.output(b.add(x, b.mul(mlp(b, x), b.op(K.SIGMOID, x)))))
+    assert block.scale is None
+
+
+# ---- sums of other spellings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_sum_of_three_with_a_bias(order: tuple[int, ...]) -> None:
+    b = Builder()
+    x = b.input(2, 8, name="x")
+    operands: list[Value] = [x, b.linear(x, 8), b.param(8)]
+    block = only(b.output(b.add(*(operands[index] for index in order))))
+    assert (block.kind, block.fork) == ("add", "x")
+    assert block.join_op.inputs[block.skip_index] is x
+
+
+def test_difference_is_a_sum() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    assert only(b.output(b.sub(x, mlp(b, x)))).shortcut == "identity"

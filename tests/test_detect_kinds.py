@@ -1,0 +1,199 @@
+"""Kinds other than plain sums: dense, long, gated, recurrent, stochastic; each beside what must not be taken for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from rescompile.blocks import Block
+from rescompile.detection import inspect_graph
+from rescompile.graph import Graph, Value
+from tests.graphs import Builder, K, mlp
+
+
+def only(graph: Graph) -> Block:
+    report = inspect_graph(graph)
+    assert len(report) == 1, report
+    return report.blocks[0]
+
+
+def kinds(graph: Graph) -> list[str]:
+    return [block.kind for block in inspect_graph(graph)]
+
+
+def layer(b: Builder, x: Value, growth: int = 4) -> Value:
+    return b.conv(b.relu(b.batch_norm(x)), growth)
+
+
+# ---- dense ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["all features each time", "two at a time"])
+def test_dense_layers(spelling: str) -> None:
+    b = Builder()
+    x = b.input(1, 8, 8, 8)
+    features, joined = [x], x
+    for _ in range(4):
+        new = layer(b, joined)
+        features.append(new)
+        joined = b.concat(*features) if spelling == "all features each time" else b.concat(joined, new)
+    report = inspect_graph(b.output(joined))
+    assert [block.kind for block in report] == ["dense"] * 4
+    assert [block.fork for block in report][1:] == [block.join for block in report][:-1]
+    assert all(block.parent is None for block in report)
+    assert report.summary()["by_shortcut"] == {}
+
+
+@pytest.mark.parametrize("part", ["split", "slices", "slice emitted last"])
+def test_concat_of_half_and_work_on_the_other_half(part: str) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    if part == "split":
+        first, second = b.ops(K.SPLIT, x, shapes=[(1, 4, 8, 8)] * 2, axis=1, sizes=(4, 4)).outputs
+        joined = b.concat(first, b.conv(second, 4))
+    elif part == "slices":
+        first, second = b.slice(x, 1, 0, 4), b.slice(x, 1, 4, 8)
+        joined = b.concat(first, b.conv(second, 4))
+    else:
+        worked = b.conv(b.slice(x, 1, 0, 4), 4)
+        joined = b.concat(worked, b.slice(x, 1, 4, 8))
+    block = only(b.output(joined))
+    assert (block.kind, block.shortcut, block.fork_value) == ("dense", "view", x)
+
+
+@pytest.mark.parametrize("why", ["two working branches", "pooled branch", "halves swapped", "constant", "one value"])
+def test_concat_that_is_not_residual(why: str) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    parts = {
+        "two working branches": lambda: (b.relu(b.conv(x, 4, 1)), b.relu(b.conv(x, 4, 3))),
+        "pooled branch": lambda: (b.op(K.MAX_POOL, x, shape=x.shape), b.conv(x, 4)),
+        "halves swapped": lambda: (b.op(K.NEG, b.slice(x, 1, 4, 8)), b.slice(x, 1, 0, 4)),
+        "constant": lambda: (b.param(1, 1, 8, 8), x),
+        "one value": lambda: (x,),
+    }[why]()
+    report = inspect_graph(b.output(b.concat(*parts)))
+    assert len(report) == 0
+    assert [entry.reason for entry in report.not_residual]
+
+
+def test_class_token_in_front_of_the_tokens_is_no_dense_block() -> None:
+    b = Builder()
+    x, token = b.linear(b.input(1, 5, 8), 8), b.param(1, 1, 8)
+    for _ in range(2):
+        both = b.concat(token, x, axis=1)
+        q, k = b.linear(token, 8), b.linear(both, 8)
+        token = b.add(token, b.linear(b.op(K.ATTENTION, q, k, k, None, shape=token.shape), 8))
+    assert kinds(b.output(token)) == ["add", "add"]
+
+
+# ---- long ----------------------------------------------------------------------------------------------------------
+
+
+def up(b: Builder, x: Value) -> Value:
+    n, c, height, width = x.shape or ()
+    return b.op(K.INTERPOLATE, x, shape=(n, c, int(height) * 2, int(width) * 2))
+
+
+def test_u_net_has_one_long_skip_a_level() -> None:
+    b = Builder()
+    x = b.input(1, 3, 16, 16)
+    e1 = b.relu(b.conv(x, 8))
+    e2 = b.relu(b.conv(b.op(K.MAX_POOL, e1, shape=(1, 8, 8, 8)), 16))
+    e3 = b.relu(b.conv(b.op(K.MAX_POOL, e2, shape=(1, 16, 4, 4)), 32))
+    d2 = b.relu(b.conv(b.concat(up(b, e3), e2), 16))
+    d1 = b.relu(b.conv(b.concat(e1, up(b, d2)), 8))
+    report = inspect_graph(b.output(b.conv(d1, 1, 1)))
+    assert [(block.kind, block.fork_value) for block in report] == [("long", e2), ("long", e1)]
+    assert [block.parent for block in report] == [1, None]
+
+
+def test_feature_pyramid_is_long_skips_with_projections() -> None:
+    b = Builder()
+    c2 = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
+    c3 = b.relu(b.conv(c2, 8, stride=2))
+    c4 = b.relu(b.conv(c3, 8, stride=2))
+    p4 = b.conv(c4, 8, 1)
+    p3 = b.add(b.conv(c3, 8, 1), up(b, p4))
+    p2 = b.add(b.conv(c2, 8, 1), up(b, p3))
+    report = inspect_graph(b.output(b.conv(p2, 8), b.conv(p3, 8), b.conv(p4, 8)))
+    assert [(block.kind, block.shortcut, block.fork_value) for block in report] == [
+        ("long", "projection", c3),
+        ("long", "projection", c2),
+    ]
+
+
+def test_global_skip_at_one_resolution_is_not_long() -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    assert kinds(b.output(b.add(x, b.conv(b.relu(b.conv(x, 8)), 8)))) == ["add"]
+
+
+# ---- gated ---------------------------------------------------------------------------------------------------------
+
+
+def highway(b: Builder, x: Value, spelling: str) -> Value:
+    gate = b.op(K.SIGMOID, b.linear(x, 8))
+    new = b.relu(b.linear(x, 8))
+    if spelling == "difference":
+        return b.add(x, b.mul(gate, b.sub(new, x)))
+    carried = b.mul(b.sub(1.0, gate), x)
+    return b.add(b.mul(gate, new), carried) if spelling == "convex" else b.add(carried, b.mul(new, gate))
+
+
+@pytest.mark.parametrize("spelling", ["convex", "swapped", "difference"])
+def test_highway_layers_are_gated(spelling: str) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    for _ in range(3):
+        x = highway(b, x, spelling)
+    report = inspect_graph(b.output(x))
+    assert [(block.kind, block.shortcut, block.parent) for block in report] == [("gated", "identity", None)] * 3
+    assert all(len(block.branch_ops) >= 4 for block in report)
+
+
+def test_mix_by_two_gates_that_do_not_sum_to_one_is_not_gated() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    gate, other = b.op(K.SIGMOID, b.linear(x, 8)), b.op(K.SIGMOID, b.linear(x, 8))
+    assert kinds(b.output(b.add(b.mul(gate, b.linear(x, 8)), b.mul(other, x)))) == []
+
+
+def test_mix_by_a_constant_gate_is_a_scaled_sum() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    graph = b.output(b.add(x, b.mul(b.param(1), b.sub(mlp(b, x), x))))
+    block = only(graph)
+    assert (block.kind, block.shortcut) == ("add", "identity")
+    assert len(block.join_ops) == 2
+
+
+# ---- recurrent -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_sum_around_a_recurrent_layer(mode: str) -> None:
+    b = Builder()
+    x = b.input(2, 5, 8)
+    for _ in range(3):
+        out = b.ops(K.RECURRENT, x, b.param(32, 8), b.param(32, 8), shapes=[(2, 5, 8), (1, 2, 8)], mode=mode).outputs[0]
+        x = b.add(x, out)
+    assert kinds(b.output(x)) == ["recurrent"] * 3
+
+
+# ---- stochastic ----------------------------------------------------------------------------------------------------
+
+
+def test_branch_that_is_dropped_as_a_whole_is_stochastic() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    for _ in range(3):
+        kept = b.op(K.DIV, b.op(K.RANDOM, shape=(2, 1)), 0.8)
+        x = b.add(x, b.mul(mlp(b, x), kept))
+    assert kinds(b.output(x)) == ["stochastic"] * 3
+
+
+def test_branch_with_elementwise_dropout_is_not_stochastic() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    dropped = b.op(K.DROPOUT, mlp(b, x), p=0.1)
+    assert kinds(b.output(b.add(x, b.mul(dropped, b.op(K.RANDOM, shape=(2, 8)))))) == ["add"]
