@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from rescompile.backends.kernels.specs import Argument, ConvSpec, LinearSpec
 from rescompile.backends.kernels.tiles import Tile
 
 COLD_BYTES = 80 << 20
+MOST_COPIES = 256
 RUNS = 11
 # A kernel far below the best rate of this session was probably disturbed, so it is timed again.
 SUSPICIOUS = 0.6
@@ -186,8 +188,8 @@ class Arena:
         if memory is None or memory.size < needed:
             memory = np.resize(self.tensor((1 << 16,), dtype), needed)
             self.memory[dtype] = memory
-        count = memory.size // stride
-        return [memory[i * stride : i * stride + size].reshape(shape) for i in range(count)]
+        fitting = min(memory.size // stride, MOST_COPIES)
+        return [memory[i * stride : i * stride + size].reshape(shape) for i in range(fitting)]
 
 
 class _Contest:
@@ -199,6 +201,8 @@ class _Contest:
         self.entries: list[Entry] = []
         self.shared: dict[str, np.ndarray] = {}
         self.packed: dict[int, np.ndarray] = {}
+        # Each call reads another copy: what one candidate has just read would be warm for the next.
+        self.turns = count()
         reference: np.ndarray | None = None
         for tile in candidates(spec, machine):
             made = built.get(_code(spec, tile))
@@ -241,7 +245,7 @@ class _Contest:
 
     def choice(self) -> Choice:
         """Times every entry in turns, on top of earlier timings, and takes the fastest."""
-        tried = tuple(zip(self.tiles, in_turns(self.entries), strict=True))
+        tried = tuple(zip(self.tiles, in_turns(self.entries, self.turns), strict=True))
         tile, seconds = min(tried, key=lambda pair: pair[1])
         return Choice(tile, seconds, _gflops(self.spec, seconds), tried)
 
@@ -267,8 +271,7 @@ class Entry:
         self.packed: dict[int, np.ndarray] = {}
         for i, argument in enumerate(described):
             if cold and argument.name == "weight":
-                copies = arena.copies(_static(argument), argument.dtype)[: RUNS + 1]
-                self.buffers[i] = [tensor_of(copy) for copy in copies]
+                self.buffers[i] = [tensor_of(copy) for copy in arena.copies(_static(argument), argument.dtype)]
                 self.packed[i] = values[i]
 
     def call(self, turn: int) -> float:
@@ -290,17 +293,18 @@ class Entry:
         return output
 
 
-def in_turns(entries: Sequence[Entry]) -> list[float]:
-    """Seconds of one call of each entry: the lowest first quartile of all its timings, earlier ones included.
+def in_turns(entries: Sequence[Entry], turns: Iterator[int]) -> list[float]:
+    """Seconds of one call of each entry: the second best of all its timings, earlier ones included.
 
-    Single disturbances do not reach the quartile, and lasting ones hit all entries alike.
+    Anything that disturbs a call makes it longer, and each call is as cold as the next, so the low end is the
+    kernel itself; the very lowest may be a slip of the clock.
     """
     for entry in entries:
-        entry.call(0)
-    for turn in range(RUNS):
+        entry.call(next(turns))
+    for _ in range(RUNS):
         for entry in entries:
-            entry.seconds.append(entry.call(turn + 1))
-    return [sorted(entry.seconds)[len(entry.seconds) // 4] for entry in entries]
+            entry.seconds.append(entry.call(next(turns)))
+    return [sorted(entry.seconds)[1] for entry in entries]
 
 
 def agree(result: np.ndarray, reference: np.ndarray, dtype: str) -> bool:

@@ -34,6 +34,8 @@ def schedule_default(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     try:
         schedule = s_tir.Schedule(func)
         blocks = _blocks(schedule)
+        if any(_is_scheduled(schedule, block) for block in blocks):
+            return func
     except TVM_ERRORS:
         return func
     for block in blocks:
@@ -70,6 +72,11 @@ def _blocks(schedule: Any) -> list[str]:
     """Names of the blocks right under the root, in order."""
     root = schedule.get_sblock("root")
     return [str(schedule.get(block).name_hint) for block in schedule.get_child_blocks(root)]
+
+
+def _is_scheduled(schedule: Any, name: str) -> bool:
+    loops = schedule.get_loops(schedule.get_sblock(name))
+    return any(int(schedule.get(loop).kind) != tvm.tirx.ForKind.SERIAL for loop in loops)
 
 
 @dataclass(frozen=True)
