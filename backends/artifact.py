@@ -189,7 +189,7 @@ def _loaded(code: bytes) -> Any:
 def _serialized(weights: dict[str, Any]) -> bytes:
     import safetensors.numpy
 
-    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(data) for name, data in weights.items()}))
+    return bytes(safetensors.numpy.save({name: np.asarray(data, order="C") for name, data in weights.items()}))
 
 
 def _deserialized(data: bytes) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def compile_cpu(
 ) -> Program:
     """A program for `target`, which is a processor."""
     work = working_copy(graph)
-    constants.fold(work)
+    constants.fold(work, imports)
     pack_heads(work)
     group_epilogues(work)
     borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))

@@ -163,7 +163,7 @@ class Emitter:
         """
         if name not in self._weight_vars:
             if shape is None or dtype is None or prod(shape) <= LITERAL_ELEMENTS:
-                data = np.ascontiguousarray(make()) if make().ndim else make()
+                data = np.asarray(make(), order="C")
                 shape, dtype, make = data.shape, str(data.dtype), lambda: data
             if prod(shape) <= LITERAL_ELEMENTS:
                 self._weight_vars[name] = relax.const(make(), dtype)
@@ -179,7 +179,7 @@ class Emitter:
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """Contents of `weight_vars`, by name, in order."""
-        return {name: np.ascontiguousarray(make()) for name, make in self._weights.items()}
+        return {name: np.asarray(make(), order="C") for name, make in self._weights.items()}
 
     def call(self, op: Op, spec: Spec, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
         """Call the kernel of a spec with buffers by name; the outputs. `rows` is the dynamic row count."""
