@@ -173,7 +173,10 @@ def main() -> None:
             for title, wrong, seconds in _check(entry, ir, arguments.verbose):
                 total += 1
                 right += not wrong
-                print(f"{ir:8} {'ok ' if not wrong else 'BAD'} {seconds:6.1f} s  {title[:100]}  {'; '.join(wrong)}", flush=True)
+                print(
+                    f"{ir:8} {'ok ' if not wrong else 'BAD'} {seconds:6.1f} s  {title[:100]}  {'; '.join(wrong)}",
+                    flush=True,
+                )
         print(f"{ir}: {right} of {total} exact\n", flush=True)
 
 
