@@ -93,7 +93,9 @@ class _LastHidden(torch.nn.Module):
 
 def _inputs(spec: str, text: str) -> dict[str, torch.Tensor] | tuple[torch.Tensor, ...]:
     tensors: dict[str, torch.Tensor] = {}
-    for index, (shape, kind, role) in enumerate(re.findall(r"([0-9x]+)(:int64)?(?:\((\w+)\))?", spec.split(" (")[0])):
+    for index, (shape, kind, role) in enumerate(
+        re.findall(r"([0-9x]+)(:int64)?(?:\((\w+)\))?", spec.split(" (", maxsplit=1)[0])
+    ):
         extents = [int(extent) for extent in shape.split("x")]
         tensor = torch.randint(0, 90, extents) if kind else torch.randn(extents)
         name = "input_ids" if kind else "pixel_values"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from math import prod
 
 from rescompile.blocks import Block, NotResidual, Report
+from rescompile.costs import parameter_count
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour
 from rescompile.detection.gates import completes, gated_sum
@@ -64,8 +64,7 @@ def _inspect(graph: Graph) -> Report:
         for op, refusal in refused.items()
         if op not in joins
     )
-    parameters = sum(prod(n for n in value.shape or () if isinstance(n, int)) for value in graph.parameters)
-    return Report(graph.name, graph.ir, len(graph), parameters, tuple(blocks), not_residual)
+    return Report(graph.name, graph.ir, len(graph), parameter_count(graph), tuple(blocks), not_residual)
 
 
 class _Original:

@@ -1,0 +1,67 @@
+"""The driver: a graph in, a program out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rescompile.backends.require import require_tvm
+from rescompile.errors import GraphError
+from rescompile.graph import Graph, Role
+
+if TYPE_CHECKING:
+    from rescompile.backends.program import Program
+
+Progress = Callable[[str, int, int], None]  # what is being done, how many steps of it are done, of how many
+
+
+def compile_graph(
+    graph: Graph,
+    target: str | Mapping[str, Any] = "cpu",
+    *,
+    database: str | Path | None = None,
+    tuning: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Program:
+    """Compile a graph, as it is, for a machine; the graph does not change.
+
+    Args:
+        graph: any graph of the protocol, from torch, ONNX or memory, with known input shapes (names for dynamic ones).
+        target: `cpu`, `cpu:NAME`, `cuda:sm_90`, `cuda:sm_80`, or a TVM target.
+        database: folder in which chosen tiles are remembered.
+        tuning: how many more candidates to time for each kernel.
+        threads: how many threads the program runs on; all of the processors by default.
+        progress: told of each step.
+
+    Raises:
+        UnsupportedOps: operations without a lowering, all of them, before any work is done.
+        RescompileError: TVM is missing or another version, the target is unknown, an input has no shape.
+    """
+    require_tvm()
+    from rescompile.backends import lowering, targets
+
+    where = targets.resolve(target, threads)
+    if not graph.outputs:
+        raise GraphError("The graph has no outputs: there is nothing to compile.")
+    imports = lowering.check(graph)
+    if where.cuda:
+        from rescompile.backends.cuda.compile import compile_cuda
+
+        return compile_cuda(graph, where, imports, progress)
+    from rescompile.backends.compile_cpu import compile_cpu
+
+    return compile_cpu(graph, where, imports, database, tuning, progress)
+
+
+def describe(graph: Graph) -> list[str]:
+    """The graph as text, for its fingerprint."""
+    lines = [f"{value.name}:{value.shape}:{value.dtype}" for value in graph.inputs]
+    for op in graph:
+        operands = ",".join("-" if value is None else value.name for value in op.inputs)
+        results = ",".join(value.name for value in op.outputs)
+        lines.append(f"{results}={op.kind.value}({operands}){sorted(op.attrs.items(), key=lambda item: item[0])}")
+    lines += [value.name for value in graph.outputs]
+    constants = [v for v in graph.values if v.role in (Role.PARAMETER, Role.CONSTANT)]
+    return [*lines, *(f"{value.name}:{value.shape}:{value.dtype}" for value in constants)]

@@ -1,0 +1,85 @@
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90`, or anything that TVM calls a target."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+from rescompile.backends import threads as threading
+from rescompile.backends.cuda.targets import cuda_target
+from rescompile.backends.kernels import Machine
+from rescompile.errors import RescompileError, nearest
+
+_NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80")
+
+
+@dataclass(frozen=True)
+class CompileTarget:
+    """A machine to compile for. `machine` describes a processor to the kernels; None for a GPU."""
+
+    name: str
+    tvm: Any
+    machine: Machine | None
+    threads: int
+    host: bool  # whether this very machine: then kernels can be timed and the program can run
+
+    @property
+    def cuda(self) -> bool:
+        """Whether it is an NVIDIA GPU."""
+        return str(self.tvm.kind.name) == "cuda"
+
+    @property
+    def arch(self) -> str | None:
+        """Compute capability of an NVIDIA GPU, such as sm_90."""
+        return str(self.tvm.attrs["arch"]) if self.cuda else None
+
+
+def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:
+    """The machine of that name. RescompileError, with the nearest name, when there is none."""
+    threading.prepare()
+    count = threads or threading.available()
+    if target == "cpu":
+        machine = Machine.host(count)
+        return CompileTarget("cpu", machine.tvm_target(), machine, count, host=True)
+    if isinstance(target, str) and target.startswith("cpu:"):
+        machine = Machine.named(target.removeprefix("cpu:"), count)
+        return CompileTarget(target, machine.tvm_target(), machine, count, host=False)
+    found = re.fullmatch(r"cuda:(sm_\d+)", target) if isinstance(target, str) else None
+    if found is not None:
+        return _cuda(str(target), {"arch": found[1]})
+    return _of_tvm(target, count)
+
+
+def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
+    spelled = target if isinstance(target, str) else json.dumps(dict(target))
+    try:
+        made = tvm.target.Target(target if isinstance(target, str) else dict(target))
+    except (ValueError, TypeError, RuntimeError) as error:
+        known = [*_NAMED, *(str(kind) for kind in tvm.target.Target.list_kinds())]
+        raise RescompileError(
+            f"There is no target '{spelled}'{nearest(spelled, known)}: use {', '.join(_NAMED)}, or a TVM target as JSON."
+        ) from error
+    kind = str(made.kind.name)
+    if kind == "cuda":
+        options = {str(key): value for key, value in dict(made.attrs).items()}
+        return _cuda(spelled, options)
+    if kind != "llvm":
+        raise RescompileError(
+            f"The target '{spelled}' is of kind {kind}, for which there are no schedules: use {', '.join(_NAMED)}."
+        )
+    mcpu, triple = made.attrs.get("mcpu"), made.attrs.get("mtriple")
+    if mcpu is None:
+        machine = Machine.host(threads)
+        return CompileTarget(spelled, machine.tvm_target(), machine, threads, host=True)
+    machine = Machine.named(str(mcpu), threads, str(triple) if triple is not None else None)
+    host = dict(machine.target).get("mcpu") == dict(Machine.host(threads).target).get("mcpu") and triple is None
+    return CompileTarget(spelled, machine.tvm_target(), machine, threads, host=host)
+
+
+def _cuda(name: str, options: dict[str, Any]) -> CompileTarget:
+    return CompileTarget(name, cuda_target(str(options["arch"]), options), None, 1, host=False)

@@ -1,0 +1,128 @@
+"""The lowering's own copy of a graph: cut to what the outputs need, free to be rewritten, the user's object untouched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value, ValueType
+from rescompile.kinds import OpKind, Trait
+
+
+class WorkingGraph(Graph):
+    """A graph in memory whose constants are read from the graph that it was copied from, when they are needed."""
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name)
+        self.source_ir = "memory"
+
+    def native_data(self, value: Value) -> np.ndarray[Any, Any]:
+        """Contents of a constant, from the source graph or from a rewrite."""
+        if isinstance(value.native, _Sourced):
+            return value.native.graph.data(value.native.value)
+        return np.asarray(value.native)
+
+    def literal(self, stem: str, data: np.ndarray[Any, Any]) -> Value:
+        """A new constant."""
+        shape = tuple(int(extent) for extent in data.shape)
+        return self.add_constant(self.unique_name(stem), shape, str(data.dtype), data, Role.CONSTANT)
+
+    def put(
+        self,
+        kind: OpKind,
+        inputs: list[Value | None],
+        shape: Shape | None,
+        dtype: str | None,
+        attrs: Attrs | None = None,
+        *,
+        like: Op,
+    ) -> Value:
+        """The output of a new operation that stands in for `like`."""
+        name = self.unique_name(f"{like.name}.{kind.value}")
+        op = self.add_op(kind, inputs, [(name, ValueType(shape, dtype))], attrs, module=like.module)
+        op.provenance = like.provenance
+        self._dirty = True
+        return op.output
+
+    def settle(self) -> None:
+        """Sort, and drop operations and constants that no output needs."""
+        self.commit()
+        live = {value for value in self.outputs}
+        for op in reversed(self.ops):
+            if any(value in live for value in op.outputs):
+                live.update(op.operands)
+            else:
+                self._unlink(op)
+        self._orphans.clear()
+        for value in list(self._values.values()):
+            if value.role in (Role.PARAMETER, Role.CONSTANT) and not value.uses and value not in live:
+                del self._values[value.name]
+        self.commit()
+
+
+class _Sourced:
+    """Where a copied constant's contents are."""
+
+    __slots__ = ("graph", "value")
+
+    def __init__(self, graph: Graph, value: Value) -> None:
+        self.graph = graph
+        self.value = value
+
+
+def working_copy(graph: Graph) -> WorkingGraph:
+    """Copy what the outputs need. Operations keep their names, their native nodes and their order."""
+    live: set[Value] = set(graph.outputs)
+    needed: list[Op] = []
+    for op in reversed(graph.ops):
+        if any(value in live for value in op.outputs):
+            live.update(op.operands)
+            needed.append(op)
+    copy = WorkingGraph(graph.name)
+    copy.source_ir = graph.ir
+    twins: dict[Value, Value] = {}
+
+    def twin(value: Value) -> Value:
+        if value not in twins:
+            twins[value] = copy.add_constant(
+                value.name, value.shape, value.dtype, _Sourced(graph, value), role=value.role
+            )
+        return twins[value]
+
+    for value in graph.inputs:
+        twins[value] = copy.add_input(value.name, value.shape, value.dtype)
+    for op in reversed(needed):
+        inputs = [None if value is None else twin(value) for value in op.inputs]
+        made = copy.add_op(
+            op.kind,
+            inputs,
+            [(value.name, value.type) for value in op.outputs],
+            dict(op.attrs),
+            name=op.name,
+            native=op.native,
+            module=op.module,
+        )
+        made.provenance = op.provenance
+        twins.update(zip(op.outputs, made.outputs, strict=True))
+    copy.set_outputs([twin(value) for value in graph.outputs])
+    return copy
+
+
+def foldable(op: Op) -> bool:
+    """Whether an operation on constants can be computed at compile time and its result kept instead of it."""
+    if op.has(Trait.RANDOM) or any(_elements(value.shape) is None for value in op.outputs):
+        return False
+    if op.kind not in (OpKind.EXPAND, OpKind.TILE):
+        return True
+    # A broadcast of a constant costs less to repeat than to store.
+    return (_elements(op.output.shape) or 0) <= 1 << 14
+
+
+def _elements(shape: Shape | None) -> int | None:
+    total = 1
+    for extent in shape or ():
+        if isinstance(extent, str):
+            return None
+        total *= extent
+    return None if shape is None else total
