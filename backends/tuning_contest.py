@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 from rescompile.backends import threads
 from rescompile.backends.kernels import Argument, Spec, Tile, arguments
-from rescompile.backends.kernels.chooser import Arena, Entry, agree, in_turns, own_core
+from rescompile.backends.kernels.chooser import Arena, Entry, agree, aligned, in_turns, own_core
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.reports import Region
 from rescompile.backends.targets import CompileTarget
@@ -110,9 +110,9 @@ def _values(buffer: Argument, arena: Arena) -> np.ndarray[Any, Any]:
     """Numbers for which roots and logarithms exist, and zeros where they may be positions."""
     shape = tuple(extent or 1 for extent in buffer.shape)
     if "int" in buffer.dtype:
-        return np.zeros(shape, buffer.dtype)
+        return aligned(np.zeros(shape, buffer.dtype))
     values = arena.tensor(shape, buffer.dtype)
-    return values if buffer.dtype == "bool" or buffer.name == "weight" else np.abs(values)
+    return aligned(values if buffer.dtype == "bool" or buffer.name == "weight" else np.abs(values))
 
 
 class Contest:
