@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from rescompile.graph import Shape, ValueType
 from rescompile.kinds import OpKind as K
-from rescompile.onnx_extents import broadcast, reshaped, sliced
+from rescompile.onnx_extents import broadcast, product, reshaped, sliced
 from rescompile.onnx_ops import (
     INT64_MAX,
     PAD_MODES,
@@ -194,10 +194,29 @@ def _reshape(s: Site) -> Reading:
     if s.has(1) and s.vector(1) is None:
         return STATIC_ONLY.format("target")
     step = s.one(K.RESHAPE, s.inputs(1))
-    shape, target = s.shape(0), s.vector(1)
-    if s.node.op_type == "Reshape" and shape is not None and target is not None:
-        step.type = ValueType(reshaped(shape, target, zeros=bool(s.attr("allowzero", 0))), s.dtype())
+    shape = s.shape(0)
+    if shape is not None:
+        step.type = ValueType(_reshaped(s, shape), s.dtype())
     return step
+
+
+def _reshaped(s: Site, shape: Shape) -> PartialShape | None:
+    target, op_type = s.vector(1), s.node.op_type
+    if op_type == "Reshape":
+        return None if target is None else reshaped(shape, target, zeros=bool(s.attr("allowzero", 0)))
+    if op_type == "Flatten":
+        axis = s.attr("axis", 1)
+        return tuple(product(part) for part in (shape[:axis], shape[axis:]))
+    axes = s.integers(1) if s.opset >= 13 else s.attr("axes")
+    if axes is None:
+        return None
+    if op_type == "Squeeze":
+        gone = {axis % len(shape) for axis in axes}
+        return tuple(extent for axis, extent in enumerate(shape) if axis not in gone)
+    rank = len(shape) + len(axes)
+    added = {axis % rank for axis in axes}
+    rest = iter(shape)
+    return tuple(1 if axis in added else next(rest) for axis in range(rank))
 
 
 def _expand(s: Site) -> Reading:
