@@ -125,7 +125,7 @@ def _check_external(model: ir.Model, path: Path) -> None:
             status = target.stat()
             if status.st_nlink > 1:
                 raise RescompileError(
-                    f"'{location}', the external data of '{path}', has several hard links, so that it may lie anywhere: "
+                    f"'{location}', the external data of '{path}', has several hard links, so it may lie anywhere: "
                     "copy the file."
                 )
             sizes[location] = status.st_size
