@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -134,5 +135,7 @@ def describe(program: Program, path: Path) -> str:
     lines = [f"{path} for {manifest.target}, {path.stat().st_size / 2**20:.1f} MiB"]
     for title, infos in (("input", manifest.inputs), ("output", manifest.outputs)):
         lines += [f"  {title:<7}{info.name}: {print_type(tuple(info.shape), info.dtype)}" for info in infos]
-    lines.append(f"  {len(manifest.regions)} regions")
+    kernels = Counter(str(region.get("kernel", "other")) for region in manifest.regions)
+    listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
+    lines.append(f"  regions: {listed}")
     return "\n".join(lines)
