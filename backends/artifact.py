@@ -19,6 +19,7 @@ import numpy as np
 
 from rescompile.backends.require import require_tvm
 from rescompile.errors import RescompileError
+from rescompile.graph import Value
 
 SCHEMA = 1
 _SUFFIX = ".so"
@@ -73,6 +74,11 @@ def version() -> str:
         return metadata.version("rescompile")
     except metadata.PackageNotFoundError:
         return "unknown"
+
+
+def infos(values: list[Value]) -> list[TensorInfo]:
+    """Names and types of inputs or outputs."""
+    return [TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype)) for value in values]
 
 
 def tvm_version() -> str:

@@ -77,12 +77,12 @@ def make_functional(
             module.graph.erase_node(second)
 
 
-def scatter_back(node: fx.Node, step: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node | None:
+def scatter_back(step: fx.Node, whole: fx.Node, part: fx.Node) -> fx.Node | None:
     """The tensor `whole` of which `step` is a view, with `part` in that view's place; None for other views.
 
     New nodes go to the graph's current place.
     """
-    graph, target, args = node.graph, step.target, step.args
+    graph, target, args = step.graph, step.target, step.args
     made: fx.Node
     if target in _SAME:
         return part

@@ -15,7 +15,7 @@ _AUTOCAST = "wrap_with_autocast"
 
 def unfold(program: ExportedProgram) -> fx.GraphModule:
     """The program as one flat graph, without the checks of its inputs, which no edit would keep up to date."""
-    module: fx.GraphModule = program.module()  # type: ignore[assignment]
+    module = program.module()
     graph = module.graph
     for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)

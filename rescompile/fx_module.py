@@ -141,7 +141,7 @@ class RewrittenModule(fx.GraphModule):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """As nn.Module does, and the devices that the graph names with it."""
         before = next((tensor.device for tensor in self.parameters()), None)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = next((tensor.device for tensor in self.parameters()), None)
         if before is not None and after is not None and before != after:
             changed = False
@@ -159,7 +159,7 @@ class RewrittenModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         state = {key: copy.deepcopy(value, memo) for key, value in self._state().items()}
-        kind = type(self).__bases__[0]
+        kind: Any = type(self).__bases__[0]  # fx makes a class for each instance
         twin: Self = kind._assemble(state, copy_graph(self.graph, {}), copy.deepcopy(self.meta), type(self).__name__)
         memo[id(self)] = twin
         return twin

@@ -15,9 +15,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rescompile.errors import GraphError
-from rescompile.fx_read import is_check
 from rescompile.fx_tree import owner_of
 from rescompile.fx_types import TORCH_DTYPES, Dims, record_type, static_shape
+from rescompile.fx_view import is_check
 from rescompile.graph import Op, Shape, Value, ValueType
 from rescompile.kinds import OpKind
 

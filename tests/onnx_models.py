@@ -82,10 +82,6 @@ def typed_outputs(proto: onnx.ModelProto) -> onnx.ModelProto:
             output.type.CopyFrom(types.get(output.name, onnx.TypeProto()))
         if not output.type.tensor_type.elem_type:
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-        if not output.type.tensor_type.HasField("shape"):
-            # onnx infers nothing for group norm: a shape of unknown extents satisfies the checker
-            first = proto.graph.input[0].type.tensor_type.shape
-            output.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension() for _ in first.dim)
     return proto
 
 
@@ -127,7 +123,13 @@ def single(
             helper.make_tensor_value_info(tensor.name, kinds(numpy_helper.to_array(tensor).dtype), list(tensor.dims))
             for tensor in tensors
         )
-    return typed_outputs(helper.make_model(body, opset_imports=imports, ir_version=ir_version)), feeds
+    proto = typed_outputs(helper.make_model(body, opset_imports=imports, ir_version=ir_version))
+    for output in proto.graph.output:
+        if not output.type.tensor_type.HasField("shape"):
+            # onnx infers nothing for group norm: a shape of unknown extents satisfies the checker
+            rank = next(operand.data.ndim for operand in operands if operand is not None)
+            output.type.tensor_type.shape.dim.extend(onnx.TensorShapeProto.Dimension() for _ in range(rank))
+    return proto, feeds
 
 
 def kinds(graph: Graph) -> list[OpKind]:

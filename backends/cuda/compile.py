@@ -7,7 +7,7 @@ from dataclasses import asdict
 from tvm import relax
 
 from rescompile.backends import artifact, constants, lowering
-from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
@@ -20,7 +20,7 @@ from rescompile.backends.regions import group_epilogues
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.errors import RescompileError
-from rescompile.graph import Graph, Value
+from rescompile.graph import Graph
 
 SOURCE = "kernels.cu"
 _SOURCE_ONLY = "source only: neither nvcc nor NVRTC was there when it was compiled; TVM compiles it when it is loaded"
@@ -49,8 +49,8 @@ def compile_cuda(
     manifest = Manifest(
         target=target.name,
         device="cuda",
-        inputs=[_info(value) for value in graph.inputs],
-        outputs=[_info(value) for value in graph.outputs],
+        inputs=artifact.infos(graph.inputs),
+        outputs=artifact.infos(graph.outputs),
         model=graph.name,
         source_hash=artifact.fingerprint(describe(graph), lowered.weights),
         rescompile=artifact.version(),
@@ -75,7 +75,3 @@ def _arch(target: CompileTarget) -> str:
     if target.arch is None:
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     return target.arch
-
-
-def _info(value: Value) -> TensorInfo:
-    return TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import parameter_count
@@ -30,6 +32,23 @@ def inspect_graph(graph: Graph) -> Report:
 
     Time is near-linear in the number of operations. The graph does not change; blocks refer to its operations.
     """
+    with _collector_paused():
+        return _inspect(graph)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """What analysis allocates it mostly keeps, and makes no cycles: collecting meanwhile costs a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _inspect(graph: Graph) -> Report:
     if has_fused(graph):
         view, origin, values = unfuse(graph)
         judgement = _judge(view)
@@ -102,7 +121,7 @@ def _blocks(judgement: Judgement, original: _Original) -> list[Block]:
 def _block(
     judgement: Judgement, original: _Original, draft: Draft, index: int, parent: int | None, forks: set[Value]
 ) -> Block:
-    norm, norms = norm_placement(judgement.graph, draft, forks)
+    norm, norms = norm_placement(judgement, draft, forks)
     join_op = original.op(draft.join_op)
     skip_index = draft.skip_index
     if join_op is not draft.join_op:
