@@ -11,6 +11,7 @@ from rescompile.backends.artifact import Manifest, TensorInfo
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
+from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule_with_rules
 from rescompile.backends.emitter import Region
@@ -36,7 +37,7 @@ def compile_cuda(
     group_epilogues(work)
     tell("lowering", 0, 3)
     lowered = lowering.lower(CudaEmitter(work), imports, rules=CUDA_RULES)
-    module = lowering.finish(lowered.module, target.tvm, None)
+    module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     scheduled = schedule_with_rules(module, target.tvm)
     executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=lowering.build_passes())
