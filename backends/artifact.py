@@ -19,6 +19,7 @@ import numpy as np
 
 from rescompile.backends.require import require_tvm
 from rescompile.errors import RescompileError
+from rescompile.graph import Value
 
 SCHEMA = 1
 _SUFFIX = ".so"
@@ -75,12 +76,19 @@ def version() -> str:
         return "unknown"
 
 
+def infos(values: list[Value]) -> list[TensorInfo]:
+    """Names and types of inputs or outputs."""
+    return [TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype)) for value in values]
+
+
 def tvm_version() -> str:
     """The version of TVM that is installed."""
     return metadata.version("apache-tvm")
 
 
-def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest) -> Path:
+def write(
+    path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest, cubins: dict[str, bytes] | None = None
+) -> Path:
     """Write the program, whole or not at all. RescompileError when it cannot be linked or written."""
     from rescompile.backends.link import link
 
@@ -93,12 +101,13 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
         with tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr("manifest.json", manifest.to_json())
-                if executable is not None:
-                    library = Path(folder) / f"program{_SUFFIX}"
-                    link(executable, library)
-                    archive.write(library, "program.so")
+                library = Path(folder) / f"program{_SUFFIX}"
+                link(executable, library)
+                archive.write(library, "program.so")
                 for name, text in manifest.sources.items():
                     archive.writestr(f"sources/{name}", text)
+                for name, code in (cubins or {}).items():
+                    archive.writestr(f"cubins/{name}.cubin", code)
                 archive.writestr("weights.safetensors", _serialized(weights))
         mask = os.umask(0)
         os.umask(mask)
@@ -111,14 +120,19 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
     return path
 
 
-def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
-    """Code, weights and manifest of a program. RescompileError when the file is not one that runs here."""
+def read(path: Path) -> tuple[Any, dict[str, Any], Manifest, dict[str, bytes]]:
+    """Code, weights, manifest and GPU code of a program. RescompileError when the file is not one that runs here."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
             _check(path, manifest)
             weights = _deserialized(archive.read("weights.safetensors"))
-            code = archive.read("program.so") if "program.so" in archive.namelist() else None
+            code = archive.read("program.so")
+            cubins = {
+                name.removeprefix("cubins/").removesuffix(".cubin"): archive.read(name)
+                for name in archive.namelist()
+                if name.startswith("cubins/")
+            }
     except FileNotFoundError:
         raise RescompileError(f"There is no file '{path}'.") from None
     except OSError as error:
@@ -127,7 +141,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return None if code is None else _loaded(code), weights, manifest
+    return _loaded(code, manifest), weights, manifest, cubins
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -169,8 +183,11 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _loaded(code: bytes) -> Any:
+def _loaded(code: bytes, manifest: Manifest) -> Any:
     import tvm
+
+    if manifest.device == "cuda":
+        _load_cuda_runtime(manifest)
 
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
@@ -186,10 +203,22 @@ def _loaded(code: bytes) -> Any:
             os.rmdir(folder)
 
 
+def _load_cuda_runtime(manifest: Manifest) -> None:
+    import tvm
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
+        return
+    raise RescompileError(
+        f"The program is compiled for {manifest.target}, and TVM finds no CUDA driver on this machine "
+        f"(tvm {tvm.__version__}): run it where there is one, or compile the model for cpu."
+    )
+
+
 def _serialized(weights: dict[str, Any]) -> bytes:
     import safetensors.numpy
 
-    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(data) for name, data in weights.items()}))
+    return bytes(safetensors.numpy.save({name: np.asarray(data, order="C") for name, data in weights.items()}))
 
 
 def _deserialized(data: bytes) -> dict[str, Any]:

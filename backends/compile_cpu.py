@@ -9,7 +9,7 @@ from typing import Any
 from tvm import relax
 
 from rescompile.backends import artifact, constants, lowering, threads
-from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
@@ -18,9 +18,11 @@ from rescompile.backends.kernel_set import KernelSet
 from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
+from rescompile.backends.reports import generated
+from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
-from rescompile.graph import Graph, Value
+from rescompile.graph import Graph
 from rescompile.kinds import OpKind
 
 
@@ -34,7 +36,7 @@ def compile_cpu(
 ) -> Program:
     """A program for `target`, which is a processor."""
     work = working_copy(graph)
-    constants.fold(work)
+    constants.fold(work, imports)
     pack_heads(work)
     group_epilogues(work)
     borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))
@@ -43,22 +45,18 @@ def compile_cpu(
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
     lowered = lowering.lower(Emitter(work, kernels, borders), imports)
-    module = lowering.finish(lowered.module, target.tvm, None)
+    module = lowering.finish(lowered.module, target.tvm, schedule_generated(lowered.regions))
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(
         target=target.name,
         device="cpu",
-        inputs=[_info(value) for value in graph.inputs],
-        outputs=[_info(value) for value in graph.outputs],
+        inputs=artifact.infos(graph.inputs),
+        outputs=artifact.infos(graph.outputs),
         model=graph.name,
         source_hash=artifact.fingerprint(describe(graph), lowered.weights),
         threads=target.threads,
         rescompile=artifact.version(),
         tvm=artifact.tvm_version(),
-        regions=[asdict(region) for region in lowered.regions.values()],
+        regions=[asdict(region) for region in [*lowered.regions.values(), *generated(module, lowered.regions)]],
     )
     return Program(executable, lowered.weights, manifest)
-
-
-def _info(value: Value) -> TensorInfo:
-    return TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype))

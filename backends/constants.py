@@ -9,15 +9,22 @@ import tvm
 from tvm import relax
 
 from rescompile.backends.emitter import Emitter
+from rescompile.backends.fallback import Imports
 from rescompile.backends.lowering import build_passes, finish, lower
 from rescompile.backends.rules import RULES
 from rescompile.backends.working import WorkingGraph, foldable
 from rescompile.graph import Op, Role, Value
 
 
-def fold(graph: WorkingGraph) -> int:
+def fold(graph: WorkingGraph, imports: Imports | None = None) -> int:
     """Replace values that are constant by their contents; returns how many operations that took away."""
-    candidates = [op for op in graph if op.kind in RULES and foldable(op)]
+    imports = imports or Imports()
+    known = {value for value in graph.values if value.role in (Role.PARAMETER, Role.CONSTANT)}
+    candidates = []
+    for op in graph:
+        if (op.kind in RULES or op.name in imports.found) and known.issuperset(op.operands) and foldable(op):
+            known.update(op.outputs)
+            candidates.append(op)
     if not candidates:
         return 0
     inside = set(candidates)
@@ -28,7 +35,7 @@ def fold(graph: WorkingGraph) -> int:
         if graph.is_output(value) or any(user not in inside for user in value.users)
     ]
     before = len(graph)
-    for value, data in zip(wanted, _compute(graph, candidates, wanted), strict=True):
+    for value, data in zip(wanted, _compute(graph, imports, candidates, wanted), strict=True):
         literal = graph.literal(f"{value.name}.folded", data)
         literal.dtype = value.dtype or literal.dtype
         graph.replace_uses(value, literal)
@@ -36,7 +43,9 @@ def fold(graph: WorkingGraph) -> int:
     return before - len(graph)
 
 
-def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np.ndarray[Any, Any]]:
+def _compute(
+    graph: WorkingGraph, imports: Imports, ops: list[Op], wanted: list[Value]
+) -> list[np.ndarray[Any, Any]]:
     """Contents of `wanted`, which `ops` compute from constants: by the same lowering, run here and now."""
     part = WorkingGraph()
     part.source_ir = graph.source_ir
@@ -45,7 +54,7 @@ def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np
 
     def twin(value: Value) -> Value:
         if value not in twins:
-            data = np.ascontiguousarray(graph.data(value)) if value.role in (Role.PARAMETER, Role.CONSTANT) else None
+            data = np.asarray(graph.data(value), order="C") if value.role in (Role.PARAMETER, Role.CONSTANT) else None
             if data is not None and data.size > 1024:
                 # An input rather than a constant of the code, whatever its size.
                 twins[value] = part.add_input(value.name, tuple(data.shape), str(data.dtype))
@@ -67,7 +76,7 @@ def _compute(graph: WorkingGraph, ops: list[Op], wanted: list[Value]) -> list[np
         )
         twins.update(zip(op.outputs, made.outputs, strict=True))
     part.set_outputs([twins[value] for value in wanted])
-    lowered = lower(Emitter(part))
+    lowered = lower(Emitter(part), imports)
     target = tvm.target.Target("llvm")
     executable = relax.build(finish(lowered.module, target, None), target=target, relax_pipeline=build_passes())
     run = relax.VirtualMachine(executable, tvm.cpu())["main"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import prod
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -24,11 +23,15 @@ from rescompile.backends.layouts import (
     to_channels_first,
     to_channels_last,
 )
+from rescompile.backends.reports import Region
 from rescompile.backends.symbols import Extent, Symbols, static
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind
+
+if TYPE_CHECKING:
+    from rescompile.backends.cuda_norms import CudaNorms
 
 Expr: TypeAlias = Any  # a relax expression; tvm's own types are loose
 
@@ -39,30 +42,19 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 _COPY = Op(OpKind.PERMUTE, "layout", [], [], {})
 
 
-@dataclass
-class Region:
-    """What one kernel, or one group of generated functions, of a program computes."""
-
-    name: str  # name of the function in the module
-    kernel: str  # conv, linear, attention, ..., or generated
-    ops: list[str] = field(default_factory=list)
-    spec: str = ""
-    tile: str = ""
-    tried: list[dict[str, Any]] = field(default_factory=list)  # tile and microseconds of each timed candidate
-    microseconds: float | None = None
-    flops: int | None = None
-    bytes: int | None = None
-    calls: int = 0
-
-
 class Emitter:
     """Builds `main(inputs..., weights...)` out of a working graph, one operation at a time."""
 
     def __init__(
-        self, graph: WorkingGraph, kernels: KernelSet | None = None, borders: dict[Value, Pair] | None = None
+        self,
+        graph: WorkingGraph,
+        kernels: KernelSet | None = None,
+        borders: dict[Value, Pair] | None = None,
+        norms: CudaNorms | None = None,
     ) -> None:
         self.graph = graph
-        self.kernels = kernels
+        self.kernels = kernels  # of a processor
+        self.norms = norms  # of a GPU
         self.bb = relax.BlockBuilder()
         self.symbols = Symbols()
         self.borders = borders or {}
@@ -179,7 +171,7 @@ class Emitter:
         """
         if name not in self._weight_vars:
             if shape is None or dtype is None or prod(shape) <= LITERAL_ELEMENTS:
-                data = np.ascontiguousarray(make()) if make().ndim else make()
+                data = np.asarray(make(), order="C")
                 shape, dtype, make = data.shape, str(data.dtype), lambda: data
             if prod(shape) <= LITERAL_ELEMENTS:
                 self._weight_vars[name] = relax.const(make(), dtype)
@@ -195,7 +187,7 @@ class Emitter:
 
     def weights(self) -> dict[str, np.ndarray[Any, Any]]:
         """Contents of `weight_vars`, by name, in order."""
-        return {name: np.ascontiguousarray(make()) for name, make in self._weights.items()}
+        return {name: np.asarray(make(), order="C") for name, make in self._weights.items()}
 
     def call(self, op: Op, spec: Spec, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
         """Call the kernel of a spec with buffers by name; the outputs. `rows` is the dynamic row count."""
@@ -207,7 +199,7 @@ class Emitter:
             family = self.kernels.family(spec)
             name = f"{family}_{len(self._functions)}"
             self._functions[spec] = self.bb.add_func(prim_func(spec, tile, name), name)
-            self.regions[name] = Region(name, family, spec=str(spec), tile=str(tile))
+            self.regions[name] = Region.of_kernel(name, family, spec, tile, self.kernels.choices.get(spec), buffers)
         function = self._functions[spec]
         region = self.regions[function.name_hint]
         region.ops.append(op.name)

@@ -41,21 +41,33 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
     examples: list[torch.Tensor] = []
     dynamic: list[dict[int, Any]] = []
     extents: dict[str, int] = {}
+    written = {value.native for value in op.outputs if value.native in {_native(v) for v in op.operands}}
+    views = _views(op, written)
     for index, value in enumerate(op.inputs):
-        if value is None or _native(value) in made:
+        if value is None or _native(value) in made or _native(value) in views:
             continue
         made[_native(value)] = body.placeholder(f"x{index}")
         taken.append(index)
         examples.append(_example(value, extents))
         names = {axis: torch.export.Dim.AUTO for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str)}
         dynamic.append(names)
+    root: Any = getattr(graph, "module", None)
 
     def replace(node: fx.Node) -> fx.Node:
+        if node.op == "get_attr" and node not in made and isinstance(_attribute(root, node), torch.nn.Module):
+            made[node] = body.get_attr(str(node.target))  # the body of a higher-order operation
+            return made[node]
         key = str(node.target) if node.op == "get_attr" and str(node.target) in made else node
         if key not in made:
             raise RescompileError(f"{spelled(op)} (it reads '{node.name}', which is no tensor of the graph)")
         return made[key]
 
+    for node in written - views.keys():
+        made[node] = body.call_function(torch.ops.aten.clone.default, (made[node],))
+    for chain in views.values():
+        for node in chain:
+            if node not in made:
+                made[node] = body.node_copy(node, replace)
     for node in op.native:
         made[node] = body.node_copy(node, replace)
     outputs = []
@@ -63,8 +75,31 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
         native = value.native
         outputs.append(made[native] if native in made else _item(body, made, native, spelled(op)))
     body.output(tuple(outputs))
-    root: Any = getattr(graph, "module", None)
     return fx.GraphModule(root if isinstance(root, torch.nn.Module) else {}, body), taken, tuple(examples), tuple(dynamic)
+
+
+def _views(op: Op, written: set[Any]) -> dict[fx.Node, list[fx.Node]]:
+    """Operands that are views of another tensor that the operation writes into, with the nodes that make them of it.
+
+    The operation changes both; so the view is taken anew, of the tensor that is written.
+    """
+    natives = {_native(value) for value in op.operands}
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for native in natives if written else ():
+        chain: list[fx.Node] = []
+        node = native
+        while isinstance(node, fx.Node) and (not chain or node not in natives):
+            chain.insert(0, node)
+            node = node.args[0] if node.args else None
+        if node in written and node is not native:
+            found[native] = chain
+    return found
+
+
+def _attribute(root: Any, node: fx.Node) -> Any:
+    for part in str(node.target).split("."):
+        root = getattr(root, part, None)
+    return root
 
 
 def _native(value: Value) -> Any:

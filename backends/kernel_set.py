@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rescompile.backends.kernels.chooser import Choice, choose
-from rescompile.backends.kernels import Machine, Spec, Tile, arguments, candidates
+from rescompile.backends.kernels import Choice, Machine, Spec, Tile, arguments, candidates, choose
 
 
 class KernelSet:

@@ -10,8 +10,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.emitter import Emitter, Region
+from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
+from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES, Rule
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps

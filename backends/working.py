@@ -110,13 +110,13 @@ def working_copy(graph: Graph) -> WorkingGraph:
 
 
 def foldable(op: Op) -> bool:
-    """Whether the operation can be computed at compile time and its result kept instead of it."""
-    if not all(value.constant for value in op.outputs) or op.has(Trait.RANDOM):
+    """Whether an operation on constants can be computed at compile time and its result kept instead of it."""
+    if op.has(Trait.RANDOM) or any(_elements(value.shape) is None for value in op.outputs):
         return False
     if op.kind not in (OpKind.EXPAND, OpKind.TILE):
         return True
     # A broadcast of a constant costs less to repeat than to store.
-    return (_elements(op.output.shape) or 1 << 60) <= 1 << 14
+    return (_elements(op.output.shape) or 0) <= 1 << 14
 
 
 def _elements(shape: Shape | None) -> int | None:

@@ -25,6 +25,7 @@ import numpy as np
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);')
+_SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
 
 
@@ -39,7 +40,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
             f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
             f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
         )
-    body = _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body).replace("__shared__", "static")
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
