@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ class Manifest:
     tvm: str = ""
     cpu: str = ""  # LLVM's name of the processor
     schema: int = SCHEMA
-    sources: dict[str, str] = field(default_factory=dict)  # generated GPU source, where there is no compiler for it
+    sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
+    compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
+    weights: list[str] = field(default_factory=list)  # in the order in which the program takes them
     regions: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
 
@@ -86,9 +88,7 @@ def tvm_version() -> str:
     return metadata.version("apache-tvm")
 
 
-def write(
-    path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest, cubins: dict[str, bytes] | None = None
-) -> Path:
+def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest) -> Path:
     """Write the program, whole or not at all. RescompileError when it cannot be linked or written."""
     from rescompile.backends.link import link
 
@@ -100,14 +100,12 @@ def write(
     try:
         with tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("manifest.json", manifest.to_json())
+                archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
                 library = Path(folder) / f"program{_SUFFIX}"
                 link(executable, library)
                 archive.write(library, "program.so")
                 for name, text in manifest.sources.items():
                     archive.writestr(f"sources/{name}", text)
-                for name, code in (cubins or {}).items():
-                    archive.writestr(f"cubins/{name}.cubin", code)
                 archive.writestr("weights.safetensors", _serialized(weights))
         mask = os.umask(0)
         os.umask(mask)
@@ -120,19 +118,15 @@ def write(
     return path
 
 
-def read(path: Path) -> tuple[Any, dict[str, Any], Manifest, dict[str, bytes]]:
-    """Code, weights, manifest and GPU code of a program. RescompileError when the file is not one that runs here."""
+def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
+    """Code, weights and manifest of a program. RescompileError when the file is not one that runs here."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
             _check(path, manifest)
-            weights = _deserialized(archive.read("weights.safetensors"))
+            found = _deserialized(archive.read("weights.safetensors"))
+            weights = {name: found[name] for name in manifest.weights}
             code = archive.read("program.so")
-            cubins = {
-                name.removeprefix("cubins/").removesuffix(".cubin"): archive.read(name)
-                for name in archive.namelist()
-                if name.startswith("cubins/")
-            }
     except FileNotFoundError:
         raise RescompileError(f"There is no file '{path}'.") from None
     except OSError as error:
@@ -141,7 +135,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest, dict[str, bytes]]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code, manifest), weights, manifest, cubins
+    return _loaded(code, manifest), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:

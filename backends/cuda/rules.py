@@ -15,7 +15,7 @@ import numpy as np
 from tvm import relax
 
 from rescompile.backends.cuda import add_norm
-from rescompile.backends.emitter import Emitter, Expr, Region, numpy_dtype
+from rescompile.backends.emitter import Emitter, Expr, numpy_dtype
 from rescompile.backends.kernels import NormSpec, Spec
 from rescompile.backends.fallback import NARROW
 from rescompile.backends.layouts import CHANNELS_LAST
@@ -25,6 +25,7 @@ from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
 from rescompile.backends.lower_norm import norm_by_kernel
 from rescompile.backends.lower_reduce import product
+from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES
 from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
