@@ -135,7 +135,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code, manifest), weights, manifest
+    return _loaded(code), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -177,11 +177,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _loaded(code: bytes, manifest: Manifest) -> Any:
+def _loaded(code: bytes) -> Any:
     import tvm
-
-    if manifest.device == "cuda":
-        _load_cuda_runtime(manifest)
 
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
@@ -195,18 +192,6 @@ def _loaded(code: bytes, manifest: Manifest) -> Any:
         if sys.platform != "win32":
             library.unlink()
             os.rmdir(folder)
-
-
-def _load_cuda_runtime(manifest: Manifest) -> None:
-    import tvm
-    import tvm_ffi
-
-    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
-        return
-    raise RescompileError(
-        f"The program is compiled for {manifest.target}, and TVM finds no CUDA driver on this machine "
-        f"(tvm {tvm.__version__}): run it where there is one, or compile the model for cpu."
-    )
 
 
 def _serialized(weights: dict[str, Any]) -> bytes:

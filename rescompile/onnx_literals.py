@@ -6,22 +6,24 @@ Nothing that comes from a weight is a literal: weights stay visible, whatever is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from rescompile.errors import GraphError
 from rescompile.graph import ValueType
-from rescompile.onnx_shapes import Facts, literal
+from rescompile.onnx_ops import literal, numpy_dtype
+
+if TYPE_CHECKING:
+    from rescompile.onnx_shapes import Facts
 
 _DRAWN = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
-def is_literal(node: ir.Node, literals: set[ir.Value], facts: Facts) -> bool:
+def is_literal(node: ir.Node, facts: Facts) -> bool:
     """Whether the node's outputs follow from literals alone."""
     if node.domain != "":
         return False
@@ -35,14 +37,14 @@ def is_literal(node: ir.Node, literals: set[ir.Value], facts: Facts) -> bool:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "CastLike":
         inputs = inputs[:1]
-    if not inputs or not all(value in literals for value in inputs):
+    if not inputs or not all(value in facts.literals for value in inputs):
         return False
     nested = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
     return node.op_type not in _DRAWN and not nested
 
 
-def evaluate(value: ir.Value, measured: Mapping[ir.Value, ValueType]) -> np.ndarray[Any, Any]:
-    """Contents of a literal. `measured`: types of the values that Shape nodes ask about.
+def evaluate(value: ir.Value, type_of: Callable[[ir.Value], ValueType | None]) -> np.ndarray[Any, Any]:
+    """Contents of a literal. `type_of`: what is known of the values that Shape and CastLike nodes ask about.
 
     GraphError when a node on the way has no reference implementation.
     """
@@ -58,26 +60,32 @@ def evaluate(value: ir.Value, measured: Mapping[ir.Value, ValueType]) -> np.ndar
             known[current] = tensor.numpy()
         elif node is None:
             raise GraphError(f"'{current.name}' has no data in the model.")
-        elif node.op_type in ("Shape", "CastLike"):
-            source = node.inputs[node.op_type == "CastLike"]
-            kind = measured.get(source) if source is not None else None
-            first = node.inputs[0]
-            if node.op_type == "CastLike" and first is not None and first not in known:
-                pending.append(first)
-            elif node.op_type == "CastLike" and first is not None and current.dtype is not None:
-                known[current] = known[first].astype(current.dtype.numpy())
-            else:
-                known[current] = _shape(node, kind)
+        elif node.op_type == "Shape":
+            known[current] = _shape(node, type_of)
         else:
-            missing = [operand for operand in node.inputs if operand is not None and operand not in known]
+            operands = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+            missing = [operand for operand in operands if operand is not None and operand not in known]
             if missing:
                 pending += missing
+            elif node.op_type == "CastLike":
+                known[current] = known[operands[0]].astype(_like(node, type_of))  # type: ignore[index]
             else:
                 known.update(zip(node.outputs, _compute(node, known), strict=True))
     return known[value]
 
 
-def _shape(node: ir.Node, kind: ValueType | None) -> np.ndarray[Any, Any]:
+def _like(node: ir.Node, type_of: Callable[[ir.Value], ValueType | None]) -> np.dtype[Any]:
+    output, example = node.outputs[0], node.inputs[1]
+    if output.dtype is not None:
+        return output.dtype.numpy()
+    kind = type_of(example) if example is not None else None
+    if kind is None or kind.dtype is None:
+        raise GraphError(f"The type that '{node.name}' casts to is unknown.")
+    return numpy_dtype(kind.dtype)
+
+
+def _shape(node: ir.Node, type_of: Callable[[ir.Value], ValueType | None]) -> np.ndarray[Any, Any]:
+    kind = type_of(node.inputs[0]) if node.inputs[0] is not None else None
     if kind is None or kind.shape is None:
         raise GraphError(f"The shape that '{node.name}' asks for is unknown.")
     start, end = node.attributes.get("start"), node.attributes.get("end")
@@ -96,6 +104,8 @@ def _compute(node: ir.Node, known: Mapping[ir.Value, np.ndarray[Any, Any]]) -> l
     outputs = [onnx.ValueInfoProto(name=name) for name in proto.output]
     body = onnx.helper.make_graph([proto], "literal", infos, outputs)
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    from onnx.reference import ReferenceEvaluator
+
     try:
         return [np.asarray(array) for array in ReferenceEvaluator(model).run(None, feeds)]
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:

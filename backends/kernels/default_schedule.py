@@ -16,8 +16,10 @@ import tvm
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.kernels.rows import SERIAL_ELEMENTS
 from tvm import s_tir
+from tvm.sym.pattern import detect_linear_equation
 
 WIDEST = 64  # lanes of one vector statement: 4 registers of AVX-512
+FEW_TASKS = 64
 _SPATIAL, _REDUCTION = 0, 2  # tirx.IterVar.DataPar and CommReduce
 
 Rule = Callable[[Any, Any], None]
@@ -32,6 +34,8 @@ def schedule_default(func: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
     try:
         schedule = s_tir.Schedule(func)
         blocks = _blocks(schedule)
+        if any(_is_scheduled(schedule, block) for block in blocks):
+            return func
     except TVM_ERRORS:
         return func
     for block in blocks:
@@ -68,6 +72,11 @@ def _blocks(schedule: Any) -> list[str]:
     """Names of the blocks right under the root, in order."""
     root = schedule.get_sblock("root")
     return [str(schedule.get(block).name_hint) for block in schedule.get_child_blocks(root)]
+
+
+def _is_scheduled(schedule: Any, name: str) -> bool:
+    loops = schedule.get_loops(schedule.get_sblock(name))
+    return any(int(schedule.get(loop).kind) != tvm.tirx.ForKind.SERIAL for loop in loops)
 
 
 @dataclass(frozen=True)
@@ -141,23 +150,13 @@ def _indices(schedule: Any, block: Any) -> tuple[list[Any], list[list[Any]], lis
 
 def _contiguous(index: list[Any], variable: Any) -> bool:
     """Whether neighbouring values of the variable are neighbours in memory."""
-    if not index or any(_uses(part, variable) for part in index[:-1]):
-        return False
-    zero = tvm.tirx.stmt_functor.substitute(index[-1], {variable: tvm.tirx.const(0, variable.ty.dtype)})
-    one = tvm.tirx.stmt_functor.substitute(index[-1], {variable: tvm.tirx.const(1, variable.ty.dtype)})
-    step = tvm.sym.Analyzer().simplify(one - zero)
-    return isinstance(step, tvm.tirx.IntImm) and int(step) == 1
+    return bool(index) and _step(index[-1], variable) == 1 and all(_step(part, variable) == 0 for part in index[:-1])
 
 
-def _uses(expression: Any, variable: Any) -> bool:
-    found: list[bool] = []
-
-    def visit(node: Any) -> None:
-        if isinstance(node, tvm.tirx.Var) and node.same_as(variable):
-            found.append(True)
-
-    tvm.tirx.stmt_functor.post_order_visit(expression, visit)
-    return bool(found)
+def _step(expression: Any, variable: Any) -> int | None:
+    """By how much the expression grows with the variable; None where that is not constant."""
+    found = detect_linear_equation(expression, [variable])
+    return int(found[0]) if found and isinstance(found[0], tvm.tirx.IntImm) else None
 
 
 def _parallelise(schedule: Any, loops: list[Any], small: bool) -> None:
@@ -196,9 +195,11 @@ def _sum_columns(schedule: Any, block: Any) -> None:
     variables, reads, write = _indices(schedule, block)
     if kind is None or not kind.spatial:
         raise _Skip
-    last = variables[len(kind.spatial) - 1]
+    last, reduced = variables[len(kind.spatial) - 1], variables[len(kind.spatial) :]
     lanes = _lanes(kind.spatial[-1])
-    if lanes is None or not _contiguous(write, last) or not any(_contiguous(index, last) for index in reads):
+    # An operand that no reduction moves through, such as a mean per row, says nothing about the order.
+    moving = [index for index in reads if any(_step(part, var) != 0 for part in index for var in reduced)]
+    if lanes is None or not _contiguous(write, last) or not any(_contiguous(index, last) for index in moving):
         raise _Skip
     loops = schedule.get_loops(block)
     spatial, reductions = loops[: len(kind.spatial)], loops[len(kind.spatial) :]
@@ -208,9 +209,9 @@ def _sum_columns(schedule: Any, block: Any) -> None:
     schedule.reverse_compute_at(result, outer, preserve_unit_loops=True)
     schedule.vectorize(schedule.get_loops(result)[-1])
     schedule.vectorize(inner)
-    start = schedule.decompose_reduction(block, reductions[0])
-    schedule.vectorize(schedule.get_loops(start)[-1])
     _parallelise(schedule, [*spatial[:-1], outer], kind.small)
+    # Last, since a loop over a block without its initialisation can no longer be annotated.
+    schedule.decompose_reduction(block, reductions[0])
 
 
 def _sum_rows(schedule: Any, block: Any) -> None:
@@ -225,14 +226,18 @@ def _sum_rows(schedule: Any, block: Any) -> None:
     _, inner = schedule.split(schedule.get_loops(block)[-1], [None, lanes])
     partial = schedule.rfactor(inner, len(schedule.get(block).writes[0].region))
     spatial = schedule.get_loops(block)[:-1]
+    loops = schedule.get_loops(partial)
+    lane, first = loops[-1], loops[len(spatial)]
     if spatial:
         row = schedule.fuse(*spatial) if len(spatial) > 1 else spatial[0]
         schedule.compute_at(partial, row, preserve_unit_loops=True)
         _parallelise(schedule, [row], kind.small)
-    first = schedule.get_loops(partial)[-len(kind.reductions) - 1]
-    start = schedule.decompose_reduction(partial, first)
-    for vector in (partial, start):
-        schedule.vectorize(schedule.get_loops(vector)[-1])
+        # Under the row the loops come in the order of the block's axes, the lanes first.
+        _, lane, *others = schedule.get_loops(partial)
+        schedule.reorder(*others, lane)
+        first = others[-len(kind.reductions)]
+    schedule.vectorize(lane)
+    schedule.decompose_reduction(partial, first)
 
 
 def _parallel_only(schedule: Any, block: Any) -> None:
@@ -241,5 +246,6 @@ def _parallel_only(schedule: Any, block: Any) -> None:
     if kind is None or kind.small or not kind.spatial:
         raise _Skip
     loops = schedule.get_loops(block)[: len(kind.spatial)]
-    # The last axis stays inside the task, unless it is all there is.
-    _parallelise(schedule, loops[:-1] if len(loops) > 1 and None not in kind.spatial[:-1] else loops, kind.small)
+    outer = prod(extent or FEW_TASKS for extent in kind.spatial[:-1])
+    # The last axis of elementwise work stays inside a task where the others give tasks enough.
+    _parallelise(schedule, loops if kind.reductions or outer < FEW_TASKS else loops[:-1], kind.small)

@@ -59,7 +59,7 @@ class Records:
             for entry in entries.values():
                 Tile.from_json(entry["tile"])
                 float(entry["seconds"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RescompileError) as error:
             warnings.warn(f"Ignoring the damaged kernel records in {self.path}: {error}", stacklevel=4)
