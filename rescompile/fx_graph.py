@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gc
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -187,7 +187,7 @@ class FxGraph(Graph):
         """The committed graph as the kind of object that it was captured from, with tensors of its own."""
         return to_user(self)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the committed graph as a `.pt2` file, whole or not at all."""
         save(self, path)
 
