@@ -92,7 +92,7 @@ class Reach:
                 return value
             waiting[colour - 1] -= 1
             sources = self._sources.get(value, ())
-            if len(heap) == 1 and colours[heap[0][2]] != colour:
+            if len(heap) == 1 and colours[heap[0][2]] == 3 - colour:
                 # One way each: where both are chains, meet without looking at every link of them.
                 other = heap[0][2]
                 met = self._common(value, other)
