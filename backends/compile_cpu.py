@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from tvm import relax
+from typing import TYPE_CHECKING
 
 from rescompile.backends import artifact, constants, lowering, threads
-from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
 from rescompile.backends.heads import pack_heads
 from rescompile.backends.kernel_set import KernelSet
+from rescompile.backends.kernels import schedule_default
 from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
@@ -22,8 +21,12 @@ from rescompile.backends.reports import generated
 from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
-from rescompile.graph import Graph, Value
+from rescompile.graph import Graph
 from rescompile.kinds import OpKind
+from tvm import relax
+
+if TYPE_CHECKING:
+    from rescompile.backends.tuning_contest import Contest
 
 
 def compile_cpu(
@@ -33,8 +36,9 @@ def compile_cpu(
     database: str | Path | None,
     tuning: int | None,
     progress: Progress | None,
+    contest: Contest | None = None,
 ) -> Program:
-    """A program for `target`, which is a processor."""
+    """A program for `target`, which is a processor; a `contest` puts tuned schedules beside its kernels."""
     work = working_copy(graph)
     constants.fold(work, imports)
     pack_heads(work)
@@ -45,22 +49,25 @@ def compile_cpu(
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
     lowered = lowering.lower(Emitter(work, kernels, borders), imports)
-    module = lowering.finish(lowered.module, target.tvm, schedule_generated(lowered.regions))
+    schedule = schedule_generated(lowered.regions)
+    if contest is not None:
+        schedule = contest.schedule(kernels.called(lowered.regions), schedule_default)
+    module = lowering.finish(lowered.module, target.tvm, schedule)
+    regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
+    if contest is not None:
+        contest.annotate(regions)
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(
         target=target.name,
         device="cpu",
-        inputs=[_info(value) for value in graph.inputs],
-        outputs=[_info(value) for value in graph.outputs],
+        inputs=artifact.infos(graph.inputs),
+        outputs=artifact.infos(graph.outputs),
         model=graph.name,
         source_hash=artifact.fingerprint(describe(graph), lowered.weights),
         threads=target.threads,
         rescompile=artifact.version(),
         tvm=artifact.tvm_version(),
-        regions=[asdict(region) for region in [*lowered.regions.values(), *generated(module, lowered.regions)]],
+        regions=[asdict(region) for region in regions],
+        note="" if contest is None else " ".join(contest.report.notes),
     )
     return Program(executable, lowered.weights, manifest)
-
-
-def _info(value: Value) -> TensorInfo:
-    return TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype))

@@ -126,7 +126,7 @@ class Bench:
     def __enter__(self) -> Self:
         import cloudpickle
 
-        cloudpickle.register_pickle_by_value(tuning_worker)
+        cloudpickle.register_pickle_by_value(tuning_worker)  # type: ignore[no-untyped-call]
         self._builders = PopenPoolExecutor(threads.available(), timeout=BUILD_SECONDS, maximum_process_uses=64)
         self._timer = self._make_timer()
         return self
@@ -138,7 +138,7 @@ class Bench:
 
         self._builders.shutdown()
         self._timer.pool.shutdown()
-        cloudpickle.unregister_pickle_by_value(tuning_worker)
+        cloudpickle.unregister_pickle_by_value(tuning_worker)  # type: ignore[no-untyped-call]
 
     def _make_timer(self) -> Any:
         evaluator = ms.runner.EvaluatorConfig(number=3, repeat=1, min_repeat_ms=20, enable_cpu_cache_flush=False)

@@ -63,7 +63,9 @@ class Provenance:
 
 def _identity(target: CompileTarget) -> str:
     """What distinguishes the machines that a schedule was timed on, as JSON."""
-    described = {str(key): str(value) for key, value in dict(target.tvm.export()).items() if key not in ("host", "tag", "keys")}
+    described = {
+        str(key): str(value) for key, value in dict(target.tvm.export()).items() if key not in ("host", "tag", "keys")
+    }
     return json.dumps(described, sort_keys=True)
 
 

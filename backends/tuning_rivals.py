@@ -15,10 +15,14 @@ from tvm import s_tir, te, tirx, topi
 _DTYPES = ("float32", "float64")
 
 
-def why_no_rival(spec: Spec, tile: Tile) -> str | None:
-    """Why a kernel has no plain form, None when it has one."""
+def rival(spec: Spec, tile: Tile) -> tvm.tirx.PrimFunc | str:
+    """The plain form of a kernel, its parameters in the order of `arguments`; or why it has none."""
     if not isinstance(spec, ConvSpec | LinearSpec):
-        return "only convolutions and linears have one"
+        return "only convolutions and linears have a plain form"
+    return _why_not(spec, tile) or _plain(spec, tile)
+
+
+def _why_not(spec: ConvSpec | LinearSpec, tile: Tile) -> str | None:
     if spec.dtype not in _DTYPES:
         return f"sums of {spec.dtype} are held in another type"
     channels = spec.out_channels if isinstance(spec, ConvSpec) else spec.out_features
@@ -29,8 +33,7 @@ def why_no_rival(spec: Spec, tile: Tile) -> str | None:
     return None if spec.rows is not None else "its row count is known at run time only"
 
 
-def rival(spec: ConvSpec | LinearSpec, tile: Tile) -> tvm.tirx.PrimFunc:
-    """The plain form of a kernel, its parameters in the order of `arguments`."""
+def _plain(spec: ConvSpec | LinearSpec, tile: Tile) -> tvm.tirx.PrimFunc:
     buffers = {buffer.name: _placeholder(buffer) for buffer in arguments(spec, tile)}
     if isinstance(spec, ConvSpec):
         sums, border = _conv_sums(spec, buffers), spec.out_border

@@ -7,8 +7,10 @@ natively: an fx node; `Attr`, a tensor of the module tree, read through a `get_a
 
 from __future__ import annotations
 
+import gc
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,9 +54,10 @@ class FxGraph(Graph):
         graph = cls(name)
         graph.module = module
         graph.dims = dims if dims is not None else Dims()
-        graph.native = Reader(graph, module, graph.dims).read()
-        recognise(graph)
-        graph.sort()
+        with _without_collections():
+            graph.native = Reader(graph, module, graph.dims).read()
+            recognise(graph)
+            graph.sort()
         graph.output_names = _unique(value.name for value in graph.outputs)
         return graph
 
@@ -283,6 +286,18 @@ class FxGraph(Graph):
             del self.native.targets[key]
             self._values.pop(counter.name, None)
             self._orphans.pop(counter, None)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Reading makes only objects that stay: each pass of the garbage collector over them would be for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:

@@ -255,7 +255,7 @@ def _fused_linear(c: Site) -> Step:
 
 
 def _add_norm(c: Site) -> Step:
-    attrs = {"norm": c["norm"], "axis": c["axis"], "eps": c["eps"]}
+    attrs = {"norm": c["norm"], "axis": c["dim"], "eps": c["eps"]}
     return Step(K.ADD_NORM, [c["input"], c["residual"], c["weight"], c["bias"]], attrs, types=c.outs)
 
 

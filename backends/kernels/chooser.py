@@ -29,6 +29,7 @@ from rescompile.backends.kernels.specs import Argument, ConvSpec, LinearSpec
 from rescompile.backends.kernels.tiles import Tile
 
 COLD_BYTES = 80 << 20
+ALIGNMENT = 64
 MOST_COPIES = 256
 RUNS = 11
 # A kernel far below the best rate of this session was probably disturbed, so it is timed again.
@@ -176,7 +177,7 @@ class Arena:
         if dtype == "bool":
             return np.ones(shape, bool)
         values = self.random.standard_normal(shape, np.float32)
-        return values.astype(_numpy(dtype))
+        return aligned(values.astype(_numpy(dtype)))
 
     def copies(self, shape: Sequence[int], dtype: str) -> list[np.ndarray]:
         """As many disjoint buffers of this shape as fit, at least two."""
@@ -186,10 +187,19 @@ class Arena:
         needed = max(COLD_BYTES // item, 2 * stride)
         memory = self.memory.get(dtype)
         if memory is None or memory.size < needed:
-            memory = np.resize(self.tensor((1 << 16,), dtype), needed)
+            memory = aligned(np.resize(self.tensor((1 << 16,), dtype), needed))
             self.memory[dtype] = memory
         fitting = min(memory.size // stride, MOST_COPIES)
         return [memory[i * stride : i * stride + size].reshape(shape) for i in range(fitting)]
+
+
+def aligned(values: np.ndarray) -> np.ndarray:
+    """A copy that starts where TVM's own functions take for granted that a buffer starts."""
+    memory = np.empty(values.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
 
 
 class _Contest:
