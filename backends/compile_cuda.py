@@ -8,7 +8,7 @@ import tvm
 from tvm import relax
 from tvm.s_tir import dlight
 
-from rescompile.backends import artifact, constants, cuda_code, lowering
+from rescompile.backends import artifact, constants, cuda_code, cuda_intrinsics, lowering
 from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda_norms import CudaNorms
@@ -25,6 +25,7 @@ from rescompile.graph import Graph
 def compile_cuda(graph: Graph, target: CompileTarget, imports: Imports, progress: Progress | None) -> Program:
     """A program for `target`. Without nvcc or NVRTC it holds CUDA source, and its manifest says so."""
     tell = progress or (lambda what, done, of: None)
+    cuda_intrinsics.load()
     work = working_copy(graph)
     constants.fold(work, imports)
     drop_identities(work)
