@@ -40,19 +40,21 @@ def vit_b_16() -> Built:
 
 def bert_base() -> Built:
     """BERT-base (Devlin 2018), 12 post-norm layers of 2 joins, batch 1, 128 tokens."""
+    _torchvision()  # transformers imports it
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    return _LastHidden(BertModel(BertConfig(), add_pooling_layer=False)).eval(), (_tokens(128, 30522),)
+    return _language(BertModel(BertConfig(), add_pooling_layer=False), 30522)
 
 
 def gpt2() -> Built:
     """GPT-2 small (Radford 2019), 12 pre-norm layers, batch 1, 128 tokens."""
+    _torchvision()  # transformers imports it
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
     config = GPT2Config(use_cache=False, attn_implementation="eager")
-    return _LastHidden(GPT2Model(config)).eval(), (_tokens(128, 50257),)
+    return _language(GPT2Model(config), 50257)
 
 
 CORPUS: dict[str, Callable[[], Built]] = {
@@ -81,26 +83,24 @@ class _LastHidden(torch.nn.Module):
 def _vision(name: str) -> Built:
     torch.manual_seed(0)
     model = _torchvision().models.get_model(name, weights=None)
-    _settle_statistics(model)
+    _vary_norms(model)
     return model.eval(), (torch.randn(1, 3, 224, 224),)
 
 
-def _settle_statistics(model: torch.nn.Module) -> None:
-    """Give batch norms the statistics of a random batch: with 0 and 1, magnitudes double from block to block."""
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(4, 3, 96, 96))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+def _vary_norms(model: torch.nn.Module) -> None:
+    """Give norms a scale, shift and statistics of their own, so that nothing folds into ones and zeros."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.LayerNorm):
+            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if tensor.is_floating_point():
+                    low, high = (-0.2, 0.2) if name in ("bias", "running_mean") else (0.7, 1.3)
+                    torch.nn.init.uniform_(tensor, low, high)
 
 
-def _tokens(count: int, vocabulary: int) -> torch.Tensor:
-    return torch.randint(0, vocabulary, (1, count), generator=torch.Generator().manual_seed(0))
+def _language(model: Any, vocabulary: int) -> Built:
+    _vary_norms(model)
+    tokens = torch.randint(0, vocabulary, (1, 128), generator=torch.Generator().manual_seed(0))
+    return _LastHidden(model).eval(), (tokens,)
 
 
 def _torchvision() -> Any:

@@ -7,7 +7,7 @@ from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
-from rescompile.plan import Pass, Pipeline
+from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "canonicalise": Canonicalise,

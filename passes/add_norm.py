@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from rescompile.graph import Graph, Op
+from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.joins import plain_sum
-from rescompile.plan import Refusal, Rewrite, fuse_edit
+from rescompile.plans import Refusal, Rewrite, fuse_edit
 
 _NORMS = {OpKind.LAYER_NORM: "layer", OpKind.RMS_NORM: "rms"}
 
 
-def add_norm(graph: Graph, join: Op) -> Rewrite | Refusal:
+def add_norm(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | Refusal:
     """s = x + r; y = N(s)  →  y, s = add_norm(x, r)
 
     1. A layer norm or RMS norm reads the sum; other readers of the sum, graph outputs included, read the second output.

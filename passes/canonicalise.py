@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
-from rescompile.plan import Erase, Plan, Preserves, Refusal, ReplaceUses, Rewrite, gather, same_shape
+from rescompile.plans import Erase, Plan, Preserves, Refusal, ReplaceUses, Rewrite, gather, same_shape
 
 
 @dataclass(frozen=True)

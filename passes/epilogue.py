@@ -5,12 +5,12 @@ from __future__ import annotations
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.joins import activation_of, only_reader, plain_sum, trailing_activation
-from rescompile.plan import Refusal, Rewrite, fuse_edit
+from rescompile.plans import Refusal, Rewrite, fuse_edit
 
 _FUSED = {OpKind.CONV: OpKind.FUSED_CONV, OpKind.LINEAR: OpKind.FUSED_LINEAR}
 
 
-def residual_epilogue(graph: Graph, join: Op) -> Rewrite | Refusal:
+def residual_epilogue(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | Refusal:
     """y = g(f(W·x + b) + r)  →  y = fused(x, W, b, r; inner=f, outer=g)
 
     1. One operand of the sum is a conv or linear, or an activation f of one, that nothing else reads.
@@ -20,11 +20,11 @@ def residual_epilogue(graph: Graph, join: Op) -> Rewrite | Refusal:
     refused = plain_sum(join)
     if refused is not None:
         return refused
-    # Where both operands are contractions (a projection shortcut), the one that runs last takes the add.
     found = [branch for branch in (_branch(graph, value) for value in join.operands) if branch]
     if not found:
         return Refusal(join.name, "neither operand is a conv or linear whose output only the sum reads")
-    ops, inner, tail = max(found, key=lambda branch: branch[0][0].order)
+    # Where both are contractions (a projection shortcut), the branch takes the add, else the one that runs last.
+    ops, inner, tail = max(found, key=lambda branch: (branch[2] is not skip, branch[0][0].order))
     work = ops[0]
     residual = next(value for value in join.operands if value is not tail)
     outer, readers = trailing_activation(graph, join.output)
@@ -44,19 +44,23 @@ def activation_epilogue(graph: Graph, work: Op) -> Rewrite | Refusal:
 
 
 def _branch(graph: Graph, value: Value) -> tuple[list[Op], str, Value] | None:
-    """The contraction (and activation) that ends in `value`, when nothing else reads them."""
-    producer = value.producer
-    if producer is None or only_reader(graph, value) is None:
-        return None
-    if producer.kind in _FUSED:
-        return [producer], "none", value
-    inner = activation_of(producer)
-    source = producer.inputs[0] if inner is not None else None
-    if source is None or source.producer is None or source.producer.kind not in _FUSED:
-        return None
-    if only_reader(graph, source) is None:
-        return None
-    return [source.producer, producer], inner or "none", value
+    """The contraction (with its activation, past dropouts that are off) that ends in `value`, when nothing else reads
+    them."""
+    ops: list[Op] = []
+    inner = "none"
+    current: Value | None = value
+    while current is not None and current.producer is not None and only_reader(graph, current) is not None:
+        op = current.producer
+        ops.insert(0, op)
+        if op.kind in _FUSED:
+            return ops, inner, value
+        activation = activation_of(op)
+        if activation is not None and inner == "none":
+            inner = activation
+        elif op.kind is not OpKind.IDENTITY:
+            return None
+        current = op.inputs[0]
+    return None
 
 
 def _fused(
@@ -73,6 +77,9 @@ def _fused(
     total = inside if residual is None else f"{inside} + r"
     equation = total if outer == "none" else f"{outer}({total})"
     call = "x, W, b" if residual is None else "x, W, b, r"
-    reason = f"into the epilogue of '{work.name}'"
+    reason = f"into the epilogue of the {work.kind.value} of '{work.module or work.name}'"
+    dropout = next((op.attr("dropout") for op in ops if op.kind is OpKind.IDENTITY and op.attr("dropout")), None)
+    if dropout is not None:
+        reason += f"; a dropout of {dropout:g}, which only training applies, goes"
     join = next((op for op in ops if op.kind is OpKind.ADD), work)
     return Rewrite(join.name, f"{equation}  →  {kind.value}({call})", reason, (edit,))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from rescompile.graph import Graph, Op
 from rescompile.kinds import OpKind
-from rescompile.plan import AddParameter, FreshNames, Plan, Preserves, Refusal, Rewrite, fuse_edit, gather, names
+from rescompile.plans import AddParameter, FreshNames, Plan, Preserves, Refusal, Rewrite, fuse_edit, gather, names
 
 # The weight's axis that holds output channels.
 _OUTPUT_AXIS = {OpKind.CONV: 0, OpKind.CONV_TRANSPOSE: 1, OpKind.LINEAR: 0}

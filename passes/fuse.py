@@ -10,7 +10,7 @@ from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.joins import Scope
-from rescompile.plan import Pass, Preserves
+from rescompile.plans import Pass, Preserves
 
 
 @dataclass(frozen=True)

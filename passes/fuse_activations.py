@@ -8,7 +8,7 @@ from typing import ClassVar
 from rescompile.graph import Graph
 from rescompile.kinds import OpKind
 from rescompile.passes.epilogue import activation_epilogue
-from rescompile.plan import Plan, Preserves, Rewrite, gather
+from rescompile.plans import Plan, Preserves, Rewrite, gather
 
 
 @dataclass(frozen=True)

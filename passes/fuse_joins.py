@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rescompile.detection import inspect_graph
-from rescompile.graph import Graph, Op
+from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.epilogue import residual_epilogue
-from rescompile.passes.joins import Scope, is_sum
-from rescompile.plan import Decide, Plan, Preserves, Refusal, Rewrite, gather
+from rescompile.passes.joins import Scope
+from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,26 @@ class FuseJoins:
         return gather(self.name, self.preserves, graph, self._decisions(graph))
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
+        skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in inspect_graph(graph).blocks}
         rules: list[Decide] = []
         if self.norm:
             rules.append(add_norm)
         if self.epilogue:
             rules.append(residual_epilogue)
         taken: set[str] = set()
-        for join in self._joins(graph):
-            decision = _first(graph, join, rules, taken)
+        for join in graph:
+            if join.kind is not OpKind.ADD or (self.joins == "residual" and join not in skips):
+                continue
+            decision = _first(graph, join, skips.get(join), rules, taken)
             if isinstance(decision, Rewrite):
                 taken.update(name for edit in decision.edits for name in getattr(edit, "ops", ()))
             yield decision
 
-    def _joins(self, graph: Graph) -> list[Op]:
-        if self.joins == "all":
-            return [op for op in graph if is_sum(op)]
-        joins = {block.join_op for block in inspect_graph(graph).blocks if not block.fused}
-        return [op for op in graph if op in joins and op.kind is OpKind.ADD]
 
-
-def _first(graph: Graph, join: Op, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
+def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
     reasons = []
     for rule in rules:
-        decision = rule(graph, join)
+        decision = rule(graph, join, skip)
         if isinstance(decision, Rewrite):
             clash = next((n for e in decision.edits for n in getattr(e, "ops", ()) if n in taken), None)
             if clash is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import OpKind, activation_name
-from rescompile.plan import Refusal, same_shape
+from rescompile.kinds import activation_name
+from rescompile.plans import Refusal, same_shape
 
 Scope: TypeAlias = Literal["residual", "all"]
 
@@ -49,11 +49,6 @@ def trailing_activation(graph: Graph, value: Value) -> tuple[str, list[Op]]:
     reader = only_reader(graph, value)
     name = activation_of(reader)
     return ("none", []) if reader is None or name is None else (name, [reader])
-
-
-def is_sum(op: Op) -> bool:
-    """Whether the operation adds values."""
-    return op.kind is OpKind.ADD
 
 
 def _shape(value: Value) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         rewrite,
     )
     from rescompile.errors import RescompileError, UnsupportedOps, VerificationError
-    from rescompile.plan import Plan, Refusal, Rewrite
+    from rescompile.plans import Plan, Refusal, Rewrite
 
 _HOMES = {
     "Tuning": "rescompile.api",
@@ -40,9 +40,9 @@ _HOMES = {
     "RescompileError": "rescompile.errors",
     "UnsupportedOps": "rescompile.errors",
     "VerificationError": "rescompile.errors",
-    "Plan": "rescompile.plan",
-    "Refusal": "rescompile.plan",
-    "Rewrite": "rescompile.plan",
+    "Plan": "rescompile.plans",
+    "Refusal": "rescompile.plans",
+    "Rewrite": "rescompile.plans",
 }
 
 __all__ = [

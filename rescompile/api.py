@@ -10,13 +10,13 @@ import msgspec
 
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
-from rescompile.plan import Pass, Pipeline, Plan
-from rescompile.rewrite import Result, apply_plan, make_plan, run_passes
+from rescompile.plans import Pass, Pipeline, Plan
+from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
-    from rescompile.diff import GraphDiff
+    from rescompile.differences import GraphDiff
 
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
@@ -109,7 +109,7 @@ def load_plan(text: str | bytes) -> Plan:
 
 def diff(before: Any, after: Any, *, names: tuple[str, str] = ("A", "B")) -> GraphDiff:
     """What changed between two graphs or models; `names` are what the report calls them."""
-    from rescompile.diff import diff_graphs
+    from rescompile.differences import diff_graphs
 
     return diff_graphs(capture(before), capture(after), names)
 
@@ -135,7 +135,7 @@ def compile(
     if result.rolled_back:
         raise RescompileError(f"Fusing changed the numbers: {result.rolled_back[0]}.")
     options = tune or Tuning()
-    return compile_graph(result.graph, target, trials=options.trials, database=options.database, threads=threads)
+    return compile_graph(result.graph, target, tuning=options.trials or None, database=options.database, threads=threads)
 
 
 def load_program(path: str | Path) -> Program:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompile.cli_output import complain, html_page, say, say_json, show, stage
+from rescompile.cli_output import complain, html_page, libraries_silent, say, say_json, show, stage
 from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
 
 if TYPE_CHECKING:
@@ -378,10 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     show = "--traceback" in arguments
-    if not show:
-        warnings.simplefilter("ignore")  # libraries warn their developers, not the users of this one
     try:
-        status = app(arguments, standalone_mode=False)
+        with nullcontext() if show else libraries_silent():
+            status = app(arguments, standalone_mode=False)
     except RescompileError as error:
         return _failed(str(error), error.exit_code, show)
     except (KeyboardInterrupt, typer.Abort):

@@ -142,9 +142,9 @@ def bench_graph(
     timings = []
     for name, found in times.items():
         low, high = np.quantile(found, [0.1, 0.9]) * 1e3
-        error = max(relative_difference(a, b) for a, b in zip(reference, outputs[name], strict=True))
+        gap = max(relative_difference(a, b) for a, b in zip(reference, outputs[name], strict=True))
         timings.append(
-            Timing(name, median(found) * 1e3, float(low), float(high), len(found), seconds[name], float(error))
+            Timing(name, median(found) * 1e3, float(low), float(high), len(found), seconds[name], float(gap))
         )
     described = tuple(
         f"{value.name}: {print_type(a.shape, str(a.dtype))}" for value, a in zip(graph.inputs, arrays, strict=True)

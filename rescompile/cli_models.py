@@ -38,18 +38,19 @@ def load_model(model: str, inputs: Sequence[str] = (), trust: bool = False) -> G
 
 def _captured(model: str, specs: list[InputSpec]) -> Graph:
     module, examples = load_attribute(model)
-    dynamic: Any = None
+    dynamic: list[dict[int, str]] = []
     if specs:
-        from rescompile.fx_inputs import dynamic_shapes, example_tensors
+        from rescompile.fx_inputs import example_tensors
 
-        examples, dynamic = example_tensors(specs), dynamic_shapes(specs)
+        examples = example_tensors(specs)
+        dynamic = [{axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs]
     elif examples is None and not hasattr(module, "graph"):  # graphs and exported programs know their own
         takes = _required(module)
         raise RescompileError(
             f"'{model}' does not bring example inputs: give --input SHAPE[:DTYPE] once for each of "
             f"{', '.join(takes) if takes else 'its inputs'}."
         )
-    return api.capture(module, examples, dynamic=dynamic)
+    return api.capture(module, examples, dynamic=dynamic if any(dynamic) else None)
 
 
 def _required(module: Any) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ def show(result: Any) -> None:
     if sys.stdout.isatty() and hasattr(result, "__rich_console__"):
         from rich.console import Console
 
-        Console().print(result)
+        Console(highlight=False).print(result)
     else:
         say(str(result))
 
@@ -31,7 +33,7 @@ def html_page(result: Any, title: str) -> str:
 
     from rich.console import Console
 
-    console = Console(record=True, file=io.StringIO(), width=200)
+    console = Console(record=True, file=io.StringIO(), width=200, highlight=False)
     console.print(result)
     page = console.export_html(inline_styles=True)
     return page.replace("<head>", f"<head>\n<title>{escape(title)}</title>", 1)
@@ -45,6 +47,19 @@ def say_json(data: Any) -> None:
 def complain(sentence: str) -> None:
     """An error: one sentence."""
     sys.stderr.write(f"rescompile: {' '.join(sentence.split())}\n")
+
+
+@contextlib.contextmanager
+def libraries_silent() -> Iterator[None]:
+    """Keep what libraries warn and log of: they speak to their developers, not to the users of this program."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @contextlib.contextmanager

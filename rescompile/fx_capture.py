@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import io
 import linecache
 import traceback
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def load_pt2(path: str | Path, trust: bool = False) -> FxGraph:
         )
     try:
         program = torch.export.load(str(path))
-    except Exception as error:  # noqa: BLE001 (torch raises anything on a damaged file)
+    except Exception as error:
         raise RescompileError(f"torch cannot load '{path}': {_first_line(error)}") from error
     return _from_program(program, name=path.stem)
 
@@ -238,7 +239,7 @@ def _propagate(
     module.eval()
     try:
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*values)
-    except Exception as error:  # noqa: BLE001 (the user's code may raise anything)
+    except Exception as error:
         raise RescompileError(f"The model fails on the example inputs: {_first_line(error)}") from error
     finally:
         for child, training in flags.items():
@@ -278,7 +279,8 @@ def plain_attention() -> Iterator[None]:
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> ExportedProgram:
     """`torch.export.export`, non-strict, with an error that names the line of the model it stops at."""
     try:
-        with plain_attention():
+        # Where it fails, torch prints the half-made graph on stderr; the error says what matters of it.
+        with plain_attention(), redirect_stderr(io.StringIO()):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise RescompileError(_why_not(model, args, kwargs, error)) from error

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from rescompile.errors import GraphError
 from rescompile.fx_emit import emit
-from rescompile.fx_native import NodeTorch, Nodes, make_functional, sort_nodes
+from rescompile.fx_native import Nodes, NodeTorch, make_functional, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Item, Native, Reader
 from rescompile.fx_result import Origin, save, to_user

@@ -25,8 +25,25 @@ from rescompile.fx_types import Dims, record_type
 
 # What a GraphModule keeps beside the state of an nn.Module, and makes anew from its graph.
 _DERIVED = frozenset(
-    "_graph _code _lineno_map _prologue_start _in_spec _out_spec _tracer_cls _tracer_extras _replace_hooks "
-    "_create_node_hooks _erase_node_hooks _deepcopy_hooks shape_env train eval range_constraints validate_inputs".split()
+    [
+        "_graph",
+        "_code",
+        "_lineno_map",
+        "_prologue_start",
+        "_in_spec",
+        "_out_spec",
+        "_tracer_cls",
+        "_tracer_extras",
+        "_replace_hooks",
+        "_create_node_hooks",
+        "_erase_node_hooks",
+        "_deepcopy_hooks",
+        "shape_env",
+        "train",
+        "eval",
+        "range_constraints",
+        "validate_inputs",
+    ]
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _HOOKS_ALWAYS = "_forward_hooks_always_called"

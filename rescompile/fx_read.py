@@ -219,9 +219,9 @@ class Reader:
     def _literal(self, number: float, like: str | None, node: fx.Node) -> Value:
         """A Python number takes the dtype of the tensor that it meets, unless it is of a higher category."""
         dtype = "bool" if isinstance(number, bool) else "int64" if isinstance(number, int) else "float32"
-        if like is not None and (dtype == "bool" or like.startswith(("float", "bfloat", "complex"))):
-            dtype = like
-        elif like is not None and dtype == "int64" and like != "bool":
+        if (like is not None and (dtype == "bool" or like.startswith(("float", "bfloat", "complex")))) or (
+            like is not None and dtype == "int64" and like != "bool"
+        ):
             dtype = like
         return self.graph.add_constant(self._free(f"{node.name}_c"), (), dtype, number, Role.CONSTANT)
 

@@ -242,7 +242,7 @@ def _glu(c: Site) -> Step | None:
 
 def _dropout(c: Site) -> Step | None:
     if not c.get("train", c.get("training", True)) or c["p"] == 0:
-        return Step(K.IDENTITY, [c["input"]])
+        return Step(K.IDENTITY, [c["input"]], {"dropout": float(c["p"])})
     # Dropping whole channels, or to SELU's statistics, is not what DROPOUT means.
     return Step(K.DROPOUT, [c["input"]], {"p": float(c["p"])}) if c.name == "dropout" else None
 

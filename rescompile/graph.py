@@ -12,6 +12,7 @@ methods.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -464,7 +465,7 @@ class Graph:
         """The model as the kind of object that came in."""
         raise GraphError("A graph in memory stands for no model: only graphs of torch and ONNX models do.")
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to `path`, whole or not at all."""
         raise GraphError("A graph in memory cannot be saved: only graphs of torch and ONNX models can.")
 

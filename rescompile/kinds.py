@@ -177,7 +177,11 @@ class OpKind(Enum):
 
     def has(self, trait: Trait) -> bool:
         """Whether the kind has all of `trait`."""
-        return KINDS[self].traits & trait == trait
+        # Flag's own operators take a microsecond each, and detection asks for a trait several times an operation.
+        wanted: int = trait._value_
+        return _TRAIT_BITS[self] & wanted == wanted
+
+    __hash__ = object.__hash__  # members are singletons; Enum would hash the name, in Python
 
 
 def _kind(operands: str, traits: Trait, outputs: int = 1, **attrs: Any) -> KindSpec:
@@ -317,6 +321,7 @@ KINDS: dict[OpKind, KindSpec] = {
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
 }
 del K
+_TRAIT_BITS: dict[OpKind, int] = {kind: spec.traits.value for kind, spec in KINDS.items()}
 
 # Activations that a fused kind can carry, by the name its `inner` and `outer` attributes use.
 ACTIVATIONS: dict[str, tuple[OpKind, dict[str, object]] | None] = {

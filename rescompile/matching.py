@@ -22,6 +22,7 @@ class Matching:
     def __init__(self, before: Graph, after: Graph) -> None:
         self.before = before
         self.after = after
+        self.same_ir = before.ir == after.ir
         self.ops: dict[Op, Op] = {}
         self.sources: dict[Value, Value] = {}  # inputs, parameters, literals
         self._taken: set[Op] = set()
@@ -62,13 +63,12 @@ class Matching:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _match(self) -> None:
-        same_ir = self.before.ir == self.after.ir
         self._match_inputs()
         parameters = {value.name: value for value in self.after.parameters}
         for value in self.before.parameters:
             if value.name in parameters:
                 self._pair_sources(value, parameters[value.name])
-        named = {op.name: op for op in self.after} if same_ir else {}
+        named = {op.name: op for op in self.after} if self.same_ir else {}
         for op in self.before:
             twin = named.get(op.name)
             if twin is not None and twin.kind is op.kind:

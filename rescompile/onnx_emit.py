@@ -26,17 +26,44 @@ _HALF = ("float16", "bfloat16")
 _FLOATS = (*_HALF, "float32", "float64", None)
 
 
+# The opset from which a kind can be written, where that is not the first.
+_SINCE: dict[K, int] = {
+    K.EXPAND: 8,
+    K.ERF: 9,
+    K.SIGN: 9,
+    K.IS_NAN: 9,
+    K.WHERE: 9,
+    K.FULL: 9,
+    K.FLIP: 10,
+    K.ROUND: 11,
+    K.CUMSUM: 11,
+    K.EINSUM: 12,
+    K.DROPOUT: 12,
+    K.FFT: 17,
+}
+
+
+def obstacle(kind: K, opset: int) -> str:
+    """Why a model of that opset cannot hold an operation of this kind; empty when it can."""
+    if kind not in WRITERS and kind not in _PLAIN and not kind.has(Trait.FUSED):
+        return f"{kind.value} has no spelling in ONNX"
+    since = _SINCE.get(kind, 1)
+    if opset < since:
+        return f"{kind.value} needs opset {since} and the model has {opset}: convert it with onnx.version_converter"
+    return ""
+
+
 def write(b: Builder, r: Request) -> list[ir.Value]:
     """The operation's outputs, computed by new nodes of `b`."""
+    reason = obstacle(r.kind, b.opset)
+    if reason:
+        raise GraphError(f"The operation cannot be written into the model: {reason}.")
     if r.kind.has(Trait.FUSED) and b.call is not None:
         return b.call(b, r)
     since, op_type = _PLAIN.get(r.kind, (math.inf, ""))
     if b.opset >= since:
         return [b.node(op_type, list(r.args))]
-    writer = WRITERS.get(r.kind)
-    if writer is None:
-        raise GraphError(f"{r.kind.value} cannot be written as ONNX nodes at opset {b.opset}: keep the model's own.")
-    result = writer(b, r)
+    result = WRITERS[r.kind](b, r)
     return result if isinstance(result, list) else [result]
 
 
@@ -114,7 +141,6 @@ def _reshape(b: Builder, r: Request) -> ir.Value:
 
 
 def _expand(b: Builder, r: Request) -> ir.Value:
-    b.since(8, "expand")
     return b.node("Expand", [r.arg(0), b.shape(_target(r), r.args)])
 
 
@@ -138,7 +164,6 @@ def _slice_by(b: Builder, r: Request, starts: list[Any], stops: list[Any], axes:
 
 
 def _flip(b: Builder, r: Request) -> ir.Value:
-    b.since(10, "flip")
     axes = list(r.attr("axes"))
     return _slice_by(b, r, [-1] * len(axes), [-INT64_MAX] * len(axes), axes, [-1] * len(axes))
 
@@ -189,7 +214,8 @@ def _scatter(b: Builder, r: Request) -> ir.Value:
     op_type = r.attrs.get("op")
     if op_type is None:
         raise GraphError("A scatter that does not come from an ONNX model cannot be written as ONNX nodes.")
-    return b.node(op_type, list(r.args), **{name: value for name, value in r.attrs.items() if name != "op"})
+    extras = {name: value for name, value in r.attrs.items() if name not in ("op", "accumulate")}
+    return b.node(op_type, list(r.args), **extras)
 
 
 # ---- convolutions and pools ------------------------------------------------------------------------------------------
@@ -238,11 +264,8 @@ def _adaptive_pool(b: Builder, r: Request) -> ir.Value:
 
 _RESIZE: dict[str, tuple[str, dict[str, Any]]] = {
     "nearest": ("nearest", {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
-    "nearest-exact": ("nearest", {"coordinate_transformation_mode": "half_pixel", "nearest_mode": "round_prefer_ceil"}),
     "linear": ("linear", {}),
-    "bilinear": ("linear", {}),
-    "trilinear": ("linear", {}),
-    "bicubic": ("cubic", {"cubic_coeff_a": -0.75}),
+    "cubic": ("cubic", {"cubic_coeff_a": -0.75}),
 }
 
 
@@ -279,7 +302,6 @@ def _linear(b: Builder, r: Request) -> ir.Value:
 
 
 def _einsum(b: Builder, r: Request) -> ir.Value:
-    b.since(12, "einsum")
     return b.node("Einsum", list(r.args), equation=r.attr("equation"))
 
 
@@ -337,7 +359,6 @@ def _recurrent(b: Builder, r: Request) -> list[ir.Value]:
 
 
 def _fft(b: Builder, r: Request) -> ir.Value:
-    b.since(17, "a Fourier transform")
     return b.node("DFT", [r.arg(0)], **r.attrs)
 
 
@@ -509,7 +530,6 @@ def _mish(b: Builder, r: Request) -> ir.Value:
 
 
 def _dropout(b: Builder, r: Request) -> ir.Value:
-    b.since(12, "dropout in training")
     ratio, mode = b.const(np.asarray(r.attr("p"), np.float32)), b.const(np.asarray(True))
     return b.node("Dropout", [r.arg(0), ratio, mode])
 
@@ -551,7 +571,6 @@ def _argmax(b: Builder, r: Request) -> ir.Value:
 
 
 def _cumsum(b: Builder, r: Request) -> ir.Value:
-    b.since(11, "cumsum")
     return b.node("CumSum", [r.arg(0), b.const(np.asarray(r.attr("axis"), np.int64))])
 
 
@@ -568,7 +587,6 @@ def _topk(b: Builder, r: Request) -> list[ir.Value]:
 
 
 def _full(b: Builder, r: Request) -> ir.Value:
-    b.since(9, "a filled tensor")
     shape, given = r.out.shape, r.maybe(0)
     value = b.filled(r.attr("value"), (1,), r.out.dtype).producer()
     tensor = value.attributes["value"].as_tensor() if value is not None else None
@@ -588,6 +606,12 @@ def _arange(b: Builder, r: Request) -> ir.Value:
     return b.const(values.astype(r.out.dtype or "int64"))
 
 
+def _shape(b: Builder, r: Request) -> ir.Value:
+    """All extents, or one of them as a scalar."""
+    shape, axis = b.node("Shape", [r.arg(0)]), r.attr("axis")
+    return shape if axis is None else b.node("Gather", [shape, b.const(np.asarray(axis, np.int64))], axis=0)
+
+
 def _random(b: Builder, r: Request) -> ir.Value:
     op_type = r.attrs.get("op")
     if op_type is None:
@@ -595,7 +619,9 @@ def _random(b: Builder, r: Request) -> ir.Value:
     return b.node(op_type, list(r.args), **{name: value for name, value in r.attrs.items() if name != "op"})
 
 
-_PLAIN: dict[K, tuple[int, str]] = {row.kind: (row.since, row.op_type) for row in PLAIN if row.kind is not K.ADD}
+_PLAIN: dict[K, tuple[int, str]] = {
+    row.kind: (row.since, row.op_type) for row in PLAIN if row.kind not in (K.ADD, K.SHAPE)
+}
 
 WRITERS: dict[K, Writer] = {
     **dict.fromkeys(_REDUCERS, _reduce),
@@ -655,5 +681,6 @@ WRITERS: dict[K, Writer] = {
     K.TOPK: _topk,
     K.FULL: _full,
     K.ARANGE: _arange,
+    K.SHAPE: _shape,
     K.RANDOM: _random,
 }

@@ -1,14 +1,11 @@
-"""ONNX files and objects in and out: `load`, `adopt`, `save`.
+"""ONNX files and objects in and out: `load`, `capture`, `save`.
 
-Nothing is promised before every external tensor is known to lie where it may, and nothing is written unless all of it
-can be: a model and its data are prepared in a temporary folder beside the target and then moved into place.
+Nothing is promised before every operator is known to exist and every external tensor to lie where it may.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from google.protobuf.message import DecodeError
 from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
 from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET
-from rescompile.onnx_serial import PROTO_LIMIT, has_external, in_memory_proto, save_external, tensor_bytes
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
@@ -54,7 +50,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
     return graph
 
 
-def adopt(model: Any) -> OnnxGraph:
+def capture(model: Any) -> OnnxGraph:
     """The graph of an `onnx.ModelProto`, an `onnx_ir.Model` or an ONNXProgram of torch.onnx.export; the object itself
     stays as it is, and `to_user` gives back one of its kind."""
     if isinstance(model, onnx.ModelProto):
@@ -76,43 +72,9 @@ def adopt(model: Any) -> OnnxGraph:
     return graph
 
 
-def to_user(graph: OnnxGraph) -> Any:
-    """The model as the kind of object that it came as: ModelProto, ONNXProgram, else onnx_ir.Model (files too)."""
-    if graph.source == "proto":
-        return in_memory_proto(graph.model)
-    if graph.source == "program":
-        origin = graph.origin
-        return type(origin)(graph.model, getattr(origin, "exported_program", None))
-    return graph.model
-
-
 def save(graph: OnnxGraph, path: str | os.PathLike[str]) -> None:
-    """Write the model; tensors go to `<name>.data` beside it when they were external or are too large for one file.
-
-    RescompileError when the place cannot be written; then nothing is.
-    """
-    path = Path(path)
-    external = has_external(graph.model) or tensor_bytes(graph.model) >= PROTO_LIMIT
-    data = f"{path.name}.data"
-    try:
-        folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
-    try:
-        ready = Path(folder) / path.name
-        if external:
-            save_external(graph.model, ready, data)
-        else:
-            ir.save(graph.model, ready, format="protobuf")
-        if path.is_dir():
-            raise RescompileError(f"'{path}' cannot be written: it is a folder.")
-        if external and (Path(folder) / data).exists():
-            os.replace(Path(folder) / data, path.parent / data)
-        os.replace(ready, path)
-    except OSError as error:
-        raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Write the graph's model: see `OnnxGraph.save`."""
+    graph.save(str(path))
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from typing import Any, Self
 import numpy as np
 import onnx_ir as ir
 
+from rescompile.composites import recognise
 from rescompile.errors import GraphError
 from rescompile.graph import Graph, Op, Shape, Value, ValueType
 from rescompile.kinds import OpKind
 from rescompile.onnx_build import Builder, Request
-from rescompile.onnx_emit import write
+from rescompile.onnx_emit import obstacle, write
 from rescompile.onnx_functions import call
 from rescompile.onnx_import import nested_nodes, read
 from rescompile.onnx_literals import evaluate
@@ -22,7 +23,9 @@ from rescompile.onnx_ops import (
     PROVENANCE_KEY,
     Arg,
     dtype_of,
+    numpy_dtype,
 )
+from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.onnx_shapes import literal
 
 
@@ -40,7 +43,7 @@ class OnnxGraph(Graph):
         self.model: ir.Model
         self.notes: list[str] = []
         self.hidden: set[ir.Node] = set()
-        self.measured: dict[ir.Value, ValueType] = {}  # what hidden Shape nodes read
+        self.measured: dict[ir.Value, ValueType] = {}  # what hidden Shape and CastLike nodes ask about
         self.source = "ir"  # what the model came as: file, proto, ir, program
         self.origin: Any = None
         self._native_names: set[str] = set()
@@ -55,8 +58,7 @@ class OnnxGraph(Graph):
         graph.model = model
         graph._native_names = set(_all_names(model))
         read(graph)
-        if graph._dirty:
-            graph.commit()
+        recognise(graph)
         return graph
 
     @property
@@ -81,6 +83,24 @@ class OnnxGraph(Graph):
             self._sort_native()
             self._session = Session(self.model)
         return self._session.run(inputs)  # type: ignore[no-any-return]
+
+    def to_user(self) -> Any:
+        """The model as the kind of object that it came as: ModelProto, ONNXProgram, else (files too) onnx_ir.Model."""
+        self._sort_native()
+        if self.source == "proto":
+            return in_memory_proto(self.model)
+        if self.source == "program":
+            return type(self.origin)(self.model, getattr(self.origin, "exported_program", None))
+        return self.model
+
+    def save(self, path: str) -> None:
+        """Write the model, whole or not at all; external or very large tensors go to a file beside it."""
+        self._sort_native()
+        save(self.model, path)
+
+    def cannot_emit(self, kind: OpKind) -> str:
+        """Why the model's opset cannot hold an operation of this kind; empty when it can."""
+        return obstacle(kind, self.opset)
 
     def clone(self) -> Self:
         """A copy with a model of its own; tensors are shared."""
@@ -125,7 +145,7 @@ class OnnxGraph(Graph):
                 return tensor.numpy()
             except (OSError, ValueError) as error:
                 raise GraphError(f"The contents of '{value.name}' cannot be read: {error}") from error
-        return evaluate(native, self.measured)
+        return evaluate(native, self.measured.get)
 
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
         """A new initializer."""
@@ -350,8 +370,8 @@ class OnnxGraph(Graph):
         """Let a hidden Shape node's readers have the shape from elsewhere, and a CastLike the type."""
         kind = self.measured.get(native)
         builder = Builder(self.opset, self._symbol)
-        if reader.op_type == "CastLike" and native is reader.inputs[1] and native.dtype is not None:
-            example = builder.const(np.zeros((), native.dtype.numpy()))
+        if reader.op_type == "CastLike" and kind is not None and kind.dtype is not None:
+            example = builder.const(np.zeros((), numpy_dtype(kind.dtype)))
             self._hide(builder.nodes, f"{native.name}.type")
             reader.replace_input_with(1, example)
             return

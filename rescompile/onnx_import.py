@@ -21,7 +21,7 @@ from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 from rescompile.onnx_contrib import CONTRIB_READERS
 from rescompile.onnx_functions import read_call
-from rescompile.onnx_literals import is_literal
+from rescompile.onnx_literals import evaluate, is_literal
 from rescompile.onnx_ops import PROVENANCE_KEY, Step, dtype_name, is_static
 from rescompile.onnx_read import READERS, Site
 from rescompile.onnx_shapes import Facts, complete, literal, merge, name_extents
@@ -77,7 +77,7 @@ class _Import:
 
     def _read_node(self, node: ir.Node) -> None:
         facts = self.facts
-        if is_literal(node, self.literals, facts) and all(is_static(facts.type(v).shape) for v in node.outputs if v.name):
+        if is_literal(node, self.literals, facts) and self._type_literals(node):
             self.literals.update(node.outputs)
             self.constants.update(node.outputs)
             facts.follow(node)
@@ -98,6 +98,18 @@ class _Import:
             if pure and operands and all(isinstance(v, ir.Value) and v in self.constants for v in operands):
                 self.constants.update(outputs)
         self.items[node] = _Item(nodes, steps, outputs)
+
+    def _type_literals(self, node: ir.Node) -> bool:
+        """Whether types and extents of all outputs are known, if need be by computing them."""
+        for value in node.outputs:
+            kind = self.facts.type(value)
+            if kind.dtype is None or not is_static(kind.shape):
+                try:
+                    array = evaluate(value, self.facts.type)
+                except GraphError:
+                    return False
+                self.facts.types[value] = ValueType(array.shape, str(array.dtype))
+        return True
 
     def _steps(self, node: ir.Node) -> list[Step]:
         function = self.model.functions.get(node.op_identifier()) if self.model.functions else None
@@ -208,7 +220,8 @@ class _Import:
     def _hide(self, node: ir.Node) -> None:
         """Keep the node out of the view; the shape that it asks for must be had otherwise once the value is gone."""
         self.graph.hidden.add(node)
-        source = node.inputs[0] if node.op_type == "Shape" else None
+        slot = {"Shape": 0, "CastLike": 1}.get(node.op_type)
+        source = None if slot is None else node.inputs[slot]
         if source is not None:
             self.graph.measured[source] = self.facts.type(source)
 

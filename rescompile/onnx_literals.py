@@ -6,7 +6,7 @@ Nothing that comes from a weight is a literal: weights stay visible, whatever is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from rescompile.errors import GraphError
 from rescompile.graph import ValueType
+from rescompile.onnx_ops import numpy_dtype
 from rescompile.onnx_shapes import Facts, literal
 
 _DRAWN = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
@@ -41,8 +42,8 @@ def is_literal(node: ir.Node, literals: set[ir.Value], facts: Facts) -> bool:
     return node.op_type not in _DRAWN and not nested
 
 
-def evaluate(value: ir.Value, measured: Mapping[ir.Value, ValueType]) -> np.ndarray[Any, Any]:
-    """Contents of a literal. `measured`: types of the values that Shape nodes ask about.
+def evaluate(value: ir.Value, type_of: Callable[[ir.Value], ValueType | None]) -> np.ndarray[Any, Any]:
+    """Contents of a literal. `type_of`: what is known of the values that Shape and CastLike nodes ask about.
 
     GraphError when a node on the way has no reference implementation.
     """
@@ -58,26 +59,32 @@ def evaluate(value: ir.Value, measured: Mapping[ir.Value, ValueType]) -> np.ndar
             known[current] = tensor.numpy()
         elif node is None:
             raise GraphError(f"'{current.name}' has no data in the model.")
-        elif node.op_type in ("Shape", "CastLike"):
-            source = node.inputs[node.op_type == "CastLike"]
-            kind = measured.get(source) if source is not None else None
-            first = node.inputs[0]
-            if node.op_type == "CastLike" and first is not None and first not in known:
-                pending.append(first)
-            elif node.op_type == "CastLike" and first is not None and current.dtype is not None:
-                known[current] = known[first].astype(current.dtype.numpy())
-            else:
-                known[current] = _shape(node, kind)
+        elif node.op_type == "Shape":
+            known[current] = _shape(node, type_of)
         else:
-            missing = [operand for operand in node.inputs if operand is not None and operand not in known]
+            operands = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+            missing = [operand for operand in operands if operand is not None and operand not in known]
             if missing:
                 pending += missing
+            elif node.op_type == "CastLike":
+                known[current] = known[operands[0]].astype(_like(node, type_of))  # type: ignore[index]
             else:
                 known.update(zip(node.outputs, _compute(node, known), strict=True))
     return known[value]
 
 
-def _shape(node: ir.Node, kind: ValueType | None) -> np.ndarray[Any, Any]:
+def _like(node: ir.Node, type_of: Callable[[ir.Value], ValueType | None]) -> np.dtype[Any]:
+    output, example = node.outputs[0], node.inputs[1]
+    if output.dtype is not None:
+        return output.dtype.numpy()
+    kind = type_of(example) if example is not None else None
+    if kind is None or kind.dtype is None:
+        raise GraphError(f"The type that '{node.name}' casts to is unknown.")
+    return numpy_dtype(kind.dtype)
+
+
+def _shape(node: ir.Node, type_of: Callable[[ir.Value], ValueType | None]) -> np.ndarray[Any, Any]:
+    kind = type_of(node.inputs[0]) if node.inputs[0] is not None else None
     if kind is None or kind.shape is None:
         raise GraphError(f"The shape that '{node.name}' asks for is unknown.")
     start, end = node.attributes.get("start"), node.attributes.get("end")

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from rescompile.graph import Shape, ValueType
 from rescompile.kinds import OpKind as K
-from rescompile.onnx_ops import INT64_MAX, PAD_MODES, PLAIN, REDUCTIONS, Reading, Step, is_static
+from rescompile.onnx_ops import INT64_MAX, PAD_MODES, PLAIN, REDUCTIONS, Reading, Step, dtype_name, is_static
 from rescompile.onnx_shapes import Facts, PartialShape, broadcast, reshaped
 
 STATIC_ONLY = "its {} is computed at run time"
@@ -166,7 +166,13 @@ def _extremum(kind: K) -> Reader:
 
 def _cast(s: Site) -> Reading:
     dtype = s.facts.type(s.node.outputs[0]).dtype
-    return "it casts to strings" if dtype in (None, "string") else s.one(K.CAST, s.inputs(1), dtype=dtype)
+    if dtype is None and s.attr("to") is not None:
+        dtype = dtype_name(ir.DataType(s.attr("to")))
+    if dtype is None and s.has(1):
+        dtype = s.dtype(1)
+    if dtype in (None, "string"):
+        return "it casts to strings"
+    return s.one(K.IDENTITY, s.inputs(1)) if dtype == s.dtype() else s.one(K.CAST, s.inputs(1), dtype=dtype)
 
 
 # ---- views -----------------------------------------------------------------------------------------------------------
@@ -187,9 +193,9 @@ def _expand(s: Site) -> Reading:
     target, shape = s.vector(1), s.shape(0)
     if target is None:
         return STATIC_ONLY.format("target")
-    step = s.one(K.EXPAND, s.inputs(1))
-    if shape is not None:
-        step.type = ValueType(broadcast((shape, target)), s.dtype())
+    wide = None if shape is None else broadcast((shape, target))
+    step = s.one(K.IDENTITY if wide is not None and wide == shape else K.EXPAND, s.inputs(1))
+    step.type = ValueType(wide, s.dtype())
     return step
 
 
@@ -353,7 +359,8 @@ def _gather(s: Site) -> Reading:
 
 def _scatter(s: Site) -> Reading:
     extras = {name: attribute.value for name, attribute in s.node.attributes.items()}
-    return s.one(K.SCATTER, list(s.node.inputs), op=s.node.op_type, **extras)
+    accumulate = s.attr("reduction", "none") == "add"
+    return s.one(K.SCATTER, list(s.node.inputs), op=s.node.op_type, accumulate=accumulate, **extras)
 
 
 # ---- convolutions and pools ------------------------------------------------------------------------------------------
@@ -500,7 +507,6 @@ def _resize(s: Site) -> Reading:
         scales = [1.0, 1.0, *(int(b) / int(a) for a, b in zip(shape[2:], out[2:], strict=True))]  # type: ignore[arg-type]
     if scales is None and not sized:
         return STATIC_ONLY.format("scale")
-    spatial = len(shape) - 2
     if scales is not None:
         if any(scale != 1 for scale in scales[:2]):
             return "it resizes batch or channels"
@@ -509,30 +515,23 @@ def _resize(s: Site) -> Reading:
         )
         if not sized and not exact and not all(float(scale).is_integer() for scale in scales):
             return "its output is not the input's extent times the scale"
-    name = _interpolation(mode, where, rounding, scales, s.attr("cubic_coeff_a", -0.75), spatial)
-    if name is None:
+    if not _samples_as_torch(mode, where, rounding, scales, s.attr("cubic_coeff_a", -0.75)):
         return f"{mode} with {where} and {rounding} has no counterpart"
-    return s.one(K.INTERPOLATE, s.inputs(1), mode=name, align_corners=where == "align_corners")
+    return s.one(K.INTERPOLATE, s.inputs(1), mode=mode, align_corners=where == "align_corners")
 
 
-def _interpolation(
-    mode: str, where: str, rounding: str, scales: Sequence[float] | None, coefficient: float, spatial: int
-) -> str | None:
-    """torch's name of the sampling, None where torch has none."""
+def _samples_as_torch(mode: str, where: str, rounding: str, scales: Sequence[float] | None, coefficient: float) -> bool:
+    """Whether the samples are taken where torch's interpolate takes them in this mode."""
     if mode == "nearest":
         if where == "asymmetric" and rounding == "floor":
-            return "nearest"
-        if where in ("half_pixel", "pytorch_half_pixel") and rounding == "round_prefer_ceil":
-            return "nearest-exact"
+            return True
         whole = scales is not None and all(float(scale).is_integer() for scale in scales)
         # A whole factor puts every sample between the same two ties, so the half-pixel roundings agree with floor.
         half = where == "half_pixel" and rounding in ("round_prefer_floor", "round_prefer_ceil")
-        return "nearest" if whole and half else None
+        return whole and half
     if where not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        return None
-    if mode == "linear":
-        return {1: "linear", 2: "bilinear", 3: "trilinear"}.get(spatial)
-    return "bicubic" if mode == "cubic" and spatial == 2 and coefficient == -0.75 else None
+        return False
+    return mode == "linear" or (mode == "cubic" and coefficient == -0.75)
 
 
 # ---- contractions ----------------------------------------------------------------------------------------------------
@@ -831,10 +830,11 @@ def _full(s: Site) -> Reading:
 
 def _range(s: Site) -> Reading:
     start, step = s.number(0), s.number(2)
-    attrs = {name: value for name, value in (("start", start), ("step", step)) if value is not None}
+    if start is None or step is None:
+        return STATIC_ONLY.format("start or step")
     if s.dtype() in (None, "int64", "int32", "int16"):
-        attrs = {name: int(value) for name, value in attrs.items()}
-    return Step(K.ARANGE, list(s.node.inputs), dict(attrs), (0,))
+        start, step = int(start), int(step)
+    return s.one(K.ARANGE, list(s.node.inputs), start=start, step=step)
 
 
 def _shape(s: Site) -> Reading:

@@ -1,13 +1,18 @@
-"""Serialising an onnx_ir model without changing it, whatever its size."""
+"""Serialising an onnx_ir model without changing it, whatever its size, whole or not at all."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+
+from rescompile.errors import RescompileError
 
 # Protocol buffers end at 2 GiB; the rest is for nodes and names.
 PROTO_LIMIT = 2**31 - 2**27
@@ -47,3 +52,33 @@ def _internal_tensors(model: ir.Model) -> Iterator[None]:
 def save_external(model: ir.Model, path: Path, data: str) -> None:
     """Write the model, and its tensors to the file `data` beside it."""
     ir.save(model, path, external_data=data)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
+    """Write the model; tensors go to `<name>.data` beside it when they were external or are too large for one file.
+
+    Both are prepared in a temporary folder beside the target and then moved into place. RescompileError when the place
+    cannot be written; then nothing is.
+    """
+    path = Path(path)
+    external = has_external(model) or tensor_bytes(model) >= PROTO_LIMIT
+    data = f"{path.name}.data"
+    if path.is_dir():
+        raise RescompileError(f"'{path}' cannot be written: it is a folder.")
+    try:
+        folder = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
+    try:
+        ready = Path(folder) / path.name
+        if external:
+            save_external(model, ready, data)
+        else:
+            ir.save(model, ready, format="protobuf")
+        if external and (Path(folder) / data).exists():
+            os.replace(Path(folder) / data, path.parent / data)
+        os.replace(ready, path)
+    except OSError as error:
+        raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

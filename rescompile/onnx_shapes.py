@@ -341,8 +341,7 @@ def broadcast(shapes: Sequence[PartialShape | None]) -> PartialShape | None:
 def reshaped(shape: Shape, target: PartialShape, *, zeros: bool) -> PartialShape:
     """Reshape's target with 0 (keep) and −1 (the rest) resolved."""
     extents = [
-        shape[axis] if extent == 0 and not zeros and axis < len(shape) else extent
-        for axis, extent in enumerate(target)
+        shape[axis] if extent == 0 and not zeros and axis < len(shape) else extent for axis, extent in enumerate(target)
     ]
     if -1 not in extents:
         return tuple(extents)

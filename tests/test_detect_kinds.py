@@ -180,6 +180,32 @@ def test_sum_around_a_recurrent_layer(mode: str) -> None:
     assert kinds(b.output(x)) == ["recurrent"] * 3
 
 
+def unrolled(shared: bool) -> Graph:
+    b = Builder()
+    x = b.input(4, 2, 8)
+    projected = b.linear(x, 8)
+    steps = [b.reshape(b.slice(projected, 0, index, index + 1), 2, 8) for index in range(4)]
+    weight = b.param(8, 8)
+    h, hidden = steps[0], [b.op(K.TANH, steps[0])]
+    for step in steps[1:]:
+        h = b.op(K.LINEAR, hidden[-1], weight if shared else b.param(8, 8), None, shape=(2, 8))
+        hidden.append(b.op(K.TANH, b.add(h, step)))
+    y = b.concat(*(b.reshape(h, 1, 2, 8) for h in hidden), axis=0)
+    return b.output(b.add(x, y))
+
+
+def test_steps_of_an_unrolled_recurrence_are_no_blocks() -> None:
+    report = inspect_graph(unrolled(shared=True))
+    assert [block.kind for block in report] == ["recurrent"]
+    reasons = [entry.reason.split(":")[0] for entry in report.not_residual]
+    assert reasons == ["unrolled recurrence"] * 3 + ["a stack"]
+
+
+def test_hierarchical_sums_with_weights_of_their_own_are_nested_blocks() -> None:
+    report = inspect_graph(unrolled(shared=False))
+    assert [(block.kind, block.shortcut) for block in report] == [("add", "view")] * 3 + [("add", "identity")]
+
+
 # ---- stochastic ----------------------------------------------------------------------------------------------------
 
 

@@ -13,8 +13,8 @@ from rescompile.passes import PASSES
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_joins import FuseJoins
-from rescompile.plan import Plan
-from rescompile.rewrite import make_plan
+from rescompile.plans import Plan
+from rescompile.rewriting import make_plan
 
 C = 4
 IMAGE = (1, C, 8, 8)

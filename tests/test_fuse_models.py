@@ -11,15 +11,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from torch import nn
 
 import rescompile as rc
 from rescompile.graph import Graph
 from rescompile.printing import print_graph
-from rescompile.rewrite import Result
+from rescompile.rewriting import Result
 from tests.residual_models import Chain, ConvBlock, MlpBlock, livened
 
+# A failing model is small enough as drawn; shrinking would export hundreds of them.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 IRS = ("fx", "onnx")
 
 
@@ -75,14 +77,15 @@ def test_transformer_encoder_fuses_every_join(ir: str, norm_first: bool) -> None
     model = livened(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
     result = fused(model, (torch.randn(2, 7, 32),), ir)
     count = kinds(result.graph)
-    # Pre-norm: the last sum has no norm behind it.
-    assert (count["add_norm"], count["add"]) == ((3, 0) if norm_first else (4, 0)) or count["fused_linear"] == 1
+    # Pre-norm: the last sum has no norm behind it, and goes into its linear past a dropout that is off.
+    expected = (3, 1, 0) if norm_first else (4, 0, 0)
+    assert (count["add_norm"], count["fused_linear"], count["add"]) == expected
 
 
 @pytest.mark.parametrize("spec", ["fuse", "fuse{activations=true}"])
 def test_both_irs_print_the_same_graph_after_fusing(spec: str) -> None:
     torch.manual_seed(0)
-    model = livened(nn.Sequential(ConvBlock(4, 4), ConvBlock(4, 8, 2)))
+    model = livened(Chain([ConvBlock(4, 4), ConvBlock(4, 8, 2)], set()))
     texts = [print_graph(fused(model, (torch.randn(1, 4, 6, 6),), ir, spec).graph, comments=False) for ir in IRS]
     assert texts[0] == texts[1]
 
@@ -129,18 +132,18 @@ def chains(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return livened(Chain(blocks, taps)), torch.randn(2, 3, 8)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, phases=PHASES)
 @given(chains())
 def test_fusing_random_residual_chains_keeps_values_and_is_idempotent(case: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = case
     result = fused(model, (x,), "fx")
     assert kinds(result.graph)["add"] == 0
     assert not rc.plan(result.graph, ["fuse"]).rewrites
-    before, after = rc.inspect(result.original).summary, rc.inspect(result.graph).summary
+    before, after = rc.inspect(result.original).summary(), rc.inspect(result.graph).summary()
     assert before["by_kind"] == after["by_kind"]
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4, deadline=None, phases=PHASES)
 @given(chains())
 def test_fusing_random_residual_chains_in_onnx(case: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = case

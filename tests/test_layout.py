@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "tvm", "tvm_ffi"}
 TORCH = {"torch"}
-ONNX = {"onnx", "onnx_ir", "onnxscript"}
+ONNX = {"onnx", "onnx_ir", "onnxscript", "onnxruntime"}
 ALL_SEEING = ("api", "cli")
 
 

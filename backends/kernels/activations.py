@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rescompile.backends.kernels.emit import Expr, const, let, maximum, minimum
+from rescompile.backends.kernels.emit import Expr, const, let, maximum, minimum, select
 from tvm.tirx.script.builder import ir as T
 
 _LOG2E = 1.44269504088896341
@@ -27,6 +27,7 @@ _TANH_P = (
     4.89352455891786e-03,
 )
 _TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+_ERF_RANGE = 4.0
 _ERF_P = (
     -2.72614225801306e-10,
     2.77068142495902e-08,
@@ -62,27 +63,30 @@ def exp(x: Expr, dtype: str) -> Expr:
     r = let(clamped - n * const(_LN2_HIGH, dtype) - n * const(_LN2_LOW, dtype))
     mantissa = _horner(r, _EXP, dtype) * r * r + r + const(1.0, dtype)
     scale = T.reinterpret("float32", T.shift_left(n.astype("int32") + const(127, "int32"), const(23, "int32")))
-    return T.Select(x < low, const(0.0, dtype), mantissa * scale)
+    return select(x < low, const(0.0, dtype), mantissa * scale)
+
+
+def _odd_quotient(x: Expr, limit: float, over: Sequence[float], under: Sequence[float], dtype: str) -> Expr:
+    """x * over(x²) / under(x²) inside ±limit and exactly ±1 outside, so that 1 + erf(x) vanishes far below zero."""
+    bound, one = const(limit, dtype), const(1.0, dtype)
+    clamped = let(maximum(minimum(x, bound), -bound))
+    square = let(clamped * clamped)
+    quotient = clamped * _horner(square, over, dtype) / _horner(square, under, dtype)
+    return select(x >= bound, one, select(x <= -bound, -one, quotient))
 
 
 def tanh(x: Expr, dtype: str) -> Expr:
     """tanh(x)"""
     if dtype == "float64":
         return T.tanh(x)
-    limit = const(_TANH_RANGE, dtype)
-    x = let(maximum(minimum(x, limit), -limit))
-    square = let(x * x)
-    return x * _horner(square, _TANH_P, dtype) / _horner(square, _TANH_Q, dtype)
+    return _odd_quotient(x, _TANH_RANGE, _TANH_P, _TANH_Q, dtype)
 
 
 def erf(x: Expr, dtype: str) -> Expr:
     """erf(x)"""
     if dtype == "float64":
         return T.erf(x)
-    limit = const(4.0, dtype)
-    x = let(maximum(minimum(x, limit), -limit))
-    square = let(x * x)
-    return x * _horner(square, _ERF_P, dtype) / _horner(square, _ERF_Q, dtype)
+    return _odd_quotient(x, _ERF_RANGE, _ERF_P, _ERF_Q, dtype)
 
 
 def _relu(x: Expr, dtype: str) -> Expr:

@@ -30,7 +30,7 @@ from rescompile.backends.kernels.emit import (
     serial,
     unflatten,
     when,
-)  # fmt: skip
+)
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.register_tile import RegisterTile, pixels_for
 from rescompile.backends.kernels.rows import LOWEST, add, fold, row_maximum

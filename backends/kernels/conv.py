@@ -28,7 +28,7 @@ from rescompile.backends.kernels.emit import (
     serial,
     unflatten,
     when,
-)  # fmt: skip
+)
 from rescompile.backends.kernels.layout import bordered, copy_with_border
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.matmul import emit_matmul
@@ -90,7 +90,9 @@ def candidates(spec: ConvSpec, machine: Machine) -> list[Tile]:
         pixels = pixels_for(extent, max(1, most // -(-width // vector)), 8)
         rows = -(-extent // pixels) if matmul else spec.batch * spec.out_height
         count = _blocks(spec, Tile(pixels, width)).count
-        splits = list(task_splits(rows, count, machine.threads))
+        row_bytes = spec.batch * spec.height * spec.width * spec.in_channels * 4
+        weight_bytes = spec.out_channels * spec.in_channels // spec.groups * prod(spec.kernel) * 4
+        splits = task_splits(rows, count, machine.threads, row_bytes, weight_bytes)
         tiles += [Tile(pixels, width, r, b) for r, b in splits[: 5 if index == 0 else 1]]
         if index == 0 and count > 1:
             tiles.append(Tile(pixels, width, *splits[0], order="pixels"))
@@ -110,10 +112,20 @@ def build(spec: ConvSpec, tile: Tile, name: str, dynamic_tasks: bool = False) ->
         residual = extra.pop(0) if spec.epilogue.residual else None
         if _is_matmul(spec):
             emit_matmul(
-                x, weight, bias, residual, y,
-                rows=spec.batch * spec.height * spec.width, depth=spec.in_channels, columns=spec.out_channels,
-                epilogue=spec.epilogue, tile=tile, row_tasks=row_tasks, block_tasks=block_tasks, dtype=spec.dtype,
-            )  # fmt: skip
+                x,
+                weight,
+                bias,
+                residual,
+                y,
+                rows=spec.batch * spec.height * spec.width,
+                depth=spec.in_channels,
+                columns=spec.out_channels,
+                epilogue=spec.epilogue,
+                tile=tile,
+                row_tasks=row_tasks,
+                block_tasks=block_tasks,
+                dtype=spec.dtype,
+            )
             return
         _emit_spatial(spec, tile, x, weight, bias, residual, y, row_tasks, block_tasks)
 

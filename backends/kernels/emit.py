@@ -17,6 +17,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
+# What TVM raises when it rejects a function: Python's own types, wherever in the compiler it happens.
+TVM_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 OPAQUE = 8  # Relax's op pattern "opaque": never fused into, never fused away
 
 
@@ -191,14 +193,23 @@ def chunk(index: Expr, count: Expr, extent: Expr) -> tuple[Expr, Expr]:
     """The index-th of `count` nearly equal parts of range(extent), as (start, stop)."""
     if _is(count, 1):
         return 0, extent
-    return let(tvm.tirx.floordiv(index * extent, count)), let(tvm.tirx.floordiv((index + 1) * extent, count))
+    start, stop = tvm.tirx.floordiv(index * extent, count), tvm.tirx.floordiv((index + 1) * extent, count)
+    return (let(start), let(stop)) if isinstance(count, int) else (_opaque(start), _opaque(stop))
 
 
 def unflatten(index: Expr, inner: Expr) -> tuple[Expr, Expr]:
     """(index // inner, index % inner)"""
     if _is(inner, 1):
         return index, 0
-    return let(tvm.tirx.floordiv(index, inner)), let(tvm.tirx.floormod(index, inner))
+    outer, rest = tvm.tirx.floordiv(index, inner), tvm.tirx.floormod(index, inner)
+    return (let(outer), let(rest)) if isinstance(inner, int) else (_opaque(outer), _opaque(rest))
+
+
+def _opaque(value: Expr) -> Expr:
+    """`value` through memory: TVM's simplifier spends a second on quotients by an unknown number."""
+    cell = T.alloc_buffer((1,), str(value.ty.dtype), scope="local")
+    T.buffer_store(cell, value, [0])
+    return let(cell[0])
 
 
 def div(a: Expr, b: int) -> Expr:

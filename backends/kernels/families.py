@@ -19,7 +19,7 @@ from rescompile.backends.kernels.specs import (
     NormSpec,
     PoolSpec,
     SoftmaxSpec,
-)  # fmt: skip
+)
 from rescompile.backends.kernels.tiles import Tile
 from rescompile.errors import RescompileError
 

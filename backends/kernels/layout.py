@@ -17,7 +17,7 @@ from rescompile.backends.kernels.emit import (
     parallel,
     prim_func,
     serial,
-)  # fmt: skip
+)
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.specs import Argument, LayoutSpec, Pair
 from rescompile.backends.kernels.tiles import Tile

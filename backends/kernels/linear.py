@@ -47,8 +47,9 @@ def candidates(spec: LinearSpec, machine: Machine) -> list[Tile]:
         blocks = -(-spec.out_features // lanes)
         limit = max(1, most // max(1, lanes // vector))
         pixels = min(8, limit) if spec.rows is None else pixels_for(spec.rows, limit, 8)
-        rows = 32 * threads if spec.rows is None else -(-spec.rows // pixels)
-        splits = list(task_splits(rows, blocks, threads))
+        rows = 16 * threads if spec.rows is None else -(-spec.rows // pixels)
+        row_bytes = rows * pixels * spec.in_features * 4
+        splits = task_splits(rows, blocks, threads, row_bytes, spec.in_features * spec.out_features * 4)
         tiles += [Tile(pixels, lanes, r, b) for r, b in splits[: 4 if index == 0 else 1]]
         if index == 0:
             tiles.append(Tile(pixels, lanes, *splits[0], order="pixels"))

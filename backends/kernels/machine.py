@@ -52,6 +52,11 @@ class Machine:
         """
         return _machine(mcpu, triple, threads or os.cpu_count() or 1)
 
+    @property
+    def is_host(self) -> bool:
+        """Whether kernels for this machine can be timed by this process."""
+        return self.target == Machine.host(self.threads).target
+
     def tvm_target(self) -> tvm.target.Target:
         """The TVM target that kernels for this machine are compiled with."""
         return tvm.target.Target({**dict(self.target), "num-cores": self.threads})

@@ -19,7 +19,7 @@ from rescompile.backends.kernels.emit import (
     prim_func,
     select,
     serial,
-)  # fmt: skip
+)
 from rescompile.backends.kernels.layout import bordered, bordered_rows
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.rows import LOWEST, SERIAL_ELEMENTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from rescompile.backends.kernels.machine import Machine
 from rescompile.errors import RescompileError
 
 ORDERS = ("weights", "pixels")
+TASK_BYTES = 256 << 10  # of x per task: a fraction of the second-level cache of any recent processor
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,27 @@ def lane_widths(channels: int, machine: Machine, dtype: str) -> list[int]:
     return widths[:2]
 
 
-def task_splits(rows: int, blocks: int, threads: int) -> Iterator[tuple[int, int]]:
-    """Pairs (row_tasks, block_tasks) that keep `threads` busy, from coarse to fine."""
-    seen = set()
-    for row_tasks, block_tasks in (
-        (threads, 1),
-        (4 * threads, 1),
-        (14 * threads, 1),
-        (1, threads),
-        (1, blocks),
-        (threads, max(1, blocks // 2)),
-        (rows, 1),
-    ):
+def task_splits(rows: int, blocks: int, threads: int, row_bytes: int, weight_bytes: int) -> list[tuple[int, int]]:
+    """Pairs (row_tasks, block_tasks) that keep `threads` busy, the most promising first.
+
+    Args:
+        rows: parts that the pixel range can be split into; blocks: the same for the lane blocks.
+        row_bytes: bytes of x that all rows together read; weight_bytes: of the weights.
+    """
+    # A task runs all its blocks over its part of x, which must stay in the second-level cache meanwhile.
+    fitting = threads * max(1, -(-row_bytes // (threads * TASK_BYTES)))
+    by_rows, by_blocks = (fitting, 1), (1, threads)
+    first = by_blocks if weight_bytes > row_bytes and row_bytes <= 2 * TASK_BYTES else by_rows
+    second = by_rows if first == by_blocks else by_blocks
+    wanted = [first, second, (threads, 1), (4 * threads, 1), (1, blocks), (14 * threads, 1), (threads, 8)]
+    splits: list[tuple[int, int]] = []
+    for row_tasks, block_tasks in wanted:
         split = (min(row_tasks, rows), min(block_tasks, blocks))
         tasks = split[0] * split[1]
         # A few tasks that do not divide evenly leave a thread idle for most of the last round.
-        if split not in seen and (tasks % threads == 0 or tasks >= 8 * threads or tasks == rows * blocks):
-            seen.add(split)
-            yield split
+        if split not in splits and (tasks % threads == 0 or tasks >= 8 * threads or tasks == rows * blocks):
+            splits.append(split)
+    return splits or [(1, 1)]
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -25,6 +25,8 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if len(parts) < 2:
         judgement.concats[tuple(value for _, value in parts)] = output
         return Refusal("a concatenation of one value")
+    if all(value.shape is not None and value.shape[op.attr("axis")] == 1 for _, value in parts):
+        return Refusal("a stack: each value has a place of its own on the axis, nothing reads them as features")
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
     judgement.concats[tuple(value for _, value in parts)] = output

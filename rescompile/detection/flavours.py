@@ -12,8 +12,8 @@ _SAME_SIZE = (OpKind.SLICE, OpKind.PAD, OpKind.CONCAT, OpKind.TILE, OpKind.EXPAN
 
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
-    """The branch holds an RNN, an LSTM or a GRU."""
-    return any(op.kind is OpKind.RECURRENT for op in draft.branch_ops)
+    """The branch holds an RNN, an LSTM or a GRU, or the steps of one."""
+    return any(op.kind is OpKind.RECURRENT or op in judgement.recurrences for op in draft.branch_ops)
 
 
 def is_stochastic(judgement: Judgement, draft: Draft) -> bool:

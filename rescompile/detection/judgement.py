@@ -51,6 +51,7 @@ class Judgement:
         self.reach = Reach(graph)
         self.drafts: dict[Op, Draft] = {}  # by join
         self.refusals: dict[Op, Refusal] = {}
+        self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
 
     def accept(self, draft: Draft) -> None:

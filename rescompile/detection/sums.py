@@ -4,6 +4,7 @@
 2. The way from the fork to one operand, the shortcut, is free of work or is a projection.
 3. The way to another operand, the branch, works.
 4. The shortcut is not broadcast: a bias or a table that is added everywhere is no stream.
+5. It is no step of an unrolled recurrence.
 
 Where several operands work on the same fork beside the shortcut, the block is `parallel`: y = x + A(n(x)) + F(n(x)), as
 one sum of three, as x + (A + F) or as (x + A) + F. Where every operand is affine in the fork and works, it is a sum of
@@ -71,8 +72,7 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         found = _block(judgement, op, fork, way, skip, others)
         if isinstance(found, Draft):
             return found
-        refusal = refusal or found
-        if refusal.reason != found.reason and found.working:
+        if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
 
@@ -88,6 +88,9 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
+    if _is_recurrence(way, region):
+        judgement.recurrences.add(op)
+        return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
     if _is_broadcast(skip[1], op.outputs[0]):
         return Refusal(f"broadcast: '{skip[1].name}' is smaller than the sum, so it is no stream", fork)
     draft = Draft(
@@ -206,6 +209,23 @@ def _constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
     if size is not None and len(size) == 1:
         return Refusal(f"bias: '{value.name}' is a constant")
     return Refusal(f"constant table: '{value.name}' does not depend on the inputs (a position embedding, a mask)")
+
+
+def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
+    """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
+    if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
+        return False
+    return all(_weight_is_shared(op) for op in region if works(op))
+
+
+def _weight_is_shared(op: Op) -> bool:
+    value = op.inputs[1] if op.kind is OpKind.LINEAR else None
+    while value is not None and value.constant:
+        if len(value.uses) > 1:
+            return True
+        producer = value.producer
+        value = producer.inputs[0] if producer is not None and producer.has(Trait.FREE) else None
+    return False
 
 
 def _is_broadcast(skip: Value, total: Value) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rescompile.diff import diff_graphs
+from rescompile.differences import diff_graphs
 from rescompile.graph import Graph, Role, Value, ValueType
 from rescompile.kinds import OpKind
 
@@ -96,6 +96,16 @@ def test_a_fused_region_is_one_change_and_the_removal_of_its_parts() -> None:
     assert not diff.parameters
     assert diff.costs[0].flops == diff.costs[1].flops
     assert diff.costs[0].bytes > diff.costs[1].bytes
+
+
+def test_a_value_that_another_operation_computes_now_is_told_of_that_operation_only() -> None:
+    after = two_blocks()
+    inputs: list[Value | None] = [after.value("x"), after.value("fc1.weight")]
+    after.fuse([after.op("fc1"), after.op("relu1")], OpKind.LINEAR, inputs, after.op("relu1").outputs)
+    after.commit()
+    diff = diff_graphs(two_blocks(), after)
+    assert [entry.name for entry in diff.ops.removed] == ["relu1"]
+    assert [str(change) for change in diff.ops.changed] == []
 
 
 def test_a_renamed_operation_is_matched_by_structure() -> None:

@@ -12,8 +12,8 @@ import pytest
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph, ValueType
 from rescompile.kinds import OpKind
-from rescompile.plan import Insert, Plan, Refusal, Rewrite, SetOperand, gather
-from rescompile.rewrite import apply_plan, run_passes
+from rescompile.plans import Insert, Plan, Refusal, Rewrite, SetOperand, gather
+from rescompile.rewriting import apply_plan, run_passes
 from rescompile.verify import make_inputs, relative_difference, verify
 
 SHAPE = (2, 3)

@@ -258,7 +258,8 @@ class FreshNames:
         return name
 
 
-Decide: TypeAlias = Callable[[Graph, Op], Rewrite | Refusal]
+# A rule: what to do about one join. The value is the operand that the shortcut ends in, None where none is known.
+Decide: TypeAlias = Callable[[Graph, Op, Value | None], Rewrite | Refusal]
 
 
 def _values(graph: Graph, labels: Sequence[str | None]) -> list[Value | None]:

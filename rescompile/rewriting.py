@@ -6,6 +6,7 @@ original; a failure is bisected to the guilty rewrite, which is rolled back toge
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plan import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
 from rescompile.verify import Verification, verify
 
 
@@ -63,7 +64,7 @@ class Result(msgspec.Struct):
         """Parameters, floating-point operations and bytes moved, before and after."""
         return graph_costs(self.original), graph_costs(self.graph)
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, whole or not at all. VerificationError when the verification failed."""
         if self.rolled_back or not (self.verification.ok or self.verification.skipped):
             raise VerificationError(f"Nothing was written to '{path}': {self._failure()}")

@@ -150,7 +150,6 @@ def _interface(matching: Matching) -> Section:
         old = olds[index] if index < len(olds) else None
         new = news[index] if index < len(news) else None
         pairs.append(("output", old, new, matching.counterpart(old) is new))
-    same_ir = matching.before.ir == matching.after.ir
     for sort, ours, theirs, corresponds in pairs:
         if ours is None or theirs is None:
             present, into = (theirs, added) if ours is None else (ours, removed)
@@ -158,7 +157,7 @@ def _interface(matching: Matching) -> Section:
                 into.append(Entry(present.name, f"{sort} {_typed(present)}"))
             continue
         what = [] if ours.type == theirs.type else [f"{_typed(ours)} → {_typed(theirs)}"]
-        if same_ir and sort == "input" and ours.name != theirs.name:
+        if matching.same_ir and sort == "input" and ours.name != theirs.name:
             what.append("renamed")
         if not corresponds:
             what.append("computed by another operation")
@@ -216,7 +215,8 @@ def _corresponds(matching: Matching, old: Value | None, new: Value | None) -> bo
     if old.role is Role.CONSTANT and new.role is Role.CONSTANT:
         first, second = matching.before.data(old), matching.after.data(new)
         return bool(np.array_equal(first.reshape(-1), second.reshape(-1)))
-    return matching.counterpart(old) is new
+    # In one IR a value that kept its name is the same value, whatever computes it now: that is told of its producer.
+    return matching.counterpart(old) is new or (matching.same_ir and old.name == new.name)
 
 
 def _parameters(matching: Matching, data: bool) -> Section:
@@ -233,7 +233,7 @@ def _parameters(matching: Matching, data: bool) -> Section:
             what.append(f"{_typed(value)} → {_typed(twin)}")
         elif data:
             what += _content_changes(matching, value, twin, value in flipped)
-        if value.name != twin.name and matching.before.ir == matching.after.ir:
+        if value.name != twin.name and matching.same_ir:
             what.append("renamed")
         if what:
             changed.append(Change(value.name, twin.name, tuple(what)))
