@@ -86,9 +86,7 @@ def tvm_version() -> str:
     return metadata.version("apache-tvm")
 
 
-def write(
-    path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest, cubins: dict[str, bytes] | None = None
-) -> Path:
+def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest) -> Path:
     """Write the program, whole or not at all. RescompileError when it cannot be linked or written."""
     from rescompile.backends.link import link
 
@@ -101,13 +99,12 @@ def write(
         with tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
                 archive.writestr("manifest.json", manifest.to_json())
-                library = Path(folder) / f"program{_SUFFIX}"
-                link(executable, library)
-                archive.write(library, "program.so")
+                if executable is not None:
+                    library = Path(folder) / f"program{_SUFFIX}"
+                    link(executable, library)
+                    archive.write(library, "program.so")
                 for name, text in manifest.sources.items():
                     archive.writestr(f"sources/{name}", text)
-                for name, code in (cubins or {}).items():
-                    archive.writestr(f"cubins/{name}.cubin", code)
                 archive.writestr("weights.safetensors", _serialized(weights))
         mask = os.umask(0)
         os.umask(mask)
@@ -120,19 +117,14 @@ def write(
     return path
 
 
-def read(path: Path) -> tuple[Any, dict[str, Any], Manifest, dict[str, bytes]]:
-    """Code, weights, manifest and GPU code of a program. RescompileError when the file is not one that runs here."""
+def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
+    """Code, weights and manifest of a program. RescompileError when the file is not one that runs here."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
             _check(path, manifest)
             weights = _deserialized(archive.read("weights.safetensors"))
-            code = archive.read("program.so")
-            cubins = {
-                name.removeprefix("cubins/").removesuffix(".cubin"): archive.read(name)
-                for name in archive.namelist()
-                if name.startswith("cubins/")
-            }
+            code = archive.read("program.so") if "program.so" in archive.namelist() else None
     except FileNotFoundError:
         raise RescompileError(f"There is no file '{path}'.") from None
     except OSError as error:
@@ -141,7 +133,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest, dict[str, bytes]]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code, manifest), weights, manifest, cubins
+    return None if code is None else _loaded(code), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -183,11 +175,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _loaded(code: bytes, manifest: Manifest) -> Any:
+def _loaded(code: bytes) -> Any:
     import tvm
-
-    if manifest.device == "cuda":
-        _load_cuda_runtime(manifest)
 
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
@@ -201,18 +190,6 @@ def _loaded(code: bytes, manifest: Manifest) -> Any:
         if sys.platform != "win32":
             library.unlink()
             os.rmdir(folder)
-
-
-def _load_cuda_runtime(manifest: Manifest) -> None:
-    import tvm
-    import tvm_ffi
-
-    if tvm_ffi.get_global_func("ffi.Module.create.cuda", allow_missing=True) is not None:
-        return
-    raise RescompileError(
-        f"The program is compiled for {manifest.target}, and TVM finds no CUDA driver on this machine "
-        f"(tvm {tvm.__version__}): run it where there is one, or compile the model for cpu."
-    )
 
 
 def _serialized(weights: dict[str, Any]) -> bytes:

@@ -22,6 +22,8 @@ def compile_graph(
     *,
     database: str | Path | None = None,
     tuning: int | None = None,
+    trials: int = 0,
+    runner: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Program:
@@ -30,14 +32,19 @@ def compile_graph(
     Args:
         graph: any graph of the protocol, from torch, ONNX or memory, with known input shapes (names for dynamic ones).
         target: `cpu`, `cpu:NAME`, `cuda:sm_90`, `cuda:sm_80`, or a TVM target.
-        database: folder in which chosen tiles are remembered.
+        database: folder in which chosen tiles and tuned schedules are remembered; it must exist unless `trials` are
+            spent, which make it.
         tuning: how many more candidates to time for each kernel.
+        trials: candidates of MetaSchedule's to build and time, over all regions; the faster of its schedules and our
+            kernels is used.
+        runner: where those are timed: `local`, or `rpc://host:port/key` for machines at TVM's RPC tracker.
         threads: how many threads the program runs on; all of the processors by default.
         progress: told of each step.
 
     Raises:
         UnsupportedOps: operations without a lowering, all of them, before any work is done.
-        RescompileError: TVM is missing or another version, the target is unknown, an input has no shape.
+        RescompileError: TVM is missing or another version, the target is unknown, an input has no shape, the
+            database or the runner cannot be used.
     """
     require_tvm()
     from rescompile.backends import lowering, targets
@@ -46,13 +53,18 @@ def compile_graph(
     if not graph.outputs:
         raise GraphError("The graph has no outputs: there is nothing to compile.")
     imports = lowering.check(graph)
+    contest = None
+    if trials or database is not None:
+        from rescompile.backends.tuning_contest import Contest
+
+        contest = Contest(where, trials, database, runner, progress)
     if where.cuda:
-        from rescompile.backends.compile_cuda import compile_cuda
+        from rescompile.backends.cuda.compile import compile_cuda
 
         return compile_cuda(graph, where, imports, progress)
     from rescompile.backends.compile_cpu import compile_cpu
 
-    return compile_cpu(graph, where, imports, database, tuning, progress)
+    return compile_cpu(graph, where, imports, database, tuning, progress, contest)
 
 
 def describe(graph: Graph) -> list[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-from tvm import relax
+from typing import TYPE_CHECKING
 
 from rescompile.backends import artifact, constants, lowering, threads
 from rescompile.backends.artifact import Manifest
@@ -15,6 +13,7 @@ from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
 from rescompile.backends.heads import pack_heads
 from rescompile.backends.kernel_set import KernelSet
+from rescompile.backends.kernels import schedule_default
 from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
@@ -24,6 +23,10 @@ from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.graph import Graph
 from rescompile.kinds import OpKind
+from tvm import relax
+
+if TYPE_CHECKING:
+    from rescompile.backends.tuning_contest import Contest
 
 
 def compile_cpu(
@@ -33,8 +36,9 @@ def compile_cpu(
     database: str | Path | None,
     tuning: int | None,
     progress: Progress | None,
+    contest: Contest | None = None,
 ) -> Program:
-    """A program for `target`, which is a processor."""
+    """A program for `target`, which is a processor; a `contest` puts tuned schedules beside its kernels."""
     work = working_copy(graph)
     constants.fold(work, imports)
     pack_heads(work)
@@ -45,7 +49,13 @@ def compile_cpu(
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
     lowered = lowering.lower(Emitter(work, kernels, borders), imports)
-    module = lowering.finish(lowered.module, target.tvm, schedule_generated(lowered.regions))
+    schedule = schedule_generated(lowered.regions)
+    if contest is not None:
+        schedule = contest.schedule(kernels.called(lowered.regions), schedule_default)
+    module = lowering.finish(lowered.module, target.tvm, schedule)
+    regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
+    if contest is not None:
+        contest.annotate(regions)
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")
     manifest = Manifest(
         target=target.name,
@@ -57,6 +67,7 @@ def compile_cpu(
         threads=target.threads,
         rescompile=artifact.version(),
         tvm=artifact.tvm_version(),
-        regions=[asdict(region) for region in [*lowered.regions.values(), *generated(module, lowered.regions)]],
+        regions=[asdict(region) for region in regions],
+        note="" if contest is None else " ".join(contest.report.notes),
     )
     return Program(executable, lowered.weights, manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -30,9 +30,6 @@ from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind
 
-if TYPE_CHECKING:
-    from rescompile.backends.cuda_norms import CudaNorms
-
 Expr: TypeAlias = Any  # a relax expression; tvm's own types are loose
 
 # A constant of at most this many elements is written into the program; a larger one is a weight beside it.
@@ -46,15 +43,10 @@ class Emitter:
     """Builds `main(inputs..., weights...)` out of a working graph, one operation at a time."""
 
     def __init__(
-        self,
-        graph: WorkingGraph,
-        kernels: KernelSet | None = None,
-        borders: dict[Value, Pair] | None = None,
-        norms: CudaNorms | None = None,
+        self, graph: WorkingGraph, kernels: KernelSet | None = None, borders: dict[Value, Pair] | None = None
     ) -> None:
         self.graph = graph
-        self.kernels = kernels  # of a processor
-        self.norms = norms  # of a GPU
+        self.kernels = kernels
         self.bb = relax.BlockBuilder()
         self.symbols = Symbols()
         self.borders = borders or {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from rescompile.backends.kernels.chooser import Choice, choose
 from rescompile.backends.kernels import Choice, Machine, Spec, Tile, arguments, candidates, choose
+from rescompile.backends.reports import Region
 
 
 class KernelSet:
@@ -39,6 +40,12 @@ class KernelSet:
     def packing(self, spec: Spec) -> str:
         """What the packed form of a weight depends on, as text."""
         return f"{spec.dtype}{self.shapes(spec)['weight'][0]}"
+
+    def called(self, regions: Mapping[str, Region]) -> dict[str, tuple[Spec, Tile]]:
+        """Spec and tile of each kernel of a program, by the name of its function."""
+        specs = {str(spec): spec for spec in self.wanted}
+        found = {name: specs[region.spec] for name, region in regions.items() if region.spec in specs}
+        return {name: (spec, self.tile(spec)) for name, spec in found.items()}
 
     def choose(self, cache_dir: str | Path | None, budget_s: float | None) -> None:
         """Take remembered tiles, or time the candidates of the kernels that are wanted."""

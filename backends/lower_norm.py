@@ -68,12 +68,6 @@ def add_norm(e: Emitter, op: Op) -> None:
         for value, out in zip(op.outputs, outputs, strict=True):
             e.bind(value, out)
         return
-    axis = op.attr("axis") % len(e.shape(x))
-    if e.norms is not None and e.norms.takes(e, x, residual, axis):
-        outputs = e.norms.add_norm(e, op, x, residual, axis)
-        for value, out in zip(op.outputs, outputs, strict=True):
-            e.bind(value, out)
-        return
     total = e.emit(R.add(x, residual))
     axis = op.attr("axis") % len(e.shape(total))
     rms = op.attr("norm") == "rms"

@@ -13,7 +13,6 @@ from tvm import relax
 
 from rescompile.backends import artifact, threads
 from rescompile.backends.artifact import Manifest, TensorInfo
-from rescompile.backends.cuda_code import digest
 from rescompile.errors import RescompileError
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 # What generated code takes for granted of every buffer that it is given.
 ALIGNMENT = 64
-_CUDA_COMPILE = "tvm_callback_cuda_compile"
 
 
 class Program:
@@ -31,11 +29,8 @@ class Program:
     where there are several. torch tensors give torch tensors, numpy arrays numpy arrays.
     """
 
-    def __init__(
-        self, executable: Any, weights: dict[str, Any], manifest: Manifest, cubins: dict[str, bytes] | None = None
-    ) -> None:
+    def __init__(self, executable: Any, weights: dict[str, Any], manifest: Manifest) -> None:
         self.manifest = manifest
-        self.cubins = cubins or {}
         self._executable = executable
         self._weights = weights
         self._call: Any = None
@@ -109,8 +104,6 @@ class Program:
             self._threads = min(self.manifest.threads, threads.available())
             threads.use(self._threads)
         device = self._device()
-        if self.cubins:
-            _provide(self.cubins)
         self._call = relax.VirtualMachine(self._executable, device)["main"]
         self._bound = tvm_ffi.convert([tvm.runtime.tensor(data, device=device) for data in self._weights.values()])
 
@@ -118,13 +111,13 @@ class Program:
 
     def save(self, path: str | Path) -> Path:
         """Write the program into one file, whole or not at all."""
-        return artifact.write(Path(path), self._executable, self._weights, self.manifest, self.cubins)
+        return artifact.write(Path(path), self._executable, self._weights, self.manifest)
 
     @staticmethod
     def load(path: str | Path) -> Program:
         """A program from its file; neither torch nor the model's code is needed."""
-        executable, weights, manifest, cubins = artifact.read(Path(path))
-        return Program(executable, weights, manifest, cubins)
+        executable, weights, manifest = artifact.read(Path(path))
+        return Program(executable, weights, manifest)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -142,21 +135,6 @@ class Program:
 def load(path: str | Path) -> Program:
     """A program from its file."""
     return Program.load(path)
-
-
-def _provide(cubins: dict[str, bytes]) -> None:
-    """Let TVM, which asks for GPU code by its source, find that of this program."""
-    before = tvm_ffi.get_global_func(_CUDA_COMPILE, allow_missing=True)
-
-    def compiled(source: str) -> bytes:
-        code = cubins.get(digest(source))
-        if code is not None:
-            return code
-        if before is None:
-            raise RescompileError("The program holds CUDA source, and neither nvcc nor NVRTC is here to compile it.")
-        return bytes(before(source))
-
-    tvm_ffi.register_global_func(_CUDA_COMPILE, compiled, override=True)
 
 
 def _to_torch(tensor: Any) -> Any:

@@ -142,6 +142,7 @@ _VARIADIC = frozenset(
     }
 )
 _FUNCTION_MODULES = ("torch", "_operator", "operator")
+_FOREIGN = frozenset({"torchvision.ops.stochastic_depth.stochastic_depth"})
 
 
 def _rename(name: str) -> str:
@@ -277,7 +278,9 @@ def _spell_function(node: fx.Node) -> Call | None:
         if name in ("getattr", "builtin_sum"):
             return Call(name, {"args": node.args, **node.kwargs})
         return Call(name, args)
-    if not (getattr(target, "__module__", None) or "torch").startswith(_FUNCTION_MODULES):
+    module = getattr(target, "__module__", None) or "torch"
+    qualified = f"{module}.{getattr(target, '__name__', '')}"
+    if module.partition(".")[0] not in _FUNCTION_MODULES and qualified not in _FOREIGN:
         return None
     return _spell_named(target, node)
 
@@ -308,6 +311,8 @@ def _named_call(base: str, args: tuple[Any, ...], kwargs: dict[str, Any], bound:
             operands = tuple(operands[0])
         return Call(base, {"equation": args[0], "tensors": operands})
     if bound is None:
+        if base == "dim":
+            return Call("ndim", {"input": args[0]})
         if base in ("size", "type", "contiguous", "float", "half", "double", "bfloat16", "int", "long", "bool", "item"):
             return Call(base, {"input": args[0], "other": args[1] if len(args) > 1 else kwargs.get("dim")})
         bound = _bind_by_schema(base, args, kwargs)
@@ -324,7 +329,7 @@ def _spell_method(node: fx.Node) -> Call | None:
     head = 2 if base == "unflatten" else 1
     if base in _VARIADIC and len(args) > head and not isinstance(args[head], list | tuple | torch.Size):
         only = args[head]
-        listed = len(args) == head + 1 and isinstance(only, fx.Node) and not _is_extent(only)
+        listed = len(args) == head + 1 and isinstance(only, fx.Node) and not is_extent(only)
         if not listed:
             args = (*args[:head], list(args[head:]))
     if base == "to":
@@ -335,7 +340,7 @@ def _spell_method(node: fx.Node) -> Call | None:
     return _named_call(base, args, dict(node.kwargs), None)
 
 
-def _is_extent(node: fx.Node) -> bool:
+def is_extent(node: fx.Node) -> bool:
     """Whether a node of a graph without shapes gives an integer: an extent, or arithmetic on one."""
     if "val" in node.meta:
         return not isinstance(node.meta["val"], torch.Tensor | tuple | list)
@@ -352,7 +357,7 @@ def _is_extent(node: fx.Node) -> bool:
         size = source.op == "call_method" and source.target == "size"
         return size or (source.target is getattr and source.args[1] == "shape")
     if node.target in OPERATORS:
-        return all(_is_extent(argument) for argument in node.all_input_nodes) and bool(node.all_input_nodes)
+        return all(is_extent(argument) for argument in node.all_input_nodes) and bool(node.all_input_nodes)
     return False
 
 

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
-from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET
+from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, nodes_within
+from rescompile.onnx_serial import uncollected
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
@@ -94,7 +95,8 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
 
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        with uncollected():
+            return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         cause = error.__cause__ or error
         raise RescompileError(f"{where} is not a well-formed ONNX model: {str(cause).splitlines()[0]}") from error
@@ -144,7 +146,7 @@ def _check_operators(model: ir.Model, where: str) -> None:
     """Standard operators must exist in the model's opset; those of other domains may be anything, if imported."""
     opset = model.opset_imports.get("", 0)
     known: set[tuple[str, str]] = set()
-    for node in model.graph.all_nodes():
+    for node in nodes_within(model.graph):
         key = (node.domain, node.op_type)
         if key in known:
             continue

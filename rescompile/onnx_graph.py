@@ -15,7 +15,7 @@ from rescompile.kinds import OpKind
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
 from rescompile.onnx_functions import call
-from rescompile.onnx_import import nested_nodes, read
+from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_ops import (
     FUNCTION_DOMAIN,
@@ -23,10 +23,11 @@ from rescompile.onnx_ops import (
     PROVENANCE_KEY,
     Arg,
     dtype_of,
+    literal,
+    nodes_within,
     numpy_dtype,
 )
-from rescompile.onnx_serial import in_memory_proto, save
-from rescompile.onnx_shapes import literal
+from rescompile.onnx_serial import in_memory_proto, save, uncollected
 
 
 class OnnxGraph(Graph):
@@ -56,9 +57,10 @@ class OnnxGraph(Graph):
         """The view of a model, which edits change from here on."""
         graph = cls(model.graph.name or "")
         graph.model = model
-        graph._native_names = set(_all_names(model))
-        read(graph)
-        recognise(graph)
+        with uncollected():
+            graph._native_names = set(_all_names(model))
+            read(graph)
+            recognise(graph)
         return graph
 
     @property
@@ -104,32 +106,33 @@ class OnnxGraph(Graph):
 
     def clone(self) -> Self:
         """A copy with a model of its own; tensors are shared."""
-        self._sort_native()
-        copy = super().clone()
-        copy.model = self.model.clone()
-        nodes: dict[ir.Node, ir.Node] = {}
-        natives: dict[ir.Value, ir.Value] = {}
-        for mine, theirs in zip(self.model.graph, copy.model.graph, strict=True):
-            nodes[mine] = theirs
-            natives.update(zip(mine.outputs, theirs.outputs, strict=True))
-        natives.update(zip(self.model.graph.inputs, copy.model.graph.inputs, strict=True))
-        for name, value in self.model.graph.initializers.items():
-            natives[value] = copy.model.graph.initializers[name]
-        for value in copy.values:
-            if isinstance(value.native, ir.Value):
-                value.native = natives[value.native]
-        groups: dict[int, list[Op]] = {}
-        for mine, theirs in zip(self, copy, strict=True):
-            theirs.native = tuple(nodes[node] for node in mine.native)
-            if mine.group is not None:
-                theirs.group = groups.setdefault(id(mine.group), [])
-                theirs.group.append(theirs)
-        copy.source, copy.origin = self.source, self.origin
-        copy.notes = list(self.notes)
-        copy.hidden = {nodes[node] for node in self.hidden}
-        copy.measured = {natives[value]: kind for value, kind in self.measured.items() if value in natives}
-        copy._stubs = {nodes[node] for node in self._stubs}
-        copy._native_names = set(self._native_names)
+        with uncollected():
+            self._sort_native()
+            copy = super().clone()
+            copy.model = self.model.clone()
+            nodes: dict[ir.Node, ir.Node] = {}
+            natives: dict[ir.Value, ir.Value] = {}
+            for mine, theirs in zip(self.model.graph, copy.model.graph, strict=True):
+                nodes[mine] = theirs
+                natives.update(zip(mine.outputs, theirs.outputs, strict=True))
+            natives.update(zip(self.model.graph.inputs, copy.model.graph.inputs, strict=True))
+            for name, value in self.model.graph.initializers.items():
+                natives[value] = copy.model.graph.initializers[name]
+            for value in copy.values:
+                if isinstance(value.native, ir.Value):
+                    value.native = natives[value.native]
+            groups: dict[int, list[Op]] = {}
+            for mine, theirs in zip(self, copy, strict=True):
+                theirs.native = tuple(nodes[node] for node in mine.native)
+                if mine.group is not None:
+                    theirs.group = groups.setdefault(id(mine.group), [])
+                    theirs.group.append(theirs)
+            copy.source, copy.origin = self.source, self.origin
+            copy.notes = list(self.notes)
+            copy.hidden = {nodes[node] for node in self.hidden}
+            copy.measured = {natives[value]: kind for value, kind in self.measured.items() if value in natives}
+            copy._stubs = {nodes[node] for node in self._stubs}
+            copy._native_names = set(self._native_names)
         return copy
 
     # ---- tensors -------------------------------------------------------------------------------------------------------
@@ -295,7 +298,7 @@ class OnnxGraph(Graph):
             return
         self._sort_native()
         graph = self.model.graph
-        called = {node.op_identifier() for node in graph.all_nodes()}
+        called = {node.op_identifier() for node in nodes_within(graph)} if self.model.functions else set()
         for key in [key for key in self.model.functions if key[0] == FUNCTION_DOMAIN and key not in called]:
             del self.model.functions[key]
         if not any(key[0] == FUNCTION_DOMAIN for key in self.model.functions):
@@ -357,7 +360,7 @@ class OnnxGraph(Graph):
 
     def _slots(self, op: Op, native: Any) -> list[tuple[ir.Node, int]]:
         """Where the operation's nodes, and the graphs inside them, read a native value."""
-        nodes = [inner for node in op.native for inner in (node, *nested_nodes(node))]
+        nodes = nodes_within(op.native)
         return [(node, slot) for node in nodes for slot, value in enumerate(node.inputs) if value is native]
 
     def _symbol(self, name: str) -> tuple[ir.Value, int] | None:
@@ -399,7 +402,7 @@ class OnnxGraph(Graph):
             if node.graph is None:
                 continue
             sources = {value for value in node.inputs if value is not None}
-            for inner in (node, *nested_nodes(node)):
+            for inner in nodes_within((node,)):
                 for slot in range(len(inner.inputs)):
                     inner.replace_input_with(slot, None)
             self.model.graph.remove(node)
@@ -439,6 +442,6 @@ def _set_input(node: ir.Node, slot: int, value: ir.Value) -> None:
 def _all_names(model: ir.Model) -> Iterable[str]:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         yield value.name or ""
-    for node in model.graph.all_nodes():
+    for node in nodes_within(model.graph):
         for value in node.outputs:
             yield value.name or ""

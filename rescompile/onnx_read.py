@@ -14,8 +14,19 @@ import onnx_ir as ir
 
 from rescompile.graph import Shape, ValueType
 from rescompile.kinds import OpKind as K
-from rescompile.onnx_ops import INT64_MAX, PAD_MODES, PLAIN, REDUCTIONS, Reading, Step, dtype_name, is_static
-from rescompile.onnx_shapes import Facts, PartialShape, broadcast, reshaped
+from rescompile.onnx_extents import broadcast, reshaped, sliced
+from rescompile.onnx_ops import (
+    INT64_MAX,
+    PAD_MODES,
+    PLAIN,
+    REDUCTIONS,
+    PartialShape,
+    Reading,
+    Step,
+    dtype_name,
+    is_static,
+)
+from rescompile.onnx_shapes import Facts, name_extents
 
 STATIC_ONLY = "its {} is computed at run time"
 
@@ -355,6 +366,38 @@ def _gather(s: Site) -> Reading:
     if axis == 0 and s.constant(0) and s.rank() == 2 and not s.constant(1) and index is None:
         return s.one(K.EMBEDDING, s.inputs(2))
     return s.one(K.GATHER, s.inputs(2), axis=axis)
+
+
+def _gather_nd(s: Site) -> Reading:
+    """Indices of one coordinate pick rows."""
+    shape = s.shape(1)
+    if s.attr("batch_dims", 0) or shape is None or shape[-1] != 1:
+        return "its indices have several coordinates"
+    rows = Step(K.RESHAPE, [s.input(1)], type=ValueType(shape[:-1], s.dtype(1)))
+    return [rows, s.one(K.GATHER, [s.input(0), rows], axis=0)]
+
+
+def _sequence_at(s: Site) -> Reading:
+    """One part of a SplitToSequence is a slice."""
+    sequence, index = s.input(0), s.number(1)
+    split = sequence.producer() if sequence is not None else None
+    if split is None or split.op_type != "SplitToSequence" or index is None or split.inputs[0] is None:
+        return "its sequence is not a split"
+    source = Site(split, s.opset, s.facts, s.constants)
+    shape, axis, sizes = source.shape(0), source.axis(0), source.integers(1)
+    extent = shape[axis] if shape is not None and axis is not None and axis >= 0 else None
+    if axis is None or not isinstance(extent, int) or (source.has(1) and sizes is None):
+        return STATIC_ONLY.format("split")
+    if sizes is None or (len(sizes) == 1 and source.rank(1) == 0):
+        size = 1 if sizes is None else sizes[0]
+        sizes = (*[size] * (extent // size), *([extent % size] if extent % size else []))
+    start = sum(sizes[: int(index) % len(sizes)])
+    attrs = {"axes": (axis,), "starts": (start,), "stops": (start + sizes[int(index) % len(sizes)],), "steps": (1,)}
+    if sizes is not None and (source.has(1) or source.attr("keepdims", 1)):
+        return Step(K.SLICE, [split.inputs[0]], attrs, (0,))
+    kept = ValueType(name_extents(sliced(shape or (), attrs), "part"), source.dtype())
+    inner = Step(K.SLICE, [split.inputs[0]], attrs, type=kept)
+    return [inner, s.one(K.RESHAPE, [inner])]
 
 
 def _scatter(s: Site) -> Reading:
@@ -881,6 +924,8 @@ READERS: dict[str, Reader] = {
     "DepthToSpace": lambda s: _blocks(s, to_space=True),
     "SpaceToDepth": lambda s: _blocks(s, to_space=False),
     "Gather": _gather,
+    "GatherND": _gather_nd,
+    "SequenceAt": _sequence_at,
     "ScatterElements": _scatter,
     "ScatterND": _scatter,
     "Scatter": _scatter,

@@ -29,6 +29,7 @@ from rescompile.backends.kernels.specs import Argument, ConvSpec, LinearSpec
 from rescompile.backends.kernels.tiles import Tile
 
 COLD_BYTES = 80 << 20
+ALIGNMENT = 64
 MOST_COPIES = 256
 RUNS = 11
 # A kernel far below the best rate of this session was probably disturbed, so it is timed again.
@@ -128,7 +129,7 @@ def _gflops(spec: Spec, seconds: float) -> float:
 
 def _contests(specs: Sequence[Spec], machine: Machine, deadline: float) -> list[_Contest]:
     """Builds all kernels first, in parallel: a build beside a timing would disturb it."""
-    arena = _Arena()
+    arena = Arena()
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         contests = []
         for spec in specs:
@@ -164,7 +165,7 @@ def _build(spec: Spec, tile: Tile, machine: Machine, deadline: float) -> tuple[A
         return None
 
 
-class _Arena:
+class Arena:
     """Random memory larger than the caches, from which cold weights are taken."""
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ class _Arena:
         if dtype == "bool":
             return np.ones(shape, bool)
         values = self.random.standard_normal(shape, np.float32)
-        return values.astype(_numpy(dtype))
+        return aligned(values.astype(_numpy(dtype)))
 
     def copies(self, shape: Sequence[int], dtype: str) -> list[np.ndarray]:
         """As many disjoint buffers of this shape as fit, at least two."""
@@ -186,18 +187,28 @@ class _Arena:
         needed = max(COLD_BYTES // item, 2 * stride)
         memory = self.memory.get(dtype)
         if memory is None or memory.size < needed:
-            memory = np.resize(self.tensor((1 << 16,), dtype), needed)
+            memory = aligned(np.resize(self.tensor((1 << 16,), dtype), needed))
             self.memory[dtype] = memory
         fitting = min(memory.size // stride, MOST_COPIES)
         return [memory[i * stride : i * stride + size].reshape(shape) for i in range(fitting)]
 
 
+def aligned(values: np.ndarray) -> np.ndarray:
+    """A copy that starts where TVM's own functions take for granted that a buffer starts."""
+    memory = np.empty(values.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
 class _Contest:
     """The candidates of one spec that build and agree with the first, ready to be timed."""
 
-    def __init__(self, spec: Spec, machine: Machine, built: dict[Tile, tuple[Any, Any] | None], arena: _Arena) -> None:
+    def __init__(self, spec: Spec, machine: Machine, built: dict[Tile, tuple[Any, Any] | None], arena: Arena) -> None:
         self.spec = spec
-        self.entries: list[_Entry] = []
+        self.tiles: list[Tile] = []
+        self.entries: list[Entry] = []
         self.shared: dict[str, np.ndarray] = {}
         self.packed: dict[int, np.ndarray] = {}
         # Each call reads another copy: what one candidate has just read would be warm for the next.
@@ -207,14 +218,17 @@ class _Contest:
             made = built.get(_code(spec, tile))
             if made is None:
                 continue
-            entry = _Entry(spec, tile, made, self._values(tile, arena), arena)
+            splits = _splits(spec)
+            scalars = (tile.row_tasks, tile.block_tasks) if splits else ()
+            entry = Entry(made, arguments(spec, tile), self._values(tile, arena), arena, splits, scalars)
             result = entry.result()
             if reference is None:
                 reference = result
-            if _agree(result, reference, spec.dtype):
+            if agree(result, reference, spec.dtype):
+                self.tiles.append(tile)
                 self.entries.append(entry)
 
-    def _values(self, tile: Tile, arena: _Arena) -> list[np.ndarray]:
+    def _values(self, tile: Tile, arena: Arena) -> list[np.ndarray]:
         """Arguments for one tile: the same numbers for all, weights in the tile's packing."""
         values = []
         for argument in arguments(self.spec, tile):
@@ -228,7 +242,7 @@ class _Contest:
                 values.append(self.shared[argument.name])
         return values
 
-    def _weight(self, arena: _Arena) -> np.ndarray:
+    def _weight(self, arena: Arena) -> np.ndarray:
         if "" not in self.shared:
             spec = self.spec
             shape: tuple[int, ...] = ()
@@ -240,39 +254,35 @@ class _Contest:
         return self.shared[""]
 
     def choice(self) -> Choice:
-        """Times every entry in turns, on top of earlier timings, and compares their second best times.
-
-        Anything that disturbs a call makes it longer, and each call is as cold as the next, so the low end is the
-        kernel itself; the very lowest may be a slip of the clock.
-        """
-        for entry in self.entries:
-            entry.call(next(self.turns))
-        for _ in range(RUNS):
-            for entry in self.entries:
-                entry.seconds.append(entry.call(next(self.turns)))
-        tried = tuple((entry.tile, sorted(entry.seconds)[1]) for entry in self.entries)
+        """Times every entry in turns, on top of earlier timings, and takes the fastest."""
+        tried = tuple(zip(self.tiles, in_turns(self.entries, self.turns), strict=True))
         tile, seconds = min(tried, key=lambda pair: pair[1])
         return Choice(tile, seconds, _gflops(self.spec, seconds), tried)
 
 
-class _Entry:
+class Entry:
     """One candidate with its buffers."""
 
     def __init__(
-        self, spec: Spec, tile: Tile, built: tuple[Any, Any], values: Sequence[np.ndarray], arena: _Arena
+        self,
+        built: tuple[Any, Any],
+        described: Sequence[Argument],
+        values: Sequence[np.ndarray],
+        arena: Arena,
+        cold: bool,
+        scalars: tuple[int, ...] = (),
     ) -> None:
-        self.tile = tile
         # The function dies with its executable.
         self.executable, self.function = built
-        self.scalars = (tile.row_tasks, tile.block_tasks) if _splits(spec) else ()
+        self.scalars = scalars
         self.seconds: list[float] = []
-        described = arguments(spec, tile)
         self.output = next(i for i, argument in enumerate(described) if argument.output)
-        self.buffers = [[_tensor(value)] for value in values]
+        self.buffers = [[tensor_of(value)] for value in values]
+        self.packed: dict[int, np.ndarray] = {}
         for i, argument in enumerate(described):
-            if argument.name == "weight" and _splits(spec):
-                self.buffers[i] = [_tensor(copy) for copy in arena.copies(_static(argument), spec.dtype)]
-                self.weight, self.packed = i, values[i]
+            if cold and argument.name == "weight":
+                self.buffers[i] = [tensor_of(copy) for copy in arena.copies(_static(argument), argument.dtype)]
+                self.packed[i] = values[i]
 
     def call(self, turn: int) -> float:
         """Runs on the turn-th copy of the weights and returns the seconds it took."""
@@ -284,8 +294,8 @@ class _Entry:
     def result(self) -> np.ndarray:
         """The output for the shared numbers, as float64."""
         buffers = [copies[0] for copies in self.buffers]
-        if self.scalars:
-            buffers[self.weight] = _tensor(self.packed)
+        for i, packed in self.packed.items():
+            buffers[i] = tensor_of(packed)
         blank = np.full(buffers[self.output].shape, np.nan, np.float32)
         buffers[self.output].copyfrom(blank.astype(_numpy(str(buffers[self.output].dtype))))
         self.function(*buffers, *self.scalars)
@@ -293,7 +303,21 @@ class _Entry:
         return output
 
 
-def _agree(result: np.ndarray, reference: np.ndarray, dtype: str) -> bool:
+def in_turns(entries: Sequence[Entry], turns: Iterator[int]) -> list[float]:
+    """Seconds of one call of each entry: the second best of all its timings, earlier ones included.
+
+    Anything that disturbs a call makes it longer, and each call is as cold as the next, so the low end is the
+    kernel itself; the very lowest may be a slip of the clock.
+    """
+    for entry in entries:
+        entry.call(next(turns))
+    for _ in range(RUNS):
+        for entry in entries:
+            entry.seconds.append(entry.call(next(turns)))
+    return [sorted(entry.seconds)[1] for entry in entries]
+
+
+def agree(result: np.ndarray, reference: np.ndarray, dtype: str) -> bool:
     """Whether two outputs are equal within the type's precision; NaN never is."""
     return bool(np.abs(result - reference).max() <= TOLERANCE[dtype] * np.abs(reference).max())
 
@@ -306,7 +330,7 @@ def _numpy(dtype: str) -> Any:
     return ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
 
 
-def _tensor(value: np.ndarray) -> Any:
+def tensor_of(value: np.ndarray) -> Any:
     """A TVM tensor over the array's own memory; numpy cannot share bfloat16, which is copied."""
     if value.dtype == ml_dtypes.bfloat16:
         return tvm.runtime.tensor(value)

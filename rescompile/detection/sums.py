@@ -105,11 +105,12 @@ def _block(
         shortcut_ops=list(way.ops),
         outside=outside,
     )
-    ways = [chain(reach, fork, value) for value in tops]
-    affine = all(other is not None and other.affine and other.working for other in ways)
+    if way.working:
+        ways = [chain(reach, fork, value) for value in tops]
+        affine = all(other is not None and other.affine and other.working for other in ways)
     if way.sums:
         return _absorb(judgement, draft, way, affine)
-    if affine and way.affine and way.working and any(works(member) for member in way.ops):
+    if way.working and way.affine and affine:
         draft.kind = "branches"
         draft.branch_ops = sorted({*region, *way.ops}, key=lambda member: member.order)
         draft.branches = [skip[1], *tops]
@@ -154,6 +155,8 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
             continue
         sums.append(op)
         pending.extend(judgement.reach.operands(op))
+    if len(ends) == 1:
+        return
     working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
     if len(working) > 1:
         draft.kind = "parallel"
