@@ -127,7 +127,6 @@ def search_all(
     """Spend trials on workloads; their results are in `records` afterwards."""
     started = time.monotonic()
     report = TuningReport(trials, database=str(records.folder), skipped=dict(skipped or {}))
-    shares = split_budget(trials, [workload.work for workload in workloads])
     done = 0
 
     def step(count: int) -> None:
@@ -139,9 +138,11 @@ def search_all(
     if workloads:
         with bench:
             searcher = Searcher(target, bench, records, trials, seed)
-            for workload, share in zip(workloads, shares, strict=True):
-                search = searcher.search(workload, share, step)
-                report.searches.append(search)
+            # From the least work to the most: what a small space leaves of its share goes to the larger ones.
+            for index in reversed(range(len(workloads))):
+                work = [workload.work for workload in workloads[: index + 1]]
+                search = searcher.search(workloads[index], split_budget(trials - report.spent, work)[index], step)
+                report.searches.insert(0, search)
                 report.spent += search.trials
                 report.failed += search.failed
     report.notes += records.notes

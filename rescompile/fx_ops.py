@@ -186,10 +186,10 @@ def _bind(signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return bound
 
 
-def _fits(value: Any, wanted: str) -> bool:
-    """Whether an argument may stand for a schema type. A node fits all: what it holds is known at run time only."""
+def _fits(value: Any, wanted: str, numbers_as_tensors: bool) -> bool:
+    """Whether an argument may stand for a schema type."""
     if wanted.endswith("?"):
-        return value is None or _fits(value, wanted[:-1])
+        return value is None or _fits(value, wanted[:-1], numbers_as_tensors)
     if isinstance(value, fx.Node):
         return wanted not in ("bool", "str", "ScalarType", "int", "int[]", "SymInt[]") or not _holds_tensor(value)
     if wanted in ("int", "SymInt"):
@@ -210,7 +210,7 @@ def _fits(value: Any, wanted: str) -> bool:
     if wanted == "Device":
         return isinstance(value, torch.device | str)
     if wanted == "Tensor":
-        return isinstance(value, Attr | int | float)
+        return isinstance(value, Attr) or (numbers_as_tensors and isinstance(value, int | float))
     return True
 
 
@@ -252,17 +252,18 @@ def _candidates(base: str) -> tuple[tuple[_Signature, tuple[str, ...], int], ...
 
 
 def _bind_by_schema(base: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    for signature, types, positional in _candidates(base):
-        given = dict(zip(signature.names, args, strict=False))
-        given.update((_rename(key), value) for key, value in kwargs.items())
-        if len(args) > positional or not set(given) <= set(signature.names):
-            continue
-        if any(name not in given and name not in signature.defaults for name in signature.names):
-            continue
-        if all(
-            _fits(given[name], wanted) for name, wanted in zip(signature.names, types, strict=True) if name in given
-        ):
-            return {**signature.defaults, **given}
+    """Arguments by the first overload that takes them: one that takes numbers as numbers, if there is one."""
+    named = {_rename(key): value for key, value in kwargs.items() if value is not None}
+    for numbers_as_tensors in (False, True):
+        for signature, types, positional in _candidates(base):
+            given = {**dict(zip(signature.names, args, strict=False)), **named}
+            if len(args) > positional or not set(given) <= set(signature.names):
+                continue
+            if any(name not in given and name not in signature.defaults for name in signature.names):
+                continue
+            wanted = dict(zip(signature.names, types, strict=True))
+            if all(_fits(value, wanted[name], numbers_as_tensors) for name, value in given.items()):
+                return {**signature.defaults, **given}
     return None
 
 
@@ -311,6 +312,8 @@ def _named_call(base: str, args: tuple[Any, ...], kwargs: dict[str, Any], bound:
             operands = tuple(operands[0])
         return Call(base, {"equation": args[0], "tensors": operands})
     if bound is None:
+        if kwargs.pop("return_indices", False):
+            base = f"{base}_with_indices"
         if base == "dim":
             return Call("ndim", {"input": args[0]})
         if base in ("size", "type", "contiguous", "float", "half", "double", "bfloat16", "int", "long", "bool", "item"):

@@ -150,8 +150,8 @@ class Reader(Builder):
     def _attribute(self, call: Call) -> Call:
         """`x.shape`, `x.T`, `x.mT`"""
         owner, attribute = call.args["args"][:2]
-        name = {"shape": "size", "T": "t", "mT": "transpose"}.get(attribute, "getattr")
-        return Call(name, {"input": owner, "dim0": -2, "dim1": -1} if attribute == "mT" else {"input": owner})
+        name = {"shape": "size", "T": "t", "mT": "mT"}.get(attribute, "getattr")
+        return Call(name, {"input": owner})
 
     def _results(self, node: fx.Node, call: Call) -> tuple[list[ValueType], bool]:
         """Types of the node's results, and whether they come as a tuple."""

@@ -318,6 +318,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "permute": _permute,
     "transpose": _transpose,
     **dict.fromkeys(("t", "numpy_T"), _t),
+    "mT": lambda c: _swap(c, -2, -1),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "slice": _slice,
     "narrow": _narrow,

@@ -43,7 +43,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
         raise RescompileError(f"'{path}' cannot be read: {error.strerror}.") from error
     _check_proto(proto, str(path))
     model = _deserialise(proto, str(path))
-    ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     _check_external(model, path)
     _check_operators(model, str(path))
     graph = OnnxGraph.read(model)
@@ -104,7 +104,7 @@ def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
 
 def _check_external(model: ir.Model, path: Path) -> None:
     """Every external tensor's file must lie inside the model's folder, links followed, and be long enough."""
-    folder = path.resolve().parent
+    folder = path.parent.resolve()
     sizes: dict[str, int] = {}
     for tensor in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
@@ -122,7 +122,13 @@ def _check_external(model: ir.Model, path: Path) -> None:
                     f"'{path}' keeps the tensor '{tensor.name}' in '{location}', which is not there: put the file "
                     "beside the model."
                 )
-            sizes[location] = target.stat().st_size
+            status = target.stat()
+            if status.st_nlink > 1:
+                raise RescompileError(
+                    f"'{location}', the external data of '{path}', has several hard links, so it may lie anywhere: "
+                    "copy the file."
+                )
+            sizes[location] = status.st_size
         end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
         if end > sizes[location] or (tensor.length is not None and tensor.length < tensor.nbytes):
             raise RescompileError(

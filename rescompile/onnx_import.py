@@ -18,13 +18,13 @@ from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
-from rescompile.onnx_contrib import CONTRIB_READERS
 from rescompile.onnx_extents import complete, merge, result_dtype
 from rescompile.onnx_functions import read_call
 from rescompile.onnx_literals import evaluate, is_literal
 from rescompile.onnx_ops import PROVENANCE_KEY, PartialShape, Step, dtype_name, is_static, literal, own_graphs
-from rescompile.onnx_read import READERS, Site
+from rescompile.onnx_read import reader_of
 from rescompile.onnx_shapes import Facts, name_extents
+from rescompile.onnx_site import Site
 
 if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
@@ -116,9 +116,7 @@ class _Import:
 
     def _steps(self, node: ir.Node) -> list[Step]:
         function = self.model.functions.get(node.op_identifier()) if self.model.functions else None
-        reader = READERS.get(node.op_type) if node.domain == "" else None
-        if node.domain == "com.microsoft":
-            reader = CONTRIB_READERS.get(node.op_type)
+        reader = reader_of(node)
         if function is not None:
             reading = read_call(self._site(node), function)
         elif reader is not None:
@@ -151,7 +149,7 @@ class _Import:
                 value = node.outputs[index] if index < len(node.outputs) else None
                 if value is not None and value.name:
                     shape, dtype = self.facts.partial_type(value)
-                    shape, dtype = merge(shape, step.type.shape), dtype or step.type.dtype
+                    shape = merge(shape, step.extents)
                     self.facts.types[value] = self._completed(step, shape, dtype, value.name, position)
 
     def _completed(
@@ -225,11 +223,11 @@ class _Import:
 
     def _hide(self, node: ir.Node) -> None:
         """Keep the node out of the view; the shape that it asks for must be had otherwise once the value is gone."""
-        self.graph.hidden.add(node)
+        self.graph.native.hidden.add(node)
         slot = {"Shape": 0, "CastLike": 1}.get(node.op_type)
         source = None if slot is None else node.inputs[slot]
         if source is not None:
-            self.graph.measured[source] = self.facts.type(source)
+            self.graph.native.measured[source] = self.facts.type(source)
 
     # ---- forward: presentation ---------------------------------------------------------------------------------------
 

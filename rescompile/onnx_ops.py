@@ -94,13 +94,15 @@ class Step:
     """One logical operation that a native node is read as.
 
     `inputs`: native values, literals, or earlier steps of the same node (their first output). `outputs`: which of the
-    node's outputs the step produces, empty for an inner step, whose result has `type`.
+    node's outputs the step produces, empty for an inner step, whose result has `type`. `extents`: what the reader knows
+    of an output's shape beyond the model's own declaration.
     """
 
     kind: K
     inputs: Sequence[ir.Value | Step | np.ndarray[Any, Any] | None]
     attrs: Attrs = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
+    extents: PartialShape | None = None
     type: ValueType = field(default_factory=lambda: ValueType(None, None))
 
 
@@ -149,7 +151,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        return np.dtype(getattr(ml_dtypes, name))
+        extra: type[np.generic] = vars(ml_dtypes)[name]
+        return np.dtype(extra)
 
 
 def is_static(shape: Sequence[Dim] | None) -> bool:

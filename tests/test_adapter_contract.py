@@ -103,7 +103,11 @@ def test_the_parts_of_a_split_are_outputs_of_one_operation(load):
 
 def test_a_tied_weight_is_one_value(load):
     graph = load("tied").graph
-    weights = {op.inputs[1].producer.inputs[0] if op.inputs[1].producer else op.inputs[1] for op in graph.ops if op.kind is K.LINEAR}
+    weights = {
+        op.inputs[1].producer.inputs[0] if op.inputs[1].producer else op.inputs[1]
+        for op in graph.ops
+        if op.kind is K.LINEAR
+    }
     assert len(weights) == 1
     assert len([value for value in graph.parameters if value.shape == (8, 8)]) == 1
 

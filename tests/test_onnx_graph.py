@@ -405,7 +405,7 @@ def dynamic_reshape() -> OnnxGraph:
 def test_shape_arithmetic_for_a_reshape_is_hidden() -> None:
     graph = dynamic_reshape()
     assert kinds(graph) == [K.RELU, K.SIGMOID, K.RESHAPE]
-    assert [node.op_type for node in graph.model.graph if node in graph.hidden] == ["Shape", "Gather", "Concat"]
+    assert [node.op_type for node in graph.model.graph if node in graph.native.hidden] == ["Shape", "Gather", "Concat"]
     assert graph.op("flat").output.shape == ("N", 12)
     assert [value.name for value in graph.parameters] == []
 

@@ -51,7 +51,7 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        pack = None if self.cubin is None else self._pack
+        pack = self._pack if self.cubin else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 
     def jit(self, **kwargs: Any) -> Any:

@@ -7,23 +7,33 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
 from rescompile.backends.cuda.targets import THREADS_PER_BLOCK
+from rescompile.backends.cuda.tensor_core import TensorCoreProduct
 from rescompile.errors import RescompileError
 
-# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them, and
-# hands what fits tensor cores (float16, no static extent of 64 or less) to MatmulTensorization. Fallback takes all.
+class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
+    """dlight's rule for products, in registers and shared memory. It looks for tensor cores by the target's number."""
+
+    def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, _: bool) -> Any:
+        plain = {**{str(key): value for key, value in dict(target.attrs).items()}, "kind": "cuda", "arch": "sm_60"}
+        return super().apply(func, tvm.target.Target(plain), _)
+
+
+# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them; it
+# comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes all.
 RULES: tuple[Any, ...] = (
-    dlight.gpu.Matmul(),
+    TensorCoreProduct(),
+    _Matmul(),
     dlight.gpu.GEMV(),
     dlight.gpu.Reduction(),
     dlight.gpu.GeneralReduction(),
     dlight.gpu.Transpose(),
     dlight.gpu.Fallback(),
 )
-# How a rule says, besides returning None, that a function is not of its kind.
+# How dlight's rules say, besides returning None, that a function is not of their kind: they take much for granted.
 _NOT_MINE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
 
@@ -83,10 +93,10 @@ def thread_extents(function: tirx.PrimFunc) -> dict[str, Any]:
 def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tuple[str, tirx.PrimFunc]:
     refused = []
     for rule in RULES:
-        label = type(rule).__name__
+        label = type(rule).__name__.lstrip("_")
         try:
             found = rule.apply(function, target, False)
-        except _NOT_MINE as error:
+        except (s_tir.ScheduleError if isinstance(rule, TensorCoreProduct) else _NOT_MINE) as error:
             refused.append(f"{label}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'refused'}")
             continue
         if found is None:

@@ -48,7 +48,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
         working = working or found.working
     names = ", ".join(f"'{value.name}'" for _, value in moving[:4])
     if meet is None:
-        return Refusal(f"no common origin: {names} come from different inputs or constants")
+        return Refusal(f"no common origin: {names} come from streams of their own")
     if working:
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
     return Refusal(f"no working branch: nothing works between '{meet.name}' and the concatenation", meet)

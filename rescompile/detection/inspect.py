@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import parameter_count
 from rescompile.detection.concats import residual_concat
-from rescompile.detection.flavours import flavour
+from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
@@ -131,7 +131,7 @@ def _block(
         id=index,
         kind=flavour(judgement, draft),
         parent=parent,
-        shortcut=draft.shortcut,
+        shortcut=shortcut_kind(judgement, draft),
         norm=norm,
         scale=find_scale(judgement.graph, draft),
         fork_value=original.value(draft.fork),
