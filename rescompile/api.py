@@ -139,7 +139,14 @@ def compile(
     if result.rolled_back:
         raise RescompileError(f"Fusing changed the numbers: {result.rolled_back[0]}.")
     options = tune or Tuning()
-    return compile_graph(result.graph, target, tuning=options.trials or None, database=options.database, threads=threads)
+    return compile_graph(
+        result.graph,
+        target,
+        trials=options.trials,
+        database=options.database,
+        runner=options.runner,
+        threads=threads,
+    )
 
 
 def load_program(path: str | Path) -> Program:
