@@ -14,7 +14,7 @@ import tvm
 from rescompile.backends import kernels
 from rescompile.backends.kernels import ConvSpec, Epilogue, LinearSpec, Machine, Tile
 
-HOST = Machine.host()
+HOST = Machine.host(threads=2)
 GUARD = 67  # elements on each side of every buffer; odd, so that buffers have no more alignment than their type
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "float16": 2e-3, "bfloat16": 1e-2}
 

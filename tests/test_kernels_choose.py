@@ -25,7 +25,7 @@ from rescompile.backends.kernels import (
 from rescompile.errors import RescompileError
 
 SMALL = ConvSpec(1, 8, 14, 8, 40, (3, 3), pads=(1, 1, 1, 1), in_border=(1, 1), epilogue=Epilogue(bias=True))
-HOST = Machine.host()
+HOST = Machine.host(threads=2)
 
 
 @pytest.fixture(autouse=True)
