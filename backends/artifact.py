@@ -9,7 +9,7 @@ import platform
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from rescompile.backends.require import require_tvm
 from rescompile.errors import RescompileError
+from rescompile.graph import Value
 
 SCHEMA = 1
 _SUFFIX = ".so"
@@ -50,7 +51,9 @@ class Manifest:
     tvm: str = ""
     cpu: str = ""  # LLVM's name of the processor
     schema: int = SCHEMA
-    sources: dict[str, str] = field(default_factory=dict)  # generated GPU source, where there is no compiler for it
+    sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
+    compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
+    weights: list[str] = field(default_factory=list)  # in the order in which the program takes them
     regions: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
 
@@ -75,6 +78,11 @@ def version() -> str:
         return "unknown"
 
 
+def infos(values: list[Value]) -> list[TensorInfo]:
+    """Names and types of inputs or outputs."""
+    return [TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype)) for value in values]
+
+
 def tvm_version() -> str:
     """The version of TVM that is installed."""
     return metadata.version("apache-tvm")
@@ -92,11 +100,10 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
     try:
         with tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("manifest.json", manifest.to_json())
-                if executable is not None:
-                    library = Path(folder) / f"program{_SUFFIX}"
-                    link(executable, library)
-                    archive.write(library, "program.so")
+                archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
+                library = Path(folder) / f"program{_SUFFIX}"
+                link(executable, library)
+                archive.write(library, "program.so")
                 for name, text in manifest.sources.items():
                     archive.writestr(f"sources/{name}", text)
                 archive.writestr("weights.safetensors", _serialized(weights))
@@ -117,8 +124,9 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
             _check(path, manifest)
-            weights = _deserialized(archive.read("weights.safetensors"))
-            code = archive.read("program.so") if "program.so" in archive.namelist() else None
+            found = _deserialized(archive.read("weights.safetensors"))
+            weights = {name: found[name] for name in manifest.weights}
+            code = archive.read("program.so")
     except FileNotFoundError:
         raise RescompileError(f"There is no file '{path}'.") from None
     except OSError as error:
@@ -127,7 +135,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return None if code is None else _loaded(code), weights, manifest
+    return _loaded(code), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:

@@ -59,7 +59,7 @@ def compile_graph(
 
         contest = Contest(where, trials, database, runner, progress)
     if where.cuda:
-        from rescompile.backends.compile_cuda import compile_cuda
+        from rescompile.backends.cuda.compile import compile_cuda
 
         return compile_cuda(graph, where, imports, progress)
     from rescompile.backends.compile_cpu import compile_cpu

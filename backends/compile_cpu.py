@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rescompile.backends import artifact, constants, lowering, threads
-from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
@@ -21,7 +21,7 @@ from rescompile.backends.reports import generated
 from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
-from rescompile.graph import Graph, Value
+from rescompile.graph import Graph
 from rescompile.kinds import OpKind
 from tvm import relax
 
@@ -60,8 +60,8 @@ def compile_cpu(
     manifest = Manifest(
         target=target.name,
         device="cpu",
-        inputs=[_info(value) for value in graph.inputs],
-        outputs=[_info(value) for value in graph.outputs],
+        inputs=artifact.infos(graph.inputs),
+        outputs=artifact.infos(graph.outputs),
         model=graph.name,
         source_hash=artifact.fingerprint(describe(graph), lowered.weights),
         threads=target.threads,
@@ -71,7 +71,3 @@ def compile_cpu(
         note="" if contest is None else " ".join(contest.report.notes),
     )
     return Program(executable, lowered.weights, manifest)
-
-
-def _info(value: Value) -> TensorInfo:
-    return TensorInfo(value.name, tuple(value.shape or ()), str(value.dtype))

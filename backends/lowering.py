@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from tvm import relax
 from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
 from rescompile.backends.reports import Region
-from rescompile.backends.rules import RULES
+from rescompile.backends.rules import RULES, Rule
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
 from rescompile.graph import Graph, Op, Value
@@ -68,7 +69,9 @@ def check(graph: Graph) -> Imports:
     return imports
 
 
-def lower(e: Emitter, imports: Imports | None = None, *, contents: bool = True) -> Lowered:
+def lower(
+    e: Emitter, imports: Imports | None = None, *, contents: bool = True, rules: Mapping[OpKind, Rule] = RULES
+) -> Lowered:
     """Emit every operation of the emitter's graph and close the function; without `contents` no weight is made."""
     graph = e.graph
     with e.bb.function("main"):
@@ -77,7 +80,7 @@ def lower(e: Emitter, imports: Imports | None = None, *, contents: bool = True) 
                 if imports is not None and op.name in imports.found:
                     imports.lower(e, op)
                 else:
-                    RULES[op.kind](e, op)
+                    rules[op.kind](e, op)
             outputs = [e.cast(e.get(value), value.dtype) for value in graph.outputs]
             result = e.bb.emit_output(outputs[0] if len(outputs) == 1 else relax.Tuple(outputs))
         e.bb.emit_func_output(result, [*e.inputs, *e.weight_vars])

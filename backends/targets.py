@@ -11,11 +11,11 @@ from typing import Any
 import tvm
 
 from rescompile.backends import threads as threading
+from rescompile.backends.cuda.targets import cuda_target
 from rescompile.backends.kernels import Machine
 from rescompile.errors import RescompileError, nearest
 
 _NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80")
-_CUDA_LIMITS = {"max_threads_per_block": 1024, "max_shared_memory_per_block": 49152, "thread_warp_size": 32}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
         return CompileTarget(target, machine.tvm_target(), machine, count, host=False)
     found = re.fullmatch(r"cuda:(sm_\d+)", target) if isinstance(target, str) else None
     if found is not None:
-        return _cuda(str(target), {"kind": "cuda", "arch": found[1], **_CUDA_LIMITS})
+        return _cuda(str(target), {"arch": found[1]})
     return _of_tvm(target, count)
 
 
@@ -67,7 +67,7 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
     kind = str(made.kind.name)
     if kind == "cuda":
         options = {str(key): value for key, value in dict(made.attrs).items()}
-        return _cuda(spelled, {"kind": "cuda", **_CUDA_LIMITS, **options})
+        return _cuda(spelled, options)
     if kind != "llvm":
         raise RescompileError(
             f"The target '{spelled}' is of kind {kind}, for which there are no schedules: use {', '.join(_NAMED)}."
@@ -82,6 +82,4 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
 
 
 def _cuda(name: str, options: dict[str, Any]) -> CompileTarget:
-    # dlight reads the number after sm_ and finds none in sm_90a: it would leave the tensor cores unused.
-    options["arch"] = str(options["arch"]).rstrip("af")
-    return CompileTarget(name, tvm.target.Target(options, host="llvm"), None, 1, host=False)
+    return CompileTarget(name, cuda_target(str(options["arch"]), options), None, 1, host=False)

@@ -68,7 +68,7 @@ CORPUS: dict[str, Callable[[], Built]] = {
 }
 
 
-class _LastHidden(torch.nn.Module):
+class LastHidden(torch.nn.Module):
     """A transformer that returns its last hidden state alone, as a tensor."""
 
     def __init__(self, model: Any) -> None:
@@ -100,7 +100,7 @@ def _vary_norms(model: torch.nn.Module) -> None:
 def _language(model: Any, vocabulary: int) -> Built:
     _vary_norms(model)
     tokens = torch.randint(0, vocabulary, (1, 128), generator=torch.Generator().manual_seed(0))
-    return _LastHidden(model).eval(), (tokens,)
+    return LastHidden(model).eval(), (tokens,)
 
 
 def _torchvision() -> Any:

@@ -16,7 +16,7 @@ import rescompile as rc
 from benchmarks.corpus import bert_base, resnet50
 from examples.digits import train
 from rescompile.cli_bench import OURS, Measured, bench_graph
-from rescompile.cli_output import show, table
+from rescompile.cli_output import libraries_silent, show, table
 
 RUNTIMES = {"eager": "eager ms", "onnxruntime": "ONNX Runtime ms", OURS: "rescompile ms"}
 Build = Callable[[], tuple[torch.nn.Module, tuple[torch.Tensor, ...], Callable[[torch.Tensor], float] | None]]
@@ -45,7 +45,8 @@ def main() -> None:
         ("ResNet-50 (224², batch 1)", lambda: (*resnet50(), None)),
         ("BERT-base (128 tokens)", lambda: (*bert_base(), None)),
     ]
-    rows = [run(name, build) for name, build in models]
+    with libraries_silent():
+        rows = [run(name, build) for name, build in models]
     print(f"\n{'─' * 100}\n")
     print(table(["model", "blocks", "accuracy", "max error", *RUNTIMES.values(), "compiled in"], [*map(cells, rows)]))
     print("\nmedians of interleaved blocks, fp32;", rows[0].measured.conditions())
@@ -70,7 +71,7 @@ def run(name: str, build: Build) -> Row:
         sys.exit(3)
 
     title(name, "compiling and measuring")
-    measured = bench_graph(graph, ["eager", "onnxruntime"], inputs=[tensor.numpy() for tensor in inputs])
+    measured = bench_graph(graph, ["eager", "onnxruntime"], inputs=[tensor.numpy() for tensor in inputs], rounds=6)
     print(measured)
     return Row(name, len(report), accuracy_text(accuracy, model, inputs, measured), measured)
 

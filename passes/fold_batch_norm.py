@@ -57,9 +57,8 @@ def _fold(graph: Graph, norm: Op, fresh: FreshNames) -> Rewrite | Refusal:
         axis = 0 if work.attr("transpose_weight") else 1
     if work.kind is OpKind.CONV_TRANSPOSE and work.attr("groups") != 1:
         return Refusal(where, "a grouped transposed conv spreads its output channels over two weight axes")
-    stem, dot, leaf = weight.name.rpartition(".")
-    new_weight = fresh(f"{stem}{dot}{leaf}_folded")
-    new_bias = fresh(f"{stem}{dot}bias_folded")
+    new_weight = fresh(f"{weight.name}_folded")
+    new_bias = fresh(f"{bias.name}_folded" if bias is not None else _bias_name(weight.name))
     eps = norm.attr("eps")
     scaled = AddParameter(new_weight, "batch_norm_weight", names([weight, gamma, variance]), {"axis": axis, "eps": eps})
     shifted = AddParameter(
@@ -68,3 +67,9 @@ def _fold(graph: Graph, norm: Op, fresh: FreshNames) -> Rewrite | Refusal:
     folded = fuse_edit([work, norm], work.kind, [work.inputs[0], new_weight, new_bias], norm.outputs, **work.attrs)
     equation = "BN(W·x + b)  →  W'·x + b'"
     return Rewrite(where, equation, f"the scale and shift go into '{work.name}'", (scaled, shifted, folded))
+
+
+def _bias_name(weight: str) -> str:
+    """`layer.weight` → `layer.bias_folded`; a name without a leaf to replace gets one more."""
+    stem, dot, _ = weight.rpartition(".")
+    return f"{stem}.bias_folded" if dot else f"{weight}_bias_folded"

@@ -217,6 +217,9 @@ def compile_(
     from rescompile.cli_files import check_writable
 
     require_tvm()
+    from rescompile.backends import targets
+
+    targets.resolve(target)
     specs = _passes(passes, api.COMPILE_PASSES)
     check_writable(output)
     graph = _load(model, inputs, trust)

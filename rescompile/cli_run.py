@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -34,11 +35,11 @@ def run(model: str, backend: str, inputs: Sequence[str], trust: bool, input_file
     graph = load_model(model, inputs, trust)
     if backend == "tvm":
         return _run_program(api.compile(graph), given)
-    from rescompile.backends.runtimes import runner
+    from rescompile.backends.runtimes import prepare
 
     wanted = [InputSpec(value.shape or (), value.dtype or "float32") for value in graph.inputs]
     arrays = _inputs([value.name for value in graph.inputs], wanted, given)
-    return _named([value.name for value in graph.outputs], runner(graph, backend)(*arrays))
+    return _named([value.name for value in graph.outputs], prepare(graph, backend).run(arrays))
 
 
 def _run_program(program: Program, given: Arrays | None) -> Arrays:
@@ -134,5 +135,7 @@ def describe(program: Program, path: Path) -> str:
     lines = [f"{path} for {manifest.target}, {path.stat().st_size / 2**20:.1f} MiB"]
     for title, infos in (("input", manifest.inputs), ("output", manifest.outputs)):
         lines += [f"  {title:<7}{info.name}: {print_type(tuple(info.shape), info.dtype)}" for info in infos]
-    lines.append(f"  {len(manifest.regions)} regions")
+    kernels = Counter(str(region.get("kernel", "other")) for region in manifest.regions)
+    listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
+    lines.append(f"  regions: {listed}")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def graph_costs(graph: Graph, extents: Mapping[str, int] | None = None) -> Costs
         uncounted += op.kind is _K.OPAQUE
     trained = trained_parameters(graph)
     return Costs(
-        parameters=sum(_elements(value.shape, extents) for value in trained),
+        parameters=parameter_count(graph),
         parameter_bytes=sum(_nbytes(value, extents) for value in trained),
         flops=flops,
         bytes=moved,
@@ -109,6 +109,11 @@ def cost_lines(before: Costs, after: Costs) -> list[str]:
     if after.uncounted or before.uncounted:
         lines.append(f"  without the arithmetic of {before.uncounted} → {after.uncounted} unknown operations")
     return lines
+
+
+def parameter_count(graph: Graph) -> int:
+    """How many numbers training would change: what torch counts over `module.parameters()`."""
+    return sum(_elements(value.shape, {}) for value in trained_parameters(graph))
 
 
 def trained_parameters(graph: Graph) -> list[Value]:

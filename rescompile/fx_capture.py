@@ -1,4 +1,4 @@
-"""Torch models into graphs: modules through torch.export, traced graphs as they are, exported programs, `.pt2` files."""
+"""Torch models into graphs: modules through torch.export, traced graphs, exported programs, `.pt2` files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import rescompile.fx_fused  # noqa: F401 (a program may call the fused operations)
 from rescompile.errors import RescompileError, nearest
-from rescompile.fx_graph import FxGraph, copy_module
+from rescompile.fx_graph import FxGraph
+from rescompile.fx_inline import unfold
 from rescompile.fx_result import Origin
+from rescompile.fx_tree import copy_module
 from rescompile.fx_types import Dims
 
 Dynamic = Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str] | None] | None
@@ -71,7 +73,7 @@ def load_pt2(path: str | Path, trust: bool = False) -> FxGraph:
         raise RescompileError(f"'{path}' holds no exported program: torch.export.save writes one.")
     if not trust:
         raise RescompileError(
-            f"Loading '{path}' lets torch run code that the file holds: pass --trust (trust=True) if you know its origin."
+            f"Loading '{path}' lets torch run code from the file: pass --trust (trust=True) if you know its origin."
         )
     try:
         program = torch.export.load(str(path))
@@ -91,20 +93,20 @@ def _from_module(model: nn.Module, example_inputs: Any, dynamic: Dynamic) -> FxG
         )
     names, shapes, args, kwargs = dynamic_shapes(model, args, kwargs, dynamic)
     program = export(model, args, kwargs, shapes)
-    module = program.module()
+    module = unfold(program)
     module.training = model.training
-    graph = FxGraph.read(_owned(module), name=type(model).__name__, dims=Dims(_symbol_names(program, names)))
+    graph = FxGraph.read(copy_module(module, {}), name=type(model).__name__, dims=Dims(_symbol_names(program, names)))
     graph.origin = Origin("module", model, args, kwargs, shapes, training=model.training, pristine=module.graph)
     return graph
 
 
 def _from_program(program: ExportedProgram, name: str = "") -> FxGraph:
     try:
-        module = program.module()
+        module = unfold(program)
     except (RuntimeError, ValueError, AssertionError, KeyError) as error:
         raise RescompileError(f"torch cannot unfold the exported program: {_first_line(error)}") from error
     module.training = False
-    graph = FxGraph.read(_owned(module), name=name or "ExportedProgram")
+    graph = FxGraph.read(copy_module(module, {}), name=name or "ExportedProgram")
     args, kwargs = program.example_inputs or ((), {})
     graph.origin = Origin("program", program, args, kwargs, None, training=False, pristine=module.graph)
     return graph
@@ -120,14 +122,6 @@ def _from_graph_module(model: fx.GraphModule, example_inputs: Any, dynamic: Dyna
     graph = FxGraph.read(module, name=type(model).__name__, dims=dims)
     graph.origin = Origin("graph", model, args, kwargs, None, training=model.training, pristine=model.graph)
     return graph
-
-
-def _owned(module: fx.GraphModule) -> fx.GraphModule:
-    """The exported module without its input checks, which no edit keeps up to date."""
-    for node in module.graph.find_nodes(op="call_module", target="_guards_fn"):
-        module.graph.erase_node(node)
-    module._modules.pop("_guards_fn", None)
-    return copy_module(module, {})
 
 
 def _is_rewritten(model: fx.GraphModule) -> bool:
@@ -178,7 +172,10 @@ def dynamic_shapes(
     for name in dynamic:
         if name not in bound:
             raise RescompileError(f"{type(model).__name__}.forward has no input '{name}'{nearest(name, bound)}.")
-    names = {name: {int(axis): str(label) for axis, label in dims.items()} for name, dims in dynamic.items()}
+    names = {
+        name: {int(axis): str(getattr(label, "__name__", label)) for axis, label in dims.items()}
+        for name, dims in dynamic.items()
+    }
     known: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
     for name, value in bound.items():
@@ -267,7 +264,7 @@ def _fake(
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Without the fast path of nn.MultiheadAttention, which hides the residuals of a whole encoder layer in one call."""
+    """Without the fast path of nn.TransformerEncoderLayer, which hides a whole layer in one call."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

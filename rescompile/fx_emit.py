@@ -1,68 +1,18 @@
-"""From kinds to torch: the one table by which operations are written back.
-
-A rule calls ATen operations through a `Torch`: with fx nodes it makes nodes, with tensors it computes. So the same
-lines emit native nodes for inserted operations and are the reference implementation of the fused ones.
-"""
+"""From kinds to torch: the one table by which operations are written back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from rescompile.errors import GraphError
+from rescompile.fx_emit_nn import NN_EMITTERS
+from rescompile.fx_torch import Emitter, Torch, aten
 from rescompile.fx_types import TORCH_DTYPES
-from rescompile.graph import Attrs, Shape
+from rescompile.graph import Attrs
 from rescompile.kinds import OpKind as K
-
-aten = torch.ops.aten
-
-
-class Torch(Protocol):
-    """Calls torch, and tells what is known of values."""
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        """The result of a call: a node, or a tensor."""
-        ...
-
-    def shape(self, value: Any) -> Shape | None:
-        """Shape of an operand."""
-        ...
-
-    def dtype(self, value: Any) -> str | None:
-        """Dtype of an operand."""
-        ...
-
-    def out_shape(self, index: int = 0) -> Sequence[Any]:
-        """Shape that the operation's output shall have, as arguments for torch."""
-        ...
-
-    def out_dtype(self) -> torch.dtype | None:
-        """Dtype that the operation's output shall have."""
-        ...
-
-
-Emitter = Callable[[Torch, list[Any], Attrs], Any]
-
-
-class Eager:
-    """Computes: the arguments are tensors."""
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    def shape(self, value: Any) -> Shape | None:
-        return tuple(value.shape)
-
-    def dtype(self, value: Any) -> str | None:
-        return str(value.dtype)[6:]
-
-    def out_shape(self, index: int = 0) -> Sequence[Any]:
-        raise GraphError("An operation whose result's shape is not a function of its operands cannot be computed here.")
-
-    def out_dtype(self) -> torch.dtype | None:
-        return None
 
 
 def emit(t: Torch, kind: K, inputs: Sequence[Any], attrs: Attrs) -> Any:
@@ -135,7 +85,14 @@ def _pow(t: Torch, x: list[Any], _: Attrs) -> Any:
 
 
 def _where(t: Torch, x: list[Any], _: Attrs) -> Any:
-    return t(aten.where.self, x[0], _tensor(t, x[1]), _tensor(t, x[2]))
+    numbers = _is_number(x[1]), _is_number(x[2])
+    table = {
+        (False, False): aten.where.self,
+        (True, False): aten.where.ScalarSelf,
+        (False, True): aten.where.ScalarOther,
+        (True, True): aten.where.Scalar,
+    }
+    return t(table[numbers], x[0], x[1], x[2])
 
 
 def _clip(t: Torch, x: list[Any], attrs: Attrs) -> Any:
@@ -176,133 +133,6 @@ def _pad(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     while len(pads) > 2 and pads[-2:] == [0, 0]:
         pads = pads[:-2]
     return t(aten.pad.default, x[0], pads, attrs["mode"])
-
-
-def _symmetric(pads: Sequence[int]) -> tuple[int, ...] | None:
-    half = len(pads) // 2
-    return tuple(pads[:half]) if tuple(pads[:half]) == tuple(pads[half:]) else None
-
-
-def _spatial_pad(t: Torch, x: Any, pads: Sequence[int]) -> Any:
-    half = len(pads) // 2
-    flat = [amount for axis in reversed(range(half)) for amount in (pads[axis], pads[axis + half])]
-    return t(aten.constant_pad_nd.default, x, flat)
-
-
-def _conv(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    padding = _symmetric(attrs["pads"])
-    if padding is None:
-        x, padding = _spatial_pad(t, x, attrs["pads"]), (0,) * (len(attrs["pads"]) // 2)
-    overload = {1: aten.conv1d, 2: aten.conv2d, 3: aten.conv3d}[len(padding)].default
-    stride, dilation = list(attrs["stride"]), list(attrs["dilation"])
-    return t(overload, x, weight, bias, stride, list(padding), dilation, attrs["groups"])
-
-
-def _conv_transpose(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    padding = _symmetric(attrs["pads"])
-    if padding is None:
-        raise GraphError("A transposed convolution with uneven pads has no torch form: leave it as it is.")
-    table = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
-    extra = list(attrs["output_padding"]), attrs["groups"], list(attrs["dilation"])
-    return t(table[len(padding)], x, weight, bias, list(attrs["stride"]), list(padding), *extra)
-
-
-def _linear(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    if not attrs["transpose_weight"]:
-        weight = t(aten.permute.default, weight, [1, 0])
-    return t(aten.linear.default, x, weight, bias)
-
-
-def _attention(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    q, k, v, mask = inputs
-    heads, kv_heads = t.shape(q), t.shape(k)
-    grouped = heads is not None and kv_heads is not None and len(heads) > 2 and heads[-3] != kv_heads[-3]
-    options: dict[str, Any] = {"scale": attrs["scale"]}
-    if grouped:
-        options["enable_gqa"] = True
-    return t(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, attrs["causal"], **options)
-
-
-def _batch_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias, mean, var = inputs
-    return t(aten.batch_norm.default, x, weight, bias, mean, var, attrs["training"], 0.1, attrs["eps"], False)
-
-
-def _normalized_shape(t: Torch, x: Any, weight: Any, axis: int) -> list[Any]:
-    shape = t.shape(weight) if weight is not None else None
-    if shape is None:
-        whole = t.shape(x)
-        if whole is None:
-            raise GraphError("A norm without weight needs an operand of known shape.")
-        shape = whole[axis:]
-    if any(isinstance(extent, str) for extent in shape):
-        raise GraphError("A norm over a symbolic dimension has no torch form: normalise over fixed ones.")
-    return list(shape)
-
-
-def _layer_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    shape = _normalized_shape(t, x, weight, attrs["axis"])
-    return t(aten.layer_norm.default, x, shape, weight, bias, attrs["eps"], False)
-
-
-def _rms_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight = inputs
-    return t(aten.rms_norm.default, x, _normalized_shape(t, x, weight, attrs["axis"]), weight, attrs["eps"])
-
-
-def _group_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    return t(aten.group_norm.default, x, attrs["groups"], weight, bias, attrs["eps"], False)
-
-
-def _instance_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    x, weight, bias = inputs
-    return t(aten.instance_norm.default, x, weight, bias, None, None, True, 0.1, attrs["eps"], False)
-
-
-def _softmax(t: Torch, x: list[Any], attrs: Attrs) -> Any:
-    return t(aten.log_softmax.int if attrs["log"] else aten.softmax.int, x[0], attrs["axis"])
-
-
-def _max_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
-    value, padding = x[0], _symmetric(attrs["pads"])
-    dims = len(attrs["kernel"])
-    if padding is None:
-        raise GraphError("A max pool with uneven pads has no torch form: leave it as it is.")
-    overload = {1: aten.max_pool1d, 2: aten.max_pool2d, 3: aten.max_pool3d}[dims].default
-    lists = [list(attrs["kernel"]), list(attrs["stride"]), list(padding), list(attrs["dilation"] or (1,) * dims)]
-    return t(overload, value, *lists, attrs["ceil_mode"])
-
-
-def _avg_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
-    padding = _symmetric(attrs["pads"])
-    if padding is None:
-        raise GraphError("An average pool with uneven pads has no torch form: leave it as it is.")
-    overload = {1: aten.avg_pool1d, 2: aten.avg_pool2d, 3: aten.avg_pool3d}[len(padding)].default
-    lists = [list(attrs["kernel"]), list(attrs["stride"]), list(padding)]
-    return t(overload, x[0], *lists, attrs["ceil_mode"], attrs["count_include_pad"])
-
-
-def _adaptive_avg_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
-    size = list(attrs["output_size"])
-    table = {1: aten.adaptive_avg_pool1d, 2: aten.adaptive_avg_pool2d, 3: aten.adaptive_avg_pool3d}
-    return t(table[len(size)].default, x[0], size)
-
-
-def _interpolate(t: Torch, x: list[Any], attrs: Attrs) -> Any:
-    size = list(t.out_shape()[2:])
-    dims, mode, corners = len(size), attrs["mode"], attrs["align_corners"]
-    if mode == "nearest":
-        table = {1: aten.upsample_nearest1d, 2: aten.upsample_nearest2d, 3: aten.upsample_nearest3d}
-        return t(table[dims].vec, x[0], size, None)
-    if mode == "linear":
-        smooth = {1: aten.upsample_linear1d, 2: aten.upsample_bilinear2d, 3: aten.upsample_trilinear3d}
-        return t(smooth[dims].vec, x[0], size, corners, None)
-    return t(aten.upsample_bicubic2d.vec, x[0], size, corners, None)
 
 
 def _reduction(overload: Any) -> Emitter:
@@ -351,22 +181,8 @@ def _topk(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     return t(aten.topk.default, x[0], count, attrs["axis"], attrs["largest"])
 
 
-def _fused_conv(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    lists = [list(attrs[name]) for name in ("stride", "pads", "dilation")]
-    target = torch.ops.rescompile.fused_conv.default
-    return t(target, *inputs, *lists, attrs["groups"], attrs["inner"], attrs["outer"])
-
-
-def _fused_linear(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    target = torch.ops.rescompile.fused_linear.default
-    return t(target, *inputs, attrs["transpose_weight"], attrs["inner"], attrs["outer"])
-
-
-def _add_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
-    return t(torch.ops.rescompile.add_norm.default, *inputs, attrs["norm"], attrs["axis"], float(attrs["eps"]))
-
-
 EMITTERS: dict[K, Emitter] = {
+    **NN_EMITTERS,
     K.IDENTITY: lambda t, x, _: t(aten.alias.default, x[0]),
     K.CAST: _cast,
     K.RESHAPE: _reshape,
@@ -425,24 +241,10 @@ EMITTERS: dict[K, Emitter] = {
     K.SOFTPLUS: _unary(aten.softplus.default),
     K.MISH: _unary(aten.mish.default),
     K.DROPOUT: lambda t, x, attrs: t(aten.dropout.default, x[0], attrs["p"], True),
-    K.CONV: _conv,
-    K.CONV_TRANSPOSE: _conv_transpose,
-    K.LINEAR: _linear,
     K.MATMUL: lambda t, x, _: t(aten.matmul.default, x[0], x[1]),
     K.EINSUM: lambda t, x, attrs: t(aten.einsum.default, attrs["equation"], list(x)),
-    K.ATTENTION: _attention,
     K.EMBEDDING: lambda t, x, _: t(aten.embedding.default, x[0], x[1]),
     K.GATHER: _gather,
-    K.BATCH_NORM: _batch_norm,
-    K.LAYER_NORM: _layer_norm,
-    K.RMS_NORM: _rms_norm,
-    K.GROUP_NORM: _group_norm,
-    K.INSTANCE_NORM: _instance_norm,
-    K.SOFTMAX: _softmax,
-    K.MAX_POOL: _max_pool,
-    K.AVG_POOL: _avg_pool,
-    K.ADAPTIVE_AVG_POOL: _adaptive_avg_pool,
-    K.INTERPOLATE: _interpolate,
     K.MEAN: _reduction(aten.mean.dim),
     K.SUM: _reduction(aten.sum.dim_IntList),
     K.AMAX: _reduction(aten.amax.default),
@@ -454,7 +256,4 @@ EMITTERS: dict[K, Emitter] = {
     K.FULL: _full,
     K.ARANGE: _arange,
     K.SHAPE: _extent,
-    K.FUSED_CONV: _fused_conv,
-    K.FUSED_LINEAR: _fused_linear,
-    K.ADD_NORM: _add_norm,
 }

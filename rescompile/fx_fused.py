@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rescompile.fused import expand
-from rescompile.fx_emit import Eager, emit
+from rescompile.fx_emit import emit
+from rescompile.fx_torch import Eager
 from rescompile.graph import Attrs
 from rescompile.kinds import OpKind
 
@@ -72,8 +73,8 @@ def _add_norm(
     return normed, total
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("rescompile", "DEF")
+def _define() -> Any:
+    library: Any = torch.library.Library("rescompile", "DEF")  # type: ignore[no-untyped-call]
     for schema, body in zip(_SCHEMAS, (_fused_conv, _fused_linear, _add_norm), strict=True):
         library.define(schema)
         library.impl(schema.partition("(")[0], body, "CompositeImplicitAutograd")

@@ -7,8 +7,10 @@ natively: an fx node; `Attr`, a tensor of the module tree, read through a `get_a
 
 from __future__ import annotations
 
+import gc
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,15 +19,19 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from rescompile.composites import recognise
 from rescompile.errors import GraphError
-from rescompile.fx_emit import emit
-from rescompile.fx_native import Nodes, NodeTorch, make_functional, sort_nodes
+from rescompile.fx_emit import EMITTERS, emit
+from rescompile.fx_functional import make_functional
+from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
-from rescompile.fx_read import Item, Native, Reader
+from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
-from rescompile.fx_tree import add_tensor, copy_children, copy_graph, owner_of, remove_tensor, to_numpy, to_torch
+from rescompile.fx_tree import add_tensor, copy_module, owner_of, remove_tensor, to_numpy, to_torch
 from rescompile.fx_types import Dims
+from rescompile.fx_view import Item, Native
 from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import OpKind
 
 
 class FxGraph(Graph):
@@ -48,7 +54,10 @@ class FxGraph(Graph):
         graph = cls(name)
         graph.module = module
         graph.dims = dims if dims is not None else Dims()
-        graph.native = Reader(graph, module, graph.dims).read()
+        with _without_collections():
+            graph.native = Reader(graph, module, graph.dims).read()
+            recognise(graph)
+            graph.sort()
         graph.output_names = _unique(value.name for value in graph.outputs)
         return graph
 
@@ -56,6 +65,10 @@ class FxGraph(Graph):
     def training(self) -> bool:
         """Whether the graph holds operations in their training form."""
         return self.native.training_nodes > 0 or self.module.training
+
+    def cannot_emit(self, kind: OpKind) -> str:
+        """Why torch nodes cannot be made for a kind; empty when they can."""
+        return "" if kind in EMITTERS else f"torch has no one operation for '{kind.value}'"
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
@@ -89,6 +102,11 @@ class FxGraph(Graph):
         if isinstance(old, fx.Node) and old is not new:
             old.replace_all_uses_with(new)
             _loosen_views(new)
+            versions = self.native.versions.pop(old, [])
+            for version in versions:
+                version.native = new
+            if versions:
+                self.native.versions[new] = versions
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
         """Change one argument in place where it is one; else make the operation's nodes anew."""
@@ -196,7 +214,9 @@ class FxGraph(Graph):
 
     def _edit(self) -> Nodes:
         if self._nodes is None:
-            make_functional(self.module, self.native)
+            make_functional(self.module, self.native.in_place, self.native.duplicates)
+            self.native.in_place.clear()
+            self.native.duplicates.clear()
             self._nodes = Nodes(self.module, self.dims)
         return self._nodes
 
@@ -268,6 +288,18 @@ class FxGraph(Graph):
             self._orphans.pop(counter, None)
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Reading makes only objects that stay: each pass of the garbage collector over them would be for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
     seen: dict[str, int] = {}
     result = []
@@ -322,15 +354,5 @@ def _map_native(native: Native, memo: Mapping[fx.Node, fx.Node], graph: Graph) -
         hidden={memo[node] for node in native.hidden if node in memo},
         targets={target: graph.value(value.name) for target, value in native.targets.items()},
         training_nodes=native.training_nodes,
+        versions={memo[node]: [graph.value(v.name) for v in values] for node, values in native.versions.items()},
     )
-
-
-def copy_module(module: fx.GraphModule, memo: dict[fx.Node, fx.Node], tensors: Any = None) -> fx.GraphModule:
-    """A copy with its own graph and module tree. `memo` receives the copy of each node."""
-    graph = copy_graph(module.graph, memo)
-    kind = type(module).__bases__[0]
-    twin = kind.__new__(kind)
-    twin.__dict__.update(copy_children(module, tensors) if tensors is not None else copy_children(module))
-    twin.meta = dict(module.meta)
-    twin.graph = graph
-    return twin

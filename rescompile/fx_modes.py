@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from rescompile.fx_ops import spell
-from rescompile.fx_read import is_check
+from rescompile.fx_view import is_check
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _DROPOUT = torch.ops.aten.dropout.default
@@ -119,13 +119,13 @@ def _is_counter(node: fx.Node) -> bool:
 
 def counters_of(graph: fx.Graph) -> list[str]:
     """Paths of the integer tensors that the graph advances by a number on each call."""
-    return [str(node.args[0].target) for node in graph.nodes if _is_counter(node)]  # type: ignore[union-attr]
+    return [str(node.args[0].target) for node in graph.nodes if _is_counter(node)]
 
 
 def set_counters(module: fx.GraphModule, paths: Iterable[str], training: bool) -> bool:
     """Let the module's graph advance its batch counters, or leave them; True when the graph changed."""
     graph, wanted = module.graph, set(paths)
-    present = {str(node.args[0].target): node for node in graph.nodes if _is_counter(node)}  # type: ignore[union-attr]
+    present = {str(node.args[0].target): node for node in graph.nodes if _is_counter(node)}
     if not training:
         for path, node in present.items():
             if path in wanted:

@@ -25,7 +25,7 @@ from rescompile.fx_types import Dims, record_type
 
 # What a GraphModule keeps beside the state of an nn.Module, and makes anew from its graph.
 _DERIVED = frozenset(
-    [
+    {
         "_graph",
         "_code",
         "_lineno_map",
@@ -43,7 +43,7 @@ _DERIVED = frozenset(
         "eval",
         "range_constraints",
         "validate_inputs",
-    ]
+    }
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 _HOOKS_ALWAYS = "_forward_hooks_always_called"
@@ -141,7 +141,7 @@ class RewrittenModule(fx.GraphModule):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """As nn.Module does, and the devices that the graph names with it."""
         before = next((tensor.device for tensor in self.parameters()), None)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = next((tensor.device for tensor in self.parameters()), None)
         if before is not None and after is not None and before != after:
             changed = False
@@ -159,7 +159,7 @@ class RewrittenModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         state = {key: copy.deepcopy(value, memo) for key, value in self._state().items()}
-        kind = type(self).__bases__[0]
+        kind: Any = type(self).__bases__[0]  # fx makes a class for each instance
         twin: Self = kind._assemble(state, copy_graph(self.graph, {}), copy.deepcopy(self.meta), type(self).__name__)
         memo[id(self)] = twin
         return twin

@@ -15,9 +15,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rescompile.errors import GraphError
-from rescompile.fx_read import Native, is_check
 from rescompile.fx_tree import owner_of
 from rescompile.fx_types import TORCH_DTYPES, Dims, record_type, static_shape
+from rescompile.fx_view import is_check
 from rescompile.graph import Op, Shape, Value, ValueType
 from rescompile.kinds import OpKind
 
@@ -265,62 +265,6 @@ def _agree(found: ValueType, declared: ValueType) -> bool:
 
 def _text(kind: ValueType) -> str:
     return f"{kind.dtype}[{', '.join(str(extent) for extent in kind.shape or ())}]"
-
-
-def make_functional(module: fx.GraphModule, native: Native) -> None:
-    """Replace operations in place by functions, as the view shows them: edits may then move readers freely."""
-    for node, family in native.in_place:
-        for member in family:
-            for user in list(member.users):
-                if user is not node and user > node:
-                    user.replace_input_with(member, node)
-        _out_of_place(module, node)
-    for second, first in native.duplicates:
-        second.replace_all_uses_with(first)
-        if not second.users:
-            module.graph.erase_node(second)
-    native.in_place.clear()
-    native.duplicates.clear()
-
-
-_OPERATORS: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
-def _out_of_place(module: fx.GraphModule, node: fx.Node) -> None:
-    target: Any = node.target
-    if node.op == "call_module":
-        called = module.get_submodule(str(target))
-        if getattr(called, "inplace", False):
-            called.inplace = False  # type: ignore[assignment]
-        return
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, name = target._schema.name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-        if packet is not None and target._overloadname in packet.overloads():
-            node.target = getattr(packet, target._overloadname)
-    elif target in _OPERATORS:
-        node.target = _OPERATORS[target]
-    elif node.op == "call_method" and target.endswith("_"):
-        node.target = target.removesuffix("_")
-    elif "inplace" in node.kwargs:
-        node.kwargs = {**node.kwargs, "inplace": False}
-    else:
-        _positional_inplace(node, target)
-
-
-def _positional_inplace(node: fx.Node, target: Any) -> None:
-    from rescompile.fx_ops import python_argument
-
-    place = python_argument(target, "inplace")
-    if place is not None and place < len(node.args):
-        node.update_arg(place, False)
-    elif getattr(target, "__name__", "").endswith("_"):
-        node.target = getattr(torch, target.__name__.removesuffix("_"), target)
 
 
 def sort_nodes(graph: fx.Graph) -> None:

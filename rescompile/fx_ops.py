@@ -142,6 +142,7 @@ _VARIADIC = frozenset(
     }
 )
 _FUNCTION_MODULES = ("torch", "_operator", "operator")
+_FOREIGN = frozenset({"torchvision.ops.stochastic_depth.stochastic_depth"})
 
 
 def _rename(name: str) -> str:
@@ -185,10 +186,10 @@ def _bind(signature: _Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return bound
 
 
-def _fits(value: Any, wanted: str) -> bool:
-    """Whether an argument may stand for a schema type. A node fits all: what it holds is known at run time only."""
+def _fits(value: Any, wanted: str, numbers_as_tensors: bool) -> bool:
+    """Whether an argument may stand for a schema type."""
     if wanted.endswith("?"):
-        return value is None or _fits(value, wanted[:-1])
+        return value is None or _fits(value, wanted[:-1], numbers_as_tensors)
     if isinstance(value, fx.Node):
         return wanted not in ("bool", "str", "ScalarType", "int", "int[]", "SymInt[]") or not _holds_tensor(value)
     if wanted in ("int", "SymInt"):
@@ -209,7 +210,7 @@ def _fits(value: Any, wanted: str) -> bool:
     if wanted == "Device":
         return isinstance(value, torch.device | str)
     if wanted == "Tensor":
-        return isinstance(value, Attr | int | float)
+        return isinstance(value, Attr) or (numbers_as_tensors and isinstance(value, int | float))
     return True
 
 
@@ -251,17 +252,18 @@ def _candidates(base: str) -> tuple[tuple[_Signature, tuple[str, ...], int], ...
 
 
 def _bind_by_schema(base: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-    for signature, types, positional in _candidates(base):
-        given = dict(zip(signature.names, args, strict=False))
-        given.update((_rename(key), value) for key, value in kwargs.items())
-        if len(args) > positional or not set(given) <= set(signature.names):
-            continue
-        if any(name not in given and name not in signature.defaults for name in signature.names):
-            continue
-        if all(
-            _fits(given[name], wanted) for name, wanted in zip(signature.names, types, strict=True) if name in given
-        ):
-            return {**signature.defaults, **given}
+    """Arguments by the first overload that takes them: one that takes numbers as numbers, if there is one."""
+    named = {_rename(key): value for key, value in kwargs.items() if value is not None}
+    for numbers_as_tensors in (False, True):
+        for signature, types, positional in _candidates(base):
+            given = {**dict(zip(signature.names, args, strict=False)), **named}
+            if len(args) > positional or not set(given) <= set(signature.names):
+                continue
+            if any(name not in given and name not in signature.defaults for name in signature.names):
+                continue
+            wanted = dict(zip(signature.names, types, strict=True))
+            if all(_fits(value, wanted[name], numbers_as_tensors) for name, value in given.items()):
+                return {**signature.defaults, **given}
     return None
 
 
@@ -277,7 +279,9 @@ def _spell_function(node: fx.Node) -> Call | None:
         if name in ("getattr", "builtin_sum"):
             return Call(name, {"args": node.args, **node.kwargs})
         return Call(name, args)
-    if not (getattr(target, "__module__", None) or "torch").startswith(_FUNCTION_MODULES):
+    module = getattr(target, "__module__", None) or "torch"
+    qualified = f"{module}.{getattr(target, '__name__', '')}"
+    if module.partition(".")[0] not in _FUNCTION_MODULES and qualified not in _FOREIGN:
         return None
     return _spell_named(target, node)
 
@@ -308,6 +312,10 @@ def _named_call(base: str, args: tuple[Any, ...], kwargs: dict[str, Any], bound:
             operands = tuple(operands[0])
         return Call(base, {"equation": args[0], "tensors": operands})
     if bound is None:
+        if kwargs.pop("return_indices", False):
+            base = f"{base}_with_indices"
+        if base == "dim":
+            return Call("ndim", {"input": args[0]})
         if base in ("size", "type", "contiguous", "float", "half", "double", "bfloat16", "int", "long", "bool", "item"):
             return Call(base, {"input": args[0], "other": args[1] if len(args) > 1 else kwargs.get("dim")})
         bound = _bind_by_schema(base, args, kwargs)
@@ -324,7 +332,7 @@ def _spell_method(node: fx.Node) -> Call | None:
     head = 2 if base == "unflatten" else 1
     if base in _VARIADIC and len(args) > head and not isinstance(args[head], list | tuple | torch.Size):
         only = args[head]
-        listed = len(args) == head + 1 and isinstance(only, fx.Node) and not _is_extent(only)
+        listed = len(args) == head + 1 and isinstance(only, fx.Node) and not is_extent(only)
         if not listed:
             args = (*args[:head], list(args[head:]))
     if base == "to":
@@ -335,7 +343,7 @@ def _spell_method(node: fx.Node) -> Call | None:
     return _named_call(base, args, dict(node.kwargs), None)
 
 
-def _is_extent(node: fx.Node) -> bool:
+def is_extent(node: fx.Node) -> bool:
     """Whether a node of a graph without shapes gives an integer: an extent, or arithmetic on one."""
     if "val" in node.meta:
         return not isinstance(node.meta["val"], torch.Tensor | tuple | list)
@@ -352,7 +360,7 @@ def _is_extent(node: fx.Node) -> bool:
         size = source.op == "call_method" and source.target == "size"
         return size or (source.target is getattr and source.args[1] == "shape")
     if node.target in OPERATORS:
-        return all(_is_extent(argument) for argument in node.all_input_nodes) and bool(node.all_input_nodes)
+        return all(is_extent(argument) for argument in node.all_input_nodes) and bool(node.all_input_nodes)
     return False
 
 

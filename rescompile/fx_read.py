@@ -8,111 +8,40 @@ weight belongs to the product that reads it; `stack([a, b]).sum(0)` is a sum.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from rescompile.fx_ops import Attr, Call, spell
-from rescompile.fx_rules import RULES, Rule, Site, Step, is_number
+from rescompile.fx_build import Builder
+from rescompile.fx_ops import Call, is_extent, spell
+from rescompile.fx_rules import Rule, Site, Step
+from rescompile.fx_rules_math import MATH_RULES
 from rescompile.fx_rules_nn import NN_RULES
+from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
-from rescompile.fx_types import UNKNOWN, Dims
-from rescompile.graph import Graph, Op, Role, Value, ValueType
+from rescompile.fx_types import UNKNOWN
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name
+from rescompile.graph import Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 
-TABLE: dict[str, Rule] = {**RULES, **NN_RULES, **SHAPE_RULES}
+RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULES}
 
-# Checks: they compute nothing that the model's outputs depend on.
-_CHECKS = frozenset(
-    {
-        "_assert_tensor_metadata",
-        "_assert_scalar",
-        "_assert_async",
-        "_functional_assert_async",
-        "_functional_assert_scalar",
-        "sym_constrain_range",
-        "sym_constrain_range_for_size",
-        "_assert",
-        "_check",
-    }
-)
 _SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru"})
-_COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy"})
-_PRODUCTS = frozenset({"mm", "matmul", "addmm"})
+_COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
+_FREE = frozenset(kind for kind in K if kind.has(Trait.FREE))
+_DEFERRED = frozenset({"t", "transpose", "permute", "numpy_T", "stack"})
+_PRODUCTS = frozenset({"mm", "matmul", "addmm", "linear"})
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One result of a node that has several, while no `getitem` node reads it."""
-
-    node: fx.Node
-    index: int
-
-
-@dataclass(slots=True)
-class Deferred:
-    """A node that is read into an operation only when something other than its one expected reader asks for it."""
-
-    node: fx.Node
-    call: Call
-    preview: Value
-
-
-@dataclass(slots=True)
-class Native:
-    """What the reader learnt of the native graph beside the view."""
-
-    # In-place nodes whose effect the view already shows as a function, with the nodes that are the same tensor.
-    in_place: list[tuple[fx.Node, tuple[fx.Node, ...]]] = field(default_factory=list)
-    duplicates: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)  # a second getitem, and the first
-    hidden: set[fx.Node] = field(default_factory=set)
-    targets: dict[str, Value] = field(default_factory=dict)  # attribute path -> value, tied paths to the same
-    training_nodes: int = 0
-
-
-def is_check(node: fx.Node) -> bool:
-    """Whether a node only checks what it reads."""
-    if node.op == "call_module":
-        return node.target == "_guards_fn"
-    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in _CHECKS
-
-
-def module_path(node: fx.Node) -> str:
-    """Dotted path of the innermost module whose forward made the node, "" when unknown."""
-    ours = (node.meta.get("custom") or {}).get("rescompile")
-    if ours and "module" in ours:
-        return str(ours["module"])
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = next(reversed(stack.values()))
-    path = path[0] if isinstance(path, tuple | list) else path
-    return "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self'].")
-
-
-class Reader:
+class Reader(Builder):
     """Fills a graph from a module. One use each."""
-
-    def __init__(self, graph: Graph, module: fx.GraphModule, dims: Dims) -> None:
-        self.graph = graph
-        self.module = module
-        self.dims = dims
-        self.native = Native()
-        self.modules: Mapping[str, nn.Module] = dict(module.named_modules())
-        self.current: dict[fx.Node, Value | list[Value] | Deferred | None] = {}
-        self.same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are one tensor, a list shared by all of them
-        self.root: dict[fx.Node, fx.Node] = {}
-        self.views: dict[fx.Node, list[fx.Node]] = {}
-        self.taken = {node.name for node in module.graph.nodes if node.op != "get_attr"}
 
     def read(self) -> Native:
         """Read all nodes."""
-        self._read_state()
+        self.read_state()
         self._hide_checks()
         for node in self.module.graph.nodes:
             op = node.op
@@ -127,63 +56,12 @@ class Reader:
                 self._call(node)
         return self.native
 
-    # ---- values ------------------------------------------------------------------------------------------------
-
-    def peek(self, argument: fx.Node | Attr) -> Value | None:
-        """The value that an argument stands for, without making an operation for it."""
-        if isinstance(argument, Attr):
-            return self.attribute(argument.target)
-        found = self.current.get(argument)
-        if isinstance(found, Deferred):
-            return found.preview
-        return found if isinstance(found, Value) else None
-
-    def attribute(self, target: str) -> Value | None:
-        """The value of a tensor at a path of the module; None for what is no tensor."""
-        found = self.native.targets.get(target)
-        if found is not None:
-            return found
-        tensor = _lookup(self.module, target)
-        if not isinstance(tensor, torch.Tensor):
-            return None
-        value = self._constant(self._free(target), tensor, Attr(target), Role.CONSTANT)
-        self.native.targets[target] = value
-        return value
-
-    def _read_state(self) -> None:
-        seen: dict[int, Value] = {}
-        for key, tensor in self.module.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            value = seen.get(id(tensor))
-            if value is None:
-                value = seen[id(tensor)] = self._constant(self._free(key), tensor, Attr(key), Role.PARAMETER)
-            self.native.targets[key] = value
-
-    def _constant(self, name: str, tensor: torch.Tensor, native: Attr, role: Role) -> Value:
-        kind = self.dims.of_value(tensor)
-        return self.graph.add_constant(name, kind.shape, kind.dtype, native, role)
-
-    def _free(self, stem: str) -> str:
-        name, count = stem, 0
-        while name in self.taken or self.graph.has_name(name):
-            count += 1
-            name = f"{stem}_{count}"
-        self.taken.add(name)
-        return name
-
-    def _realise(self, deferred: Deferred) -> Value | None:
-        del self.current[deferred.node]
-        self._apply(deferred.node, deferred.call, defer=False)
-        found = self.current[deferred.node]
-        return found if isinstance(found, Value) else None
-
     def _outputs(self, node: fx.Node) -> list[Value]:
         values: list[Value] = []
 
         def collect(argument: Any) -> None:
             if isinstance(argument, fx.Node):
-                values.extend(self._expand(argument))
+                values.extend(self.expand(argument))
             elif isinstance(argument, list | tuple):
                 for item in argument:
                     collect(item)
@@ -194,36 +72,12 @@ class Reader:
         collect(node.args[0])
         return values
 
-    def _expand(self, node: fx.Node) -> list[Value]:
-        found = self.current.get(node)
-        if isinstance(found, Deferred):
-            found = self._realise(found)
-        if found is None:
-            return []
-        return found if isinstance(found, list) else [found]
-
-    def _operand(self, argument: Any, like: str | None, node: fx.Node, built: dict[Step, Op]) -> Value | None:
-        if isinstance(argument, fx.Node):
-            values = self._expand(argument)
-            return values[0] if values else None
-        if isinstance(argument, Attr):
-            return self.attribute(argument.target)
-        if isinstance(argument, Value):
-            return argument
-        if isinstance(argument, Step):
-            return built[argument].output
-        if isinstance(argument, tuple):
-            return built[argument[0]].outputs[argument[1]]
-        return self._literal(argument, like, node) if is_number(argument) else None
-
-    def _literal(self, number: float, like: str | None, node: fx.Node) -> Value:
-        """A Python number takes the dtype of the tensor that it meets, unless it is of a higher category."""
-        dtype = "bool" if isinstance(number, bool) else "int64" if isinstance(number, int) else "float32"
-        if (like is not None and (dtype == "bool" or like.startswith(("float", "bfloat", "complex")))) or (
-            like is not None and dtype == "int64" and like != "bool"
-        ):
-            dtype = like
-        return self.graph.add_constant(self._free(f"{node.name}_c"), (), dtype, number, Role.CONSTANT)
+    def realise(self, deferred: Deferred) -> Value | None:
+        """Make the operation of a deferred node after all."""
+        del self.current[deferred.node]
+        self._apply(deferred.node, deferred.call, defer=False)
+        found = self.current[deferred.node]
+        return found if isinstance(found, Value) else None
 
     # ---- calls -------------------------------------------------------------------------------------------------
 
@@ -233,7 +87,7 @@ class Reader:
         hidden.update(nodes)
         while nodes:
             for argument in nodes.pop().all_input_nodes:
-                if argument in hidden or argument.op != "call_function" or not self.dims.is_scalar(argument):
+                if argument in hidden or not (self.dims.is_scalar(argument) or is_extent(argument)):
                     continue
                 if all(user in hidden for user in argument.users):
                     hidden.add(argument)
@@ -264,8 +118,9 @@ class Reader:
             self.native.duplicates.append((node, value.native))
 
     def _apply(self, node: fx.Node, call: Call, *, defer: bool) -> None:
-        call = self._python_spellings(call)
-        rule = TABLE.get(call.name)
+        if call.name == "getattr":
+            call = self._attribute(call)
+        rule = RULES.get(call.name)
         if rule is None:
             self._opaque(node, call)
             return
@@ -273,35 +128,36 @@ class Reader:
         if call.name == "arange":
             call.args.setdefault("end", call.args.get("input"))
         site = Site(call.name, call.args, node, self, outs)
-        if call.writes and not self._may_write(node, call):
-            if self._counts(node, call):
-                self.native.hidden.add(node)
-                self.current[node] = None
-            else:
-                self._opaque(node, call)
+        target = call.args.get(call.writes) if call.writes else None
+        if isinstance(target, fx.Node) and not self.aliases.is_plain_write(node, target):
+            self._write(node, call, target)
             return
         found = rule(site)
         if found is None or (several and not self._serves(node, found)):
             self._opaque(node, call)
             return
-        if defer and isinstance(found, Step) and self._defer(node, call, found, site):
+        if defer and call.name in _DEFERRED and isinstance(found, Step) and self._defer(node, call, found, site):
             return
+        if not several and isinstance(found, Step):
+            value = self.make_one(node, found, outs[0])
+            if value is not None:
+                self._publish(node, call, [value], None)
+                return
         steps = found if isinstance(found, tuple) else (found,)
-        self._emit(node, call, self._shorten(steps, site), outs, several)
+        items = self._items(node) if several else None
+        self._publish(node, call, self.make_steps(node, self._shorten(steps, site), outs, items), items)
 
-    def _python_spellings(self, call: Call) -> Call:
-        """`getattr(x, "T")`, `x.shape`, `sum([x, y])`: calls of Python's own functions."""
-        if call.name == "getattr":
-            owner, attribute = call.args["args"][:2]
-            name = {"shape": "size", "T": "t", "mT": "transpose"}.get(attribute, "getattr")
-            return Call(name, {"input": owner, "dim0": -2, "dim1": -1} if attribute == "mT" else {"input": owner})
-        return call
+    def _attribute(self, call: Call) -> Call:
+        """`x.shape`, `x.T`, `x.mT`"""
+        owner, attribute = call.args["args"][:2]
+        name = {"shape": "size", "T": "t", "mT": "mT"}.get(attribute, "getattr")
+        return Call(name, {"input": owner})
 
     def _results(self, node: fx.Node, call: Call) -> tuple[list[ValueType], bool]:
         """Types of the node's results, and whether they come as a tuple."""
         val = node.meta.get("val")
         if isinstance(val, tuple | list):
-            if call.name == "size":
+            if all(isinstance(item, int | torch.SymInt) for item in val):
                 return [ValueType((len(val),), "int64")], False
             return [self.dims.of_value(item) for item in val], True
         if val is not None:
@@ -343,7 +199,7 @@ class Reader:
         return True
 
     def _is_product(self, node: fx.Node) -> bool:
-        if node.op == "placeholder" or node.op == "output":
+        if node.op in ("placeholder", "output"):
             return False
         call = spell(node, self.modules)
         return call is not None and call.name in _PRODUCTS
@@ -358,10 +214,9 @@ class Reader:
         total = spell(reader, self.modules)
         if total is None or total.name not in ("sum", "mean") or total.args.get("dtype") is not None:
             return False
-        rank, dims = len(site.out.shape), total.args.get("dim")
-        dims = [dims] if isinstance(dims, int) else dims
-        wanted = call.args.get("dim", 0) % rank
-        return bool(dims) and [dim % rank for dim in dims] == [wanted] and not total.args.get("keepdim")
+        rank, summed = len(site.out.shape), total.args.get("dim")
+        dims: list[int] = [summed] if isinstance(summed, int) else list(summed or ())
+        return [dim % rank for dim in dims] == [call.args.get("dim", 0) % rank] and not total.args.get("keepdim")
 
     def _shorten(self, steps: tuple[Step, ...], site: Site) -> tuple[Step, ...]:
         """Take a deferred operand into the one step that was waiting for it."""
@@ -372,9 +227,9 @@ class Reader:
             if step.kind is K.LINEAR and isinstance(step.inputs[1], fx.Node):
                 deferred = self.current.get(step.inputs[1])
                 if isinstance(deferred, Deferred):
-                    weight = self._operand(deferred.call.args["input"], None, site.node, {})
+                    weight = self.operand(deferred.call.args["input"], None, site.node, {})
                     step.inputs = [step.inputs[0], weight, *step.inputs[2:]]
-                    step.attrs = {"transpose_weight": True}
+                    step.attrs = {"transpose_weight": not step.attrs["transpose_weight"]}
                     last.native = (*last.native, deferred.node)
         if last.kind in (K.SUM, K.MEAN) and isinstance(last.inputs[0], fx.Node):
             deferred = self.current.get(last.inputs[0])
@@ -385,118 +240,45 @@ class Reader:
                 return (Step(K.ADD, parts, attrs, native=(deferred.node,)),)
         return steps
 
-    # ---- making operations -------------------------------------------------------------------------------------
-
-    def _emit(
-        self, node: fx.Node, call: Call, steps: tuple[Step, ...], outs: Sequence[ValueType], several: bool
-    ) -> None:
-        items = self._items(node) if several else {}
-        natives = (*(n for step in steps for n in step.native), node, *items.values())
-        path = module_path(node) or (str(node.target) if node.op == "call_module" else "")
-        ops: list[Op] = []
-        built: dict[Step, Op] = {}
-        results: list[Value] = []
-        for index, step in enumerate(steps):
-            self._build_operands(step, node, built, ops, path)
-            if not several:
-                labels, kinds, values = [node.name], outs[:1], [node]
-            else:
-                count = len(step.types) if step.types is not None and len(steps) == 1 else 1
-                places = range(count) if len(steps) == 1 else (index,)
-                labels = [items[i].name if i in items else self._free(f"{node.name}_item{i}") for i in places]
-                kinds = [outs[i] if i < len(outs) else UNKNOWN for i in places]
-                values = [items.get(i, Item(node, i)) for i in places]  # type: ignore[misc]
-            op = self._make(step, list(zip(labels, kinds, strict=True)), node, built, path, values)
-            ops.append(op)
-            results.extend(op.outputs)
-        for op in ops:
-            op.native = natives
-            if len(ops) > 1:
-                op.group = ops
-        self._publish(node, call, results, items, several)
-
-    def _build_operands(self, step: Step, node: fx.Node, built: dict[Step, Op], ops: list[Op], path: str) -> None:
-        for operand in step.inputs:
-            inner = operand[0] if isinstance(operand, tuple) else operand
-            if not isinstance(inner, Step) or inner in built:
-                continue
-            self._build_operands(inner, node, built, ops, path)
-            types = inner.types if inner.types is not None else (self.dims.of(node),)
-            stem = f"{node.name}_{inner.suffix or inner.kind.value}"
-            outputs = [(self._free(stem if len(types) == 1 else f"{stem}{i}"), kind) for i, kind in enumerate(types)]
-            built[inner] = self._make(inner, outputs, node, built, path, None)
-            ops.append(built[inner])
-
-    def _make(
-        self,
-        step: Step,
-        outputs: Sequence[tuple[str, ValueType]],
-        node: fx.Node,
-        built: dict[Step, Op],
-        path: str,
-        natives: Sequence[Any] | None,
-    ) -> Op:
-        like = None
-        if any(is_number(operand) for operand in step.inputs):
-            for operand in step.inputs:
-                value = None if is_number(operand) else self._operand(operand, None, node, built)
-                if value is not None and value.dtype is not None and (like is None or value.shape):
-                    like = value.dtype
-        inputs: list[Value | None] = []
-        for operand in step.inputs:
-            if isinstance(operand, fx.Node) and step.kind in (K.CONCAT, K.EINSUM):
-                inputs.extend(self._expand(operand))
-            else:
-                inputs.append(self._operand(operand, like, node, built))
-        name = node.name if natives is not None and len(outputs) > 1 else outputs[0][0]
-        op = self.graph.add_op(
-            step.kind, inputs, outputs, step.attrs, name=name, native=(node,), natives=natives, module=path
-        )
-        if step.kind in (K.DROPOUT, K.BATCH_NORM) and (step.kind is K.DROPOUT or step.attrs["training"]):
-            self.native.training_nodes += 1
-        return op
-
-    def _publish(
-        self, node: fx.Node, call: Call, results: list[Value], items: dict[int, fx.Node], several: bool
-    ) -> None:
-        if several:
+    def _publish(self, node: fx.Node, call: Call, results: list[Value], items: Mapping[int, fx.Node] | None) -> None:
+        """Let later nodes find the results of `node`, and note what shares memory with what."""
+        if items is None:
+            self.current[node] = results[0]
+        else:
             self.current[node] = results
             for index, item in items.items():
                 self.current[item] = results[index]
-        else:
-            self.current[node] = results[0]
         producer = results[0].producer
         if call.writes:
-            self._written(node, call, results[0])
-        elif producer is not None and producer.has(Trait.FREE) and call.name not in _COPIES:
+            self._written(node, call.args[call.writes], results[0])
+        elif producer is not None and producer.kind in _FREE and call.name not in _COPIES:
             source = call.args.get("input")
             if isinstance(source, fx.Node):
-                self._alias(node, source, producer.kind is K.IDENTITY)
-                for item in items.values():
-                    self._alias(item, source, exact=False)
+                self.aliases.add(node, source, exact=producer.kind is K.IDENTITY)
+                for item in (items or {}).values():
+                    self.aliases.add(item, source, exact=False)
 
     def _opaque(self, node: fx.Node, call: Call | None = None) -> None:
-        inputs = [value for argument in node.all_input_nodes for value in self._expand(argument)]
+        inputs = [value for argument in node.all_input_nodes for value in self.expand(argument)]
         val = node.meta.get("val")
         items = self._items(node)
         several = isinstance(val, tuple | list) or (val is None and bool(items) and len(items) == len(node.users))
         if several:
             count = len(val) if isinstance(val, tuple | list) else max(items) + 1
             kinds = [self.dims.of_value(val[i]) if val is not None else UNKNOWN for i in range(count)]
-            labels = [items[i].name if i in items else self._free(f"{node.name}_item{i}") for i in range(count)]
+            labels = [items[i].name if i in items else self.free(f"{node.name}_item{i}") for i in range(count)]
             natives: list[Any] = [items.get(i, Item(node, i)) for i in range(count)]
         else:
             labels, kinds, natives = [node.name], [self.dims.of(node)], [node]
-        affected = self._affected(node, call)
+        affected = self._written_nodes(node, call)
         for member in affected:
             current = self.peek(member)
             if current is not None and all(current is not value for value in inputs):
                 inputs.append(current)
-            labels.append(self._free(f"{member.name}_after_{node.name}"))
+            labels.append(self.free(f"{member.name}_after_{node.name}"))
             kinds.append(self.dims.of(member))
             natives.append(member)
-        if not labels:
-            labels, kinds, natives = [node.name], [UNKNOWN], [node]
+        own = len(labels) - len(affected)
         op = self.graph.add_op(
             K.OPAQUE,
             inputs,
@@ -507,86 +289,53 @@ class Reader:
             natives=natives,
             module=module_path(node) or (str(node.target) if node.op == "call_module" else ""),
         )
-        own = len(labels) - len(affected)
         self.current[node] = op.outputs[:own] if several else op.outputs[0]
         for index, item in items.items() if several else ():
             self.current[item] = op.outputs[index]
         for member, value in zip(affected, op.outputs[own:], strict=True):
             self.current[member] = value
+            self.native.versions.setdefault(member, []).append(value)
+            self._keep_copy(member)
 
     # ---- operations in place -----------------------------------------------------------------------------------
 
-    def _alias(self, node: fx.Node, source: fx.Node, exact: bool) -> None:
-        root = self.root.get(source, source)
-        self.root[node] = root
-        self.views.setdefault(root, []).append(node)
-        if exact:
-            family = self.same.setdefault(source, [source])
-            family.append(node)
-            self.same[node] = family
+    def _write(self, node: fx.Node, call: Call, target: fx.Node) -> None:
+        """A write that something besides the readers of the same tensor sees."""
+        if self.aliases.is_counter(node, target):
+            self.native.hidden.add(node)
+            self.current[node] = None
+            return
+        fresh = self.aliases.scatter_write(self.module, node, target)
+        if fresh is None:
+            self._opaque(node, call)
+        else:
+            self.taken.update(new.name for new in fresh)
+            self._call(node)
 
-    def _unread(self, nodes: Iterable[fx.Node], now: fx.Node) -> list[fx.Node]:
-        """Nodes that a node after `now` reads."""
-        pending = self.native.hidden
-        return [n for n in nodes if any(u is not now and u not in self.current and u not in pending for u in n.users)]
-
-    def _may_write(self, node: fx.Node, call: Call) -> bool:
-        """Whether a write can be shown as a function: nobody outside the graph, and no other view, sees it."""
-        target = call.args.get(call.writes)
-        if not isinstance(target, fx.Node):
-            return True
-        root = self.root.get(target, target)
-        if root.op in ("placeholder", "get_attr"):
-            return False
-        family = self.same.get(target, [target])
-        return not self._unread((n for n in (root, *self.views.get(root, ())) if n not in family), node)
-
-    def _counts(self, node: fx.Node, call: Call) -> bool:
-        """Whether a call only advances a counter of the module's state, as batch norm's number of batches."""
-        target = call.args[call.writes]
-        return target.op == "get_attr" and node.all_input_nodes == [target] and not self._unread((target, node), node)
-
-    def _written(self, node: fx.Node, call: Call, value: Value) -> None:
-        target = call.args.get(call.writes)
+    def _written(self, node: fx.Node, target: Any, value: Value) -> None:
         if not isinstance(target, fx.Node):
             return
-        family = self.same.get(target, [target])
+        family = self.aliases.family(target)
         self.native.in_place.append((node, tuple(family)))
         for member in family:
             self.current[member] = value
-        self._alias(node, target, exact=True)
+        self.aliases.add(node, target, exact=True)
 
-    def _affected(self, node: fx.Node, call: Call | None) -> list[fx.Node]:
+    def _written_nodes(self, node: fx.Node, call: Call | None) -> list[fx.Node]:
         """Nodes whose tensor an opaque call changes, and that are read later."""
         target = call.args.get(call.writes) if call is not None and call.writes else None
         if call is not None and call.name == "setitem":
             target = node.args[0]
         if not isinstance(target, fx.Node):
             return []
-        root = self.root.get(target, target)
-        members = dict.fromkeys((root, *self.views.get(root, ()), target))
-        affected = self._unread(members, node)
-        self._alias(node, target, exact=False)
+        affected = self.aliases.affected(node, target)
+        self.aliases.add(node, target, exact=False)
         return affected
 
-
-def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
-    """What an opaque node calls, for people: "aten.sort.default", "torch.nn.MultiheadAttention", ".numpy"."""
-    if node.op == "call_module":
-        kind = type(modules[str(node.target)])
-        return f"{kind.__module__}.{kind.__qualname__}"
-    if node.op == "call_method":
-        return f".{node.target}"
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"{getattr(target, '__module__', None) or ''}.{getattr(target, '__name__', target)}".lstrip(".")
-
-
-def _lookup(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for part in path.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return None
-    return found
+    def _keep_copy(self, member: fx.Node) -> None:
+        """A copy that is written to later is one that must stay."""
+        root = self.aliases.root(member)
+        maker = next((op for op in self.graph if root in op.native), None)
+        if maker is not None and maker.kind is K.IDENTITY:
+            maker.kind = K.OPAQUE
+            maker.attrs = {"target": target_name(root, self.modules)}

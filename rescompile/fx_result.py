@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from rescompile.errors import RescompileError
+from rescompile.fx_inline import unfold
 from rescompile.fx_modes import Modes, align, modes_of, record
 from rescompile.fx_modules import is_known
 
@@ -150,7 +151,7 @@ def _both_forms(origin: Origin, pristine: fx.Graph) -> Modes:
     flags = {child: child.training for child in model.modules()}
     try:
         _set_flags(model, not origin.training)
-        other = export(model, origin.args, origin.kwargs, origin.shapes).module()
+        other = unfold(export(model, origin.args, origin.kwargs, origin.shapes))
     except RescompileError as error:
         return Modes(origin.training, refusal=str(error))
     finally:

@@ -13,7 +13,7 @@ from rescompile.kinds import OpKind as K
 
 
 def tuple_of(argument: Any, count: int) -> tuple[int, ...] | None:
-    """A per-dimension argument: torch takes one number, or a list of one or `count`; None where an entry is symbolic."""
+    """A per-dimension argument, for which torch takes one number too; None where an entry is symbolic."""
     values = (argument,) if isinstance(argument, int) else tuple(argument)
     if not all(isinstance(value, int) for value in values):
         return None
@@ -255,7 +255,7 @@ def _fused_linear(c: Site) -> Step:
 
 
 def _add_norm(c: Site) -> Step:
-    attrs = {"norm": c["norm"], "axis": c["axis"], "eps": c["eps"]}
+    attrs = {"norm": c["norm"], "axis": c["dim"], "eps": c["eps"]}
     return Step(K.ADD_NORM, [c["input"], c["residual"], c["weight"], c["bias"]], attrs, types=c.outs)
 
 

@@ -228,7 +228,7 @@ def _pad(c: Site) -> Step | None:
     for position in range(len(pads) // 2):
         begins[rank - 1 - position], ends[rank - 1 - position] = pads[2 * position], pads[2 * position + 1]
     mode = c.get("mode", "constant")
-    if c.name != "pad" and c.name != "constant_pad_nd":
+    if c.name not in ("pad", "constant_pad_nd"):
         mode = "reflect" if c.name.startswith("reflection") else "replicate"
     value = c.get("value") or 0
     return Step(K.PAD, [c["input"]], {"pads": (*begins, *ends), "mode": mode, "value": float(value)})
@@ -240,6 +240,20 @@ def _roll(c: Site) -> Step | None:
         return None
     shifts = (shifts,) if isinstance(shifts, int) else tuple(shifts)
     return Step(K.ROLL, [c["input"]], {"axes": c.axes(dims), "shifts": shifts})
+
+
+def _overwrite(c: Site) -> Step | None:
+    """x with all elements replaced by those of `src`, broadcast and cast to x's type"""
+    argument = c["src"] if "src" in c.args else c["value"]
+    source = c.value(argument)
+    if source is None or source.shape is None or c.out.shape is None:
+        return None
+    x: fx.Node | Step = argument
+    if source.dtype != c.out.dtype:
+        x = Step(K.CAST, [x], {"dtype": c.out.dtype}, suffix="cast", types=c.retype(source.shape))
+    if source.shape != c.out.shape:
+        return Step(K.EXPAND, [x])
+    return x if isinstance(x, Step) else Step(K.IDENTITY, [x])
 
 
 def _tile(c: Site) -> Step | None:
@@ -304,6 +318,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "permute": _permute,
     "transpose": _transpose,
     **dict.fromkeys(("t", "numpy_T"), _t),
+    "mT": lambda c: _swap(c, -2, -1),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "slice": _slice,
     "narrow": _narrow,
@@ -318,6 +333,8 @@ SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
     **{f"{name}_pad{dims}d": _pad for name in ("reflection", "replication") for dims in (1, 2, 3)},
     "roll": _roll,
+    "copy": _overwrite,
+    "fill": lambda c: Step(K.FULL, [], {"value": c["value"]}) if is_number(c["value"]) else _overwrite(c),
     "flip": lambda c: Step(K.FLIP, [c["input"]], {"axes": c.axes(c["dims"])}),
     **dict.fromkeys(("repeat", "tile"), _tile),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), _pixel_shuffle),

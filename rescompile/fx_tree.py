@@ -79,6 +79,18 @@ def copy_graph(graph: fx.Graph, memo: dict[fx.Node, fx.Node]) -> fx.Graph:
     return twin
 
 
+def copy_module(
+    module: fx.GraphModule, memo: dict[fx.Node, fx.Node], tensors: Tensors = lambda tensor: tensor
+) -> fx.GraphModule:
+    """A copy with its own graph and module tree. `memo` receives the copy of each node."""
+    kind: Any = type(module).__bases__[0]  # fx makes a class for each instance
+    twin: fx.GraphModule = kind.__new__(kind)
+    twin.__dict__.update(copy_children(module, tensors))
+    twin.meta = dict(module.meta)
+    twin.graph = copy_graph(module.graph, memo)
+    return twin
+
+
 def _relink_recurrent(module: Any) -> None:
     """nn.LSTM and its kin keep a second list of their weights."""
     if "_flat_weights" in module.__dict__:

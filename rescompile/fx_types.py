@@ -17,28 +17,26 @@ _BOOL = ValueType((), "bool")
 _FLOAT = ValueType((), "float32")
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
-DTYPES: dict[torch.dtype, str] = {
-    getattr(torch, name): name
-    for name in [
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-        "bool",
-        "complex64",
-        "complex128",
-        "float8_e4m3fn",
-        "float8_e5m2",
-    ]
-}
+_NAMES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex64",
+    "complex128",
+    "float8_e4m3fn",
+    "float8_e5m2",
+)
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): name for name in _NAMES}
 TORCH_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
 
 

@@ -177,11 +177,8 @@ class OpKind(Enum):
 
     def has(self, trait: Trait) -> bool:
         """Whether the kind has all of `trait`."""
-        # Flag's own operators take a microsecond each, and detection asks for a trait several times an operation.
-        wanted: int = trait._value_
-        return _TRAIT_BITS[self] & wanted == wanted
-
-    __hash__ = object.__hash__  # members are singletons; Enum would hash the name, in Python
+        # The plain integers: combining enum members costs a microsecond, and this is asked for every operation.
+        return KINDS[self].traits._value_ & trait._value_ == trait._value_
 
 
 def _kind(operands: str, traits: Trait, outputs: int = 1, **attrs: Any) -> KindSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +13,9 @@ from rescompile.errors import GraphError
 from rescompile.graph import Attrs, Shape, ValueType
 from rescompile.kinds import OpKind
 from rescompile.onnx_ops import Arg, numpy_dtype
+
+HALF = ("float16", "bfloat16")
+FLOATS = (*HALF, "float32", "float64", None)  # None: unknown, and then most likely one of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,13 @@ class Request:
     def out(self) -> ValueType:
         """Type of the first output."""
         return self.outputs[0] if self.outputs else ValueType(None, None)
+
+
+def target_of(r: Request) -> Shape:
+    """The shape of the output; GraphError where it is unknown."""
+    if r.out.shape is None:
+        raise GraphError(f"The shape of a {r.kind.value}'s output is unknown, so its target cannot be written.")
+    return r.out.shape
 
 
 class Builder:
@@ -177,3 +187,6 @@ def _plain_attribute(name: str, value: Any) -> ir.Attr:
             return ir.AttrFloat32s(name, value)
         return ir.AttrInt64s(name, value)
     return ir.AttrTensor(name, value)
+
+
+Writer: TypeAlias = Callable[[Builder, Request], "ir.Value | list[ir.Value]"]

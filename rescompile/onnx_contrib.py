@@ -8,7 +8,8 @@ from rescompile.graph import ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import activation_name
 from rescompile.onnx_ops import Reading, Step
-from rescompile.onnx_read import Reader, Site, conv_attrs
+from rescompile.onnx_read_nn import conv_attrs
+from rescompile.onnx_site import Reader, Site
 
 
 def _skip_norm(s: Site, *, rms: bool) -> Reading:

@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
-from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET
+from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, nodes_within
+from rescompile.onnx_serial import uncollected
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
@@ -42,7 +43,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
         raise RescompileError(f"'{path}' cannot be read: {error.strerror}.") from error
     _check_proto(proto, str(path))
     model = _deserialise(proto, str(path))
-    ir.external_data.set_base_dir(model.graph, path.resolve().parent)
+    ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     _check_external(model, path)
     _check_operators(model, str(path))
     graph = OnnxGraph.read(model)
@@ -94,7 +95,8 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
 
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
-        return ir.from_proto(proto)
+        with uncollected():
+            return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         cause = error.__cause__ or error
         raise RescompileError(f"{where} is not a well-formed ONNX model: {str(cause).splitlines()[0]}") from error
@@ -102,7 +104,7 @@ def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
 
 def _check_external(model: ir.Model, path: Path) -> None:
     """Every external tensor's file must lie inside the model's folder, links followed, and be long enough."""
-    folder = path.resolve().parent
+    folder = path.parent.resolve()
     sizes: dict[str, int] = {}
     for tensor in _tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
@@ -120,7 +122,13 @@ def _check_external(model: ir.Model, path: Path) -> None:
                     f"'{path}' keeps the tensor '{tensor.name}' in '{location}', which is not there: put the file "
                     "beside the model."
                 )
-            sizes[location] = target.stat().st_size
+            status = target.stat()
+            if status.st_nlink > 1:
+                raise RescompileError(
+                    f"'{location}', the external data of '{path}', has several hard links, so it may lie anywhere: "
+                    "copy the file."
+                )
+            sizes[location] = status.st_size
         end = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
         if end > sizes[location] or (tensor.length is not None and tensor.length < tensor.nbytes):
             raise RescompileError(
@@ -144,7 +152,7 @@ def _check_operators(model: ir.Model, where: str) -> None:
     """Standard operators must exist in the model's opset; those of other domains may be anything, if imported."""
     opset = model.opset_imports.get("", 0)
     known: set[tuple[str, str]] = set()
-    for node in model.graph.all_nodes():
+    for node in nodes_within(model.graph):
         key = (node.domain, node.op_type)
         if key in known:
             continue

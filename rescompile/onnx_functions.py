@@ -17,12 +17,13 @@ from rescompile.kinds import OpKind
 from rescompile.onnx_build import Builder, Ref, Request
 from rescompile.onnx_emit import write
 from rescompile.onnx_ops import FUNCTION_DOMAIN, Arg, Reading, Step
-from rescompile.onnx_read import Site
+from rescompile.onnx_site import Site
 
 OLDEST_IR = 8  # the first IR version with functions in a model
 
 _STEMS = {OpKind.FUSED_CONV: "FusedConv", OpKind.FUSED_LINEAR: "FusedLinear", OpKind.ADD_NORM: "AddNorm"}
 _KINDS = {stem: kind for kind, stem in _STEMS.items()}
+_TUPLES = ("stride", "pads", "dilation")
 _OUTPUTS = {OpKind.ADD_NORM: ("y", "sum")}
 # Attributes that decide what the body looks like; all others are numbers that the body refers to.
 _STRUCTURE = ("inner", "outer", "norm", "transpose_weight")
@@ -112,5 +113,5 @@ def read_call(s: Site, function: ir.Function) -> Reading:
     for name, default in kind.spec.attrs.items():
         value = s.attr(name)
         if value is not None:
-            attrs[name] = type(default)(value)
+            attrs[name] = bool(value) if isinstance(default, bool) else tuple(value) if name in _TUPLES else value
     return Step(kind, inputs, attrs, tuple(range(kind.spec.outputs)))

@@ -8,7 +8,6 @@ rest is presented.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,13 @@ from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
-from rescompile.onnx_contrib import CONTRIB_READERS
+from rescompile.onnx_extents import complete, merge, result_dtype
 from rescompile.onnx_functions import read_call
 from rescompile.onnx_literals import evaluate, is_literal
-from rescompile.onnx_ops import PROVENANCE_KEY, Step, dtype_name, is_static
-from rescompile.onnx_read import READERS, Site
-from rescompile.onnx_shapes import Facts, complete, literal, merge, name_extents
+from rescompile.onnx_ops import PROVENANCE_KEY, PartialShape, Step, dtype_name, is_static, literal, own_graphs
+from rescompile.onnx_read import reader_of
+from rescompile.onnx_shapes import Facts, name_extents
+from rescompile.onnx_site import Site
 
 if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
@@ -53,7 +53,6 @@ class _Import:
         self.model = graph.model
         self.facts = Facts(graph.model)
         self.constants: set[ir.Value] = set()  # values that do not depend on the graph's inputs
-        self.literals: set[ir.Value] = set()  # of these, what follows from literals alone
         self.items: dict[ir.Node, _Item] = {}  # by the node that produces the item's outputs
         self.values: dict[ir.Value, Value] = {}
 
@@ -77,8 +76,8 @@ class _Import:
 
     def _read_node(self, node: ir.Node) -> None:
         facts = self.facts
-        if is_literal(node, self.literals, facts) and self._type_literals(node):
-            self.literals.update(node.outputs)
+        if is_literal(node, facts) and self._type_literals(node):
+            facts.literals.update(node.outputs)
             self.constants.update(node.outputs)
             facts.follow(node)
             if node.op_type != "Constant":
@@ -92,12 +91,16 @@ class _Import:
         if len(steps) == 1:
             merged = self._merge_linear(steps[0])
             nodes = (*merged, node)
-            step = steps[0]
-            pure = step.kind is not K.OPAQUE and not step.kind.has(Trait.RANDOM)
-            operands = [value for value in step.inputs if value is not None]
-            if pure and operands and all(isinstance(v, ir.Value) and v in self.constants for v in operands):
-                self.constants.update(outputs)
+        if self._constant(steps):
+            self.constants.update(outputs)
         self.items[node] = _Item(nodes, steps, outputs)
+
+    def _constant(self, steps: list[Step]) -> bool:
+        """Whether the results do not depend on the graph's inputs."""
+        listed = [operand for step in steps for operand in step.inputs if operand is not None]
+        operands = [operand for operand in listed if not isinstance(operand, np.ndarray)]
+        pure = all(step.kind is not K.OPAQUE and not step.kind.has(Trait.RANDOM) for step in steps)
+        return pure and bool(operands) and all(operand in self.constants or operand in steps for operand in operands)
 
     def _type_literals(self, node: ir.Node) -> bool:
         """Whether types and extents of all outputs are known, if need be by computing them."""
@@ -113,9 +116,7 @@ class _Import:
 
     def _steps(self, node: ir.Node) -> list[Step]:
         function = self.model.functions.get(node.op_identifier()) if self.model.functions else None
-        reader = READERS.get(node.op_type) if node.domain == "" else None
-        if node.domain == "com.microsoft":
-            reader = CONTRIB_READERS.get(node.op_type)
+        reader = reader_of(node)
         if function is not None:
             reading = read_call(self._site(node), function)
         elif reader is not None:
@@ -137,31 +138,34 @@ class _Import:
         return Site(node, opset, self.facts, self.constants)
 
     def _note_types(self, node: ir.Node, steps: list[Step]) -> None:
-        """Types of inner results and of the node's outputs, with the symbolic extents that follow by kind."""
+        """Types of inner results and of the node's outputs, with the extents that follow by kind."""
+        stem = _name(node.outputs[0])
         for step in steps:
             if step.kind is K.OPAQUE:
-                break
-            if step.outputs:
-                value = node.outputs[step.outputs[0]]
-                shape, dtype = self.facts.partial_type(value)
-                shape, dtype = merge(shape, step.type.shape), dtype or step.type.dtype
-            else:
-                shape, dtype = step.type.shape, step.type.dtype
-            if shape is None or None in shape:
-                operands = [self._type(operand).shape for operand in step.inputs if operand is not None]
-                shape = complete(step.kind, step.attrs, operands, shape)
-                stem = _name(node.outputs[0])
-                shape = name_extents(shape, stem)
-            if step.outputs:
-                self.facts.types[value] = ValueType(shape, dtype)
-            else:
-                step.type = ValueType(shape, dtype)
+                continue
+            if not step.outputs:
+                step.type = self._completed(step, step.type.shape, step.type.dtype, stem, 0)
+            for position, index in enumerate(step.outputs):
+                value = node.outputs[index] if index < len(node.outputs) else None
+                if value is not None and value.name:
+                    shape, dtype = self.facts.partial_type(value)
+                    shape = merge(shape, step.extents)
+                    self.facts.types[value] = self._completed(step, shape, dtype, value.name, position)
+
+    def _completed(
+        self, step: Step, shape: PartialShape | None, dtype: str | None, stem: str, position: int
+    ) -> ValueType:
+        if shape is None or None in shape or dtype is None:
+            operands = [self._type(operand) for operand in step.inputs if operand is not None]
+            shape = complete(step.kind, step.attrs, [operand.shape for operand in operands], shape, position)
+            dtype = dtype or result_dtype(step.kind, step.attrs, [operand.dtype for operand in operands])
+        return ValueType(name_extents(shape, stem), dtype)
 
     def _type(self, operand: Any) -> ValueType:
-        if isinstance(operand, ir.Value):
-            return self.facts.type(operand)
         if isinstance(operand, Step):
             return operand.type
+        if isinstance(operand, ir.Value):
+            return self.facts.type(operand)
         return ValueType(tuple(operand.shape), str(operand.dtype))
 
     def _merge_linear(self, step: Step) -> tuple[ir.Node, ...]:
@@ -219,11 +223,11 @@ class _Import:
 
     def _hide(self, node: ir.Node) -> None:
         """Keep the node out of the view; the shape that it asks for must be had otherwise once the value is gone."""
-        self.graph.hidden.add(node)
+        self.graph.native.hidden.add(node)
         slot = {"Shape": 0, "CastLike": 1}.get(node.op_type)
         source = None if slot is None else node.inputs[slot]
         if source is not None:
-            self.graph.measured[source] = self.facts.type(source)
+            self.graph.native.measured[source] = self.facts.type(source)
 
     # ---- forward: presentation ---------------------------------------------------------------------------------------
 
@@ -233,7 +237,7 @@ class _Import:
             item = self.items.get(node)
             if item is None:
                 for value in node.outputs:
-                    if value in needed and value in self.literals:
+                    if value in needed and value in self.facts.literals:
                         self._present_constant(value, Role.CONSTANT)
             elif item.shown:
                 name = node.name if node.name and names[node.name] == 1 else _name(node.outputs[0])
@@ -308,12 +312,8 @@ def _name(value: ir.Value) -> str:
 def captured(node: ir.Node) -> list[ir.Value]:
     """Values of the outer graph that the node's own graphs (the branches of an If, the body of a Loop) read."""
     found: dict[ir.Value, None] = {}
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            _captured_by(attribute.as_graph(), set(), found)
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            for inner in attribute.as_graphs():
-                _captured_by(inner, set(), found)
+    for inner in own_graphs(node):
+        _captured_by(inner, set(), found)
     return list(found)
 
 
@@ -323,23 +323,9 @@ def _captured_by(inner: ir.Graph, outside: set[ir.Value], found: dict[ir.Value, 
         own.update(node.outputs)
     for node in inner:
         found.update((value, None) for value in node.inputs if value is not None and value not in own)
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH:
-                _captured_by(attribute.as_graph(), own, found)
+        for deeper in own_graphs(node):
+            _captured_by(deeper, own, found)
     found.update((value, None) for value in inner.outputs if value not in own)
-
-
-def nested_nodes(node: ir.Node) -> Iterator[ir.Node]:
-    """The nodes inside the node's own graphs, at any depth."""
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            graphs: tuple[ir.Graph, ...] = (attribute.as_graph(),)
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            graphs = tuple(attribute.as_graphs())
-        else:
-            continue
-        for graph in graphs:
-            yield from graph.all_nodes()
 
 
 def module_path(node: ir.Node) -> str:

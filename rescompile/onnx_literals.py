@@ -7,22 +7,23 @@ Nothing that comes from a weight is a literal: weights stay visible, whatever is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from rescompile.errors import GraphError
 from rescompile.graph import ValueType
-from rescompile.onnx_ops import numpy_dtype
-from rescompile.onnx_shapes import Facts, literal
+from rescompile.onnx_ops import literal, numpy_dtype
+
+if TYPE_CHECKING:
+    from rescompile.onnx_shapes import Facts
 
 _DRAWN = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
-def is_literal(node: ir.Node, literals: set[ir.Value], facts: Facts) -> bool:
+def is_literal(node: ir.Node, facts: Facts) -> bool:
     """Whether the node's outputs follow from literals alone."""
     if node.domain != "":
         return False
@@ -36,7 +37,7 @@ def is_literal(node: ir.Node, literals: set[ir.Value], facts: Facts) -> bool:
     inputs = [value for value in node.inputs if value is not None]
     if node.op_type == "CastLike":
         inputs = inputs[:1]
-    if not inputs or not all(value in literals for value in inputs):
+    if not inputs or not all(value in facts.literals for value in inputs):
         return False
     nested = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
     return node.op_type not in _DRAWN and not nested
@@ -103,6 +104,8 @@ def _compute(node: ir.Node, known: Mapping[ir.Value, np.ndarray[Any, Any]]) -> l
     outputs = [onnx.ValueInfoProto(name=name) for name in proto.output]
     body = onnx.helper.make_graph([proto], "literal", infos, outputs)
     model = onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    from onnx.reference import ReferenceEvaluator
+
     try:
         return [np.asarray(array) for array in ReferenceEvaluator(model).run(None, feeds)]
     except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:

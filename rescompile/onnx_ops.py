@@ -7,7 +7,7 @@ opsets, have a reader in `onnx_read` and a writer in `onnx_emit`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,7 +23,11 @@ FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that s
 PROVENANCE_KEY = "rescompile.pass"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
 OLDEST_INITIALIZERS = 4  # the IR version from which initializers need not be inputs as well
+SMALL = 1024  # elements: constants up to this size may hold shapes, axes, scales
 INT64_MAX = np.iinfo(np.int64).max
+
+
+PartialShape: TypeAlias = tuple[Dim | None, ...]  # None: an extent that nobody has named yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +94,16 @@ class Step:
     """One logical operation that a native node is read as.
 
     `inputs`: native values, literals, or earlier steps of the same node (their first output). `outputs`: which of the
-    node's outputs the step produces, empty for an inner step, whose result has `type`.
+    node's outputs the step produces, empty for an inner step, whose result has `type`. `extents`: what the reader knows
+    of an output's shape beyond the model's own declaration.
     """
 
     kind: K
     inputs: Sequence[ir.Value | Step | np.ndarray[Any, Any] | None]
     attrs: Attrs = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
-    type: ValueType = ValueType(None, None)
+    extents: PartialShape | None = None
+    type: ValueType = field(default_factory=lambda: ValueType(None, None))
 
 
 # What a reader answers: one step, several, or the reason why the node has no kind.
@@ -145,9 +151,52 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError:
-        return np.dtype(getattr(ml_dtypes, name))
+        extra: type[np.generic] = vars(ml_dtypes)[name]
+        return np.dtype(extra)
 
 
 def is_static(shape: Sequence[Dim] | None) -> bool:
     """Whether every extent is known."""
     return shape is not None and all(isinstance(extent, int) for extent in shape)
+
+
+def literal(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or of a Constant node, not yet read; None for anything else."""
+    if value.const_value is not None:
+        return value.const_value
+    node = value.producer()
+    if node is None or node.op_type != "Constant" or node.domain != "":
+        return None
+    return constant_tensor(node)
+
+
+def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor that a Constant node holds, whichever of its attributes spells it."""
+    for name, attribute in node.attributes.items():
+        if name == "value":
+            return attribute.as_tensor()
+        if name in ("value_float", "value_floats"):
+            return ir.tensor(np.asarray(attribute.value, dtype=np.float32))
+        if name in ("value_int", "value_ints"):
+            return ir.tensor(np.asarray(attribute.value, dtype=np.int64))
+    return None
+
+
+def own_graphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that a node holds: the branches of an If, the body of a Loop."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            found += attribute.as_graphs()
+    return found
+
+
+def nodes_within(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """The nodes and those of the graphs that they hold, at any depth."""
+    for node in nodes:
+        yield node
+        if node.attributes:
+            for graph in own_graphs(node):
+                yield from nodes_within(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,9 +58,10 @@ def _check(name: str, array: np.ndarray[Any, Any], value: ir.Value) -> None:
 
 def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
     try:
-        import onnxruntime
+        onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError:
         return _reference(model)
+    failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, NotImplementedError, *_own_errors(onnxruntime))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     providers = ["CPUExecutionProvider"]
@@ -71,24 +73,22 @@ def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
                 path = Path(folder) / "model.onnx"
                 save_external(model, path, "model.data")
                 session = onnxruntime.InferenceSession(str(path), options, providers)
-    except (RuntimeError, ValueError, NotImplementedError, *_runtime_errors()) as error:
+    except failures as error:
         raise GraphError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
 
     def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
         try:
             return list(session.run(None, inputs))
-        except (RuntimeError, ValueError, *_runtime_errors()) as error:
+        except failures as error:
             raise GraphError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
 
     return run
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def _own_errors(onnxruntime: Any) -> tuple[type[Exception], ...]:
     """ONNX Runtime's exceptions, which have no common base of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    found = [item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception)]
-    return tuple(found)
+    state = vars(onnxruntime.capi.onnxruntime_pybind11_state)
+    return tuple(item for item in state.values() if isinstance(item, type) and issubclass(item, Exception))
 
 
 def _reference(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,18 @@ from rescompile.errors import RescompileError
 
 # Protocol buffers end at 2 GiB; the rest is for nodes and names.
 PROTO_LIMIT = 2**31 - 2**27
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Reading or copying a graph makes millions of objects and no garbage: looking for some takes a third of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def tensor_bytes(model: ir.Model) -> int:

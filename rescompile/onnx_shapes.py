@@ -1,27 +1,26 @@
 """What is known of an ONNX model's values before it runs: types, small constants, shape arithmetic.
 
-Types come from the file's value_info; where that is missing, from onnx's shape inference over a skeleton of the model
-that holds no weights (a model over 2 GB cannot be serialised, and its weights say nothing about shapes). Extents that
-onnx gives up on are carried on symbolically by kind.
+Types come from the file's value_info, and from `onnx_infer` where that is missing. Shape arithmetic (Shape, Gather,
+Concat feeding a Reshape) is followed symbolically, so that a target shape is known although nodes compute it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
+from rescompile.errors import GraphError
 from rescompile.graph import Dim, Shape, ValueType
-from rescompile.kinds import OpKind, Trait
-from rescompile.onnx_ops import dtype_name, is_static
+from rescompile.onnx_extents import product
+from rescompile.onnx_infer import infer
+from rescompile.onnx_literals import evaluate
+from rescompile.onnx_ops import SMALL, PartialShape, dtype_name, is_static, literal
 
-SMALL = 1024  # elements: constants up to this size may hold shapes, axes, scales
 UNKNOWN = ValueType(None, None)
-
-PartialShape = tuple[Dim | None, ...]  # None: an extent that nobody has named yet
 
 
 def declared_type(value: ir.Value) -> tuple[PartialShape | None, str | None]:
@@ -33,33 +32,12 @@ def declared_type(value: ir.Value) -> tuple[PartialShape | None, str | None]:
     return tuple(extent if isinstance(extent, int) else extent.value for extent in shape.dims), dtype
 
 
-def literal(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or of a Constant node, not yet read; None for anything else."""
-    if value.const_value is not None:
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain != "":
-        return None
-    return constant_tensor(node)
-
-
-def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
-    """The tensor that a Constant node holds, whichever of its attributes spells it."""
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor()
-        if name in ("value_float", "value_floats"):
-            return ir.tensor(np.asarray(attribute.value, dtype=np.float32))
-        if name in ("value_int", "value_ints"):
-            return ir.tensor(np.asarray(attribute.value, dtype=np.int64))
-    return None
-
-
 class Facts:
     """Types, small constants and shape arithmetic of a graph's values, gathered in topological order."""
 
     def __init__(self, model: ir.Model) -> None:
         self.types: dict[ir.Value, ValueType] = {}
+        self.literals: set[ir.Value] = set()  # values that follow from literals alone
         self.vectors: dict[ir.Value, PartialShape] = {}  # integer vectors known from constants and shapes
         self._model = model
         self._inferred: dict[str, tuple[PartialShape | None, str | None]] | None = None
@@ -93,10 +71,22 @@ class Facts:
         if value is None:
             return None
         if value not in self._arrays:
-            tensor = literal(value)
-            small = tensor is not None and tensor.size <= SMALL and tensor.dtype is not ir.DataType.STRING
-            self._arrays[value] = tensor.numpy() if small and tensor is not None else None
+            self._arrays[value] = self._small_array(value)
         return self._arrays[value]
+
+    def _small_array(self, value: ir.Value) -> np.ndarray[Any, Any] | None:
+        tensor = literal(value)
+        if tensor is not None:
+            return tensor.numpy() if tensor.size <= SMALL and tensor.dtype is not ir.DataType.STRING else None
+        if value not in self.literals:
+            return None
+        shape = self.type(value).shape
+        if shape is None or not is_static(shape) or math.prod(int(extent) for extent in shape) > SMALL:
+            return None
+        try:
+            return evaluate(value, self.type)
+        except GraphError:
+            return None
 
     def vector(self, value: ir.Value | None) -> PartialShape | None:
         """The integers that a value is known to hold (extents by name), None where it is not shape arithmetic."""
@@ -147,20 +137,10 @@ def _shape(facts: Facts, node: ir.Node) -> PartialShape | None:
     return shape[slice(start.value if start else 0, end.value if end else None)]
 
 
-def _product(extents: Sequence[Dim | None]) -> Dim | None:
-    product = 1
-    names = [extent for extent in extents if not isinstance(extent, int)]
-    for extent in extents:
-        product *= extent if isinstance(extent, int) else 1
-    if not names:
-        return product
-    return names[0] if len(names) == 1 and product == 1 else None
-
-
 def _size(facts: Facts, node: ir.Node) -> PartialShape | None:
     source = node.inputs[0]
     shape = facts.type(source).shape if source is not None else None
-    return None if shape is None else (_product(shape),)
+    return None if shape is None else (product(shape),)
 
 
 def _gather(facts: Facts, node: ir.Node) -> PartialShape | None:
@@ -229,7 +209,7 @@ def _fold(compute: Callable[[int, int], int], neutral: int | None) -> Callable[[
 
 
 def _multiply(a: Dim | None, b: Dim | None) -> Dim | None:
-    return _product((a, b))
+    return product((a, b))
 
 
 def _divide(a: int, b: int) -> int:
@@ -265,7 +245,7 @@ def _expand(facts: Facts, node: ir.Node) -> PartialShape | None:
 
 def _reduce_prod(facts: Facts, node: ir.Node) -> PartialShape | None:
     vector = facts.vector(node.inputs[0])
-    return None if vector is None else (_product(vector),)
+    return None if vector is None else (product(vector),)
 
 
 _ARITHMETIC: dict[str, Callable[[Facts, ir.Node], PartialShape | None]] = {
@@ -291,188 +271,3 @@ _ARITHMETIC: dict[str, Callable[[Facts, ir.Node], PartialShape | None]] = {
     "Expand": _expand,
     "ReduceProd": _reduce_prod,
 }
-
-
-# ---- symbolic extents that onnx's inference loses --------------------------------------------------------------------
-
-
-def complete(
-    kind: OpKind, attrs: dict[str, Any], inputs: Sequence[Shape | None], shape: PartialShape | None
-) -> PartialShape | None:
-    """Fill in the extents of an operation's output that follow from its operands' by kind."""
-    if shape is not None and None not in shape:
-        return shape
-    first = inputs[0] if inputs else None
-    if kind.has(Trait.SHAPE_PRESERVING):
-        return merge(shape, first)
-    if kind.has(Trait.ELEMENTWISE):
-        return merge(shape, broadcast(inputs))
-    if shape is not None and first is not None and len(first) == len(shape):
-        if kind in (OpKind.CONV, OpKind.FUSED_CONV) and len(inputs) > 1 and inputs[1] is not None:
-            return merge(shape, _windowed(first, inputs[1][2:], attrs))
-        if kind in (OpKind.MAX_POOL, OpKind.AVG_POOL) and not attrs.get("ceil_mode"):
-            return merge(shape, _windowed(first, attrs["kernel"], attrs))
-        if kind is OpKind.CONCAT:
-            axis = attrs["axis"]
-            return merge(shape, tuple(None if i == axis else extent for i, extent in enumerate(first)))
-    return shape
-
-
-def merge(shape: PartialShape | None, other: PartialShape | None) -> PartialShape | None:
-    """The first shape, with what the second knows beyond it."""
-    if shape is None or other is None or len(shape) != len(other):
-        return other if shape is None else shape
-    return tuple(b if a is None else a for a, b in zip(shape, other, strict=True))
-
-
-def broadcast(shapes: Sequence[PartialShape | None]) -> PartialShape | None:
-    """Extents of an elementwise result; None for one that the operands leave open."""
-    known = [shape for shape in shapes if shape is not None]
-    if not known or len(known) < len(shapes):
-        return None
-    rank = max(len(shape) for shape in known)
-    result: list[Dim | None] = []
-    for axis in range(-rank, 0):
-        extents = {shape[axis] for shape in known if len(shape) >= -axis} - {1}
-        result.append(extents.pop() if len(extents) == 1 else None if extents else 1)
-    return tuple(result)
-
-
-def reshaped(shape: Shape, target: PartialShape, *, zeros: bool) -> PartialShape:
-    """Reshape's target with 0 (keep) and −1 (the rest) resolved."""
-    extents = [
-        shape[axis] if extent == 0 and not zeros and axis < len(shape) else extent for axis, extent in enumerate(target)
-    ]
-    if -1 not in extents:
-        return tuple(extents)
-    rest = list(shape)
-    for extent in extents:
-        if isinstance(extent, str) and extent in rest:
-            rest.remove(extent)
-        elif not isinstance(extent, int):
-            return tuple(None if extent == -1 else extent for extent in extents)
-    known = _product([extent for extent in extents if isinstance(extent, int) and extent != -1])
-    total = _product([extent for extent in rest if isinstance(extent, int)])
-    names: list[Dim | None] = [extent for extent in rest if isinstance(extent, str)]
-    factor = total // known if isinstance(total, int) and isinstance(known, int) and known else 0
-    missing = _product([*names, factor]) if factor else None
-    return tuple(missing if extent == -1 else extent for extent in extents)
-
-
-def _windowed(x: Shape, kernel: Sequence[Dim], attrs: dict[str, Any]) -> PartialShape:
-    """out = (in + pads − dilation·(kernel − 1) − 1) // stride + 1, written the same way wherever it is the same."""
-    spatial = len(x) - 2
-    stride, pads = attrs["stride"], attrs["pads"]
-    dilation = attrs.get("dilation") or (1,) * spatial
-    result: list[Dim | None] = [x[0], None]
-    for axis in range(spatial):
-        extent, size = x[axis + 2], kernel[axis]
-        if not isinstance(size, int):
-            result.append(None)
-            continue
-        margin = pads[axis] + pads[axis + spatial] - dilation[axis] * (size - 1) - 1
-        if isinstance(extent, int):
-            result.append((extent + margin) // stride[axis] + 1)
-        elif stride[axis] == 1:
-            result.append(extent if margin == -1 else f"({extent}{margin + 1:+d})")
-        else:
-            result.append(f"(({extent}{margin:+d})//{stride[axis]}+1)")
-    return tuple(result)
-
-
-# ---- onnx's own inference, over a skeleton ---------------------------------------------------------------------------
-
-# Operators outside the standard that have, for inference, the meaning of a standard one on their first inputs, and the
-# outputs that have the type of the first.
-_STAND_INS: dict[str, tuple[str, int, tuple[int, ...]]] = {
-    "SkipLayerNormalization": ("Identity", 1, (0, 3)),
-    "SkipSimplifiedLayerNormalization": ("Identity", 1, (0, 3)),
-    "SimplifiedLayerNormalization": ("Identity", 1, (0,)),
-    "EmbedLayerNormalization": ("", 0, ()),
-    "BiasGelu": ("Add", 2, (0,)),
-    "FastGelu": ("Identity", 1, (0,)),
-    "QuickGelu": ("Identity", 1, (0,)),
-    "Gelu": ("Identity", 1, (0,)),
-    "FusedConv": ("Conv", 3, (0,)),
-    "FusedMatMul": ("MatMul", 2, (0,)),
-}
-
-
-def infer(model: ir.Model) -> dict[str, tuple[PartialShape | None, str | None]]:
-    """Types of every value of the main graph that onnx can infer, by name. The model stays as it is."""
-    skeleton = onnx.ModelProto(ir_version=max(model.ir_version, 8))
-    for domain, version in model.opset_imports.items():
-        skeleton.opset_import.add(domain=domain, version=version)
-    graph = skeleton.graph
-    graph.name = "skeleton"
-    for value in model.graph.inputs:
-        ir.serde.serialize_value_into(graph.input.add(), value)
-    listed = set(model.graph.inputs)
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            _constant(graph, value, value.const_value, listed=value in listed)
-    for node in model.graph:
-        _node(graph, node)
-    for value in model.graph.outputs:
-        ir.serde.serialize_value_into(graph.output.add(), value)
-    for function in model.functions.values():
-        ir.serde.serialize_function_into(skeleton.functions.add(), function)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return {}
-    types = {}
-    for info in (*inferred.graph.value_info, *inferred.graph.output):
-        if info.type.HasField("tensor_type"):
-            types[info.name] = _read_type(info.type.tensor_type)
-    return types
-
-
-def _constant(graph: onnx.GraphProto, value: ir.Value, tensor: ir.TensorProtocol, *, listed: bool) -> None:
-    """Small integers and scales are data that shapes follow from; all others only have a type."""
-    if tensor.size <= SMALL and not isinstance(tensor, ir.ExternalTensor):
-        proto = graph.initializer.add()
-        ir.serde.serialize_tensor_into(proto, tensor)
-        proto.name = value.name or ""
-    elif not listed:
-        info = graph.input.add(name=value.name or "")
-        info.type.tensor_type.elem_type = tensor.dtype.value
-        info.type.tensor_type.shape.SetInParent()
-        for extent in tensor.shape.numpy():
-            info.type.tensor_type.shape.dim.add(dim_value=int(extent))
-
-
-def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
-    if node.op_type == "Constant" and node.domain == "":
-        tensor = constant_tensor(node)
-        if tensor is not None and tensor.size > SMALL:
-            _constant(graph, node.outputs[0], tensor, listed=False)
-            return
-    op_type, domain, inputs = node.op_type, node.domain, list(node.inputs)
-    outputs = [[value.name or "" for value in node.outputs]]
-    if op_type in _STAND_INS and (domain == "com.microsoft" or op_type == "SimplifiedLayerNormalization"):
-        op_type, count, same = _STAND_INS[op_type]
-        domain, inputs = "", inputs[:count]
-        outputs = [[node.outputs[i].name or ""] for i in same if i < len(node.outputs) and node.outputs[i].name]
-    for names in outputs:
-        proto = graph.node.add(op_type=op_type, domain=domain, overload=node.overload)
-        proto.input.extend("" if value is None else value.name or "" for value in inputs)
-        proto.output.extend(names)
-        for name, attribute in node.attributes.items():
-            if name not in ("activation", "activation_params") or domain:
-                ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
-
-
-def _read_type(tensor: onnx.TypeProto.Tensor) -> tuple[PartialShape | None, str | None]:
-    dtype = dtype_name(ir.DataType(tensor.elem_type)) if tensor.elem_type else None
-    if not tensor.HasField("shape"):
-        return None, dtype
-    shape = []
-    for extent in tensor.shape.dim:
-        known = extent.WhichOneof("value")
-        named = extent.dim_param if known == "dim_param" and not extent.dim_param.startswith("unk__") else None
-        shape.append(extent.dim_value if known == "dim_value" else named)
-    return tuple(shape), dtype
-
-
-__all__ = ["SMALL", "Facts", "complete", "constant_tensor", "declared_type", "infer", "is_static", "literal"]

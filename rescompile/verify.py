@@ -47,6 +47,7 @@ class Verification(msgspec.Struct, frozen=True):
     preserves: str
     checks: tuple[Check, ...] = ()
     skipped: str = ""
+    vacuous: bool = False  # the original gives the same outputs for all inputs, so equality proves little
 
     @property
     def ok(self) -> bool:
@@ -66,11 +67,14 @@ class Verification(msgspec.Struct, frozen=True):
             return "verified: nothing to compare"
         verdict = "verified" if self.ok else "FAILED"
         kinds = len({check.inputs for check in self.checks})
-        return (
+        text = (
             f"{verdict} ({self.preserves}): {len(self.checks)} comparisons on {kinds} kinds of input, largest relative "
             f"difference {worst.difference:.1e} (output '{worst.output}', {worst.inputs} inputs, "
             f"tolerance {worst.tolerance:.0e})"
         )
+        if self.vacuous:
+            text += "; with these weights the model gives the same outputs for every input, so this proves little"
+        return text
 
 
 def interface_of(graph: Graph) -> tuple[Any, ...]:
@@ -91,14 +95,16 @@ def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed
     if preserves == "interface":
         return Verification(preserves, (Check("interface", "signature", 0.0, 1.0, True),))
     checks: list[Check] = []
+    seen: list[list[Array]] = []
     for label, make in ADVERSARIES.items():
         inputs = make_inputs(original, make, seed)
         if inputs is None:
             return Verification(preserves, skipped="an input of the model has no known shape or dtype")
         if label != "random" and not any(_is_float(array.dtype) for array in inputs.values()):
             continue  # integer inputs have no adversarial values that a model must take
-        checks += _compare(original, rewritten, inputs, label, seed)
-    return Verification(preserves, tuple(checks))
+        seen.append(list(original.run(inputs).values()))
+        checks += _compare(original, rewritten, inputs, seen[-1], label, seed)
+    return Verification(preserves, tuple(checks), vacuous=_all_equal(seen))
 
 
 def make_inputs(
@@ -194,8 +200,15 @@ def relative_difference(expected: Array, actual: Array) -> float:
     return difference / scale if scale > 0 else difference
 
 
-def _compare(original: Graph, rewritten: Graph, inputs: Inputs, label: str, seed: int) -> list[Check]:
-    expected = list(original.run(inputs).values())
+def _all_equal(runs: list[list[Array]]) -> bool:
+    """Whether several runs gave the same finite outputs; one run tells nothing."""
+    pairs = [pair for run in runs[1:] for pair in zip(runs[0], run, strict=True)]
+    return bool(pairs) and all(np.array_equal(a, b) and np.isfinite(a.astype(np.float64)).all() for a, b in pairs)
+
+
+def _compare(
+    original: Graph, rewritten: Graph, inputs: Inputs, expected: list[Array], label: str, seed: int
+) -> list[Check]:
     actual = list(rewritten.run(inputs).values())
     if len(expected) != len(actual):
         raise RescompileError(f"The rewritten graph has {len(actual)} outputs where the original has {len(expected)}.")

@@ -1,11 +1,16 @@
-"""What every test needs before it imports a model library."""
+"""Fixtures that more than one test file uses."""
 
 from __future__ import annotations
 
-import torch
+import pytest
 
-# torchvision's compiled operators are missing beside a CPU build of torch that does not match: it needs their schemas
-# only, to be imported. Kept alive: the definitions go when the library object does.
-_TORCHVISION = torch.library.Library("torchvision", "DEF")
-_TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-_TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision beside a torch without its compiled operators: two of them must be declared before the import."""
+    torch = pytest.importorskip("torch")
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield pytest.importorskip("torchvision")
+    del library

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from rescompile import cli_models
 from rescompile.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -62,6 +63,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return int(left.value.code or 0), captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that loads the model."""
+
+    def load(*arguments: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(cli_models, "load_model", load)
 
 
 @pytest.fixture
@@ -208,6 +219,92 @@ def test_a_module_takes_its_inputs_from_the_command_line(run: Run, user_module: 
     assert (code, err) == (0, "")
     batch = json.loads(out)["blocks"][0]["shape"][0]
     assert isinstance(batch, str) == given.startswith("N")
+
+
+# ---- compile, run, bench -------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_runs_on_given_inputs_and_agrees_with_torch(run: Run, user_module: str, tmp_path: Path) -> None:
+    artifact, given = tmp_path / "block.rescompile", tmp_path / "x.npz"
+    code, text, err = run("compile", f"{user_module}:with_inputs", "-o", artifact)
+    assert (code, err) == (0, "")
+    assert "x: f32[2,4,8,8]" in text
+    np.savez(given, x=np.random.default_rng(0).standard_normal((2, 4, 8, 8)).astype(np.float32))
+    outputs = []
+    for model, backend in ((artifact, "tvm"), (f"{user_module}:with_inputs", "eager")):
+        out = tmp_path / f"{backend}.npz"
+        code, text, err = run("run", model, "--backend", backend, "--input-file", given, "-o", out, "--json")
+        assert (code, err) == (0, "")
+        assert json.loads(text)["outputs"][0]["type"] == "f32[2,4,8,8]"
+        outputs.append(next(iter(np.load(out).values())))
+    np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-5 * np.abs(outputs[1]).max())
+
+
+def test_wrong_arrays_for_an_artifact_are_one_sentence(run: Run, residual_onnx: Path, tmp_path: Path) -> None:
+    artifact, given = tmp_path / "block.rescompile", tmp_path / "x.npz"
+    assert run("compile", residual_onnx, "-o", artifact)[0] == 0
+    right = np.zeros((2, 4, 8, 8), np.float32)
+    for arrays, said in (
+        ({"z": right}, "no input 'z'"),
+        ({}, "lacks x"),
+        ({"x": right[:1]}, "'x'"),
+        ({"x": right.astype(np.float64)}, "'x'"),
+    ):
+        np.savez(given, **arrays)
+        code, out, err = run("run", artifact, "--input-file", given)
+        assert (code, out) == (1, "")
+        assert said in err
+        assert "Internal error" not in err
+    code, _, err = run("run", artifact, "--backend", "eager")
+    assert code == 1
+    assert "compiled artifact" in err
+
+
+def test_operations_without_a_lowering_are_all_named_at_once(run: Run, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Mystery", ["x"], ["a"], name="first", domain="acme"),
+        helper.make_node("Riddle", ["a"], ["y"], name="second", domain="acme"),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 4]) for name in ("x", "y", "a")]
+    graph = helper.make_graph(nodes, "unknown", values[:1], values[1:2], value_info=values[2:])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("acme", 1)]
+    path = tmp_path / "unknown.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    assert run("inspect", path)[0] == 0
+    code, _, err = run("compile", path, "-o", tmp_path / "out.rescompile")
+    assert code == 1
+    assert "Mystery" in err
+    assert "Riddle" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out.rescompile").exists()
+
+
+@pytest.mark.usefixtures("never_loaded")
+def test_an_unknown_target_is_said_before_long_work(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("compile", "m.onnx", "-o", tmp_path / "out", "--target", "cuda:sm_9O")
+    assert code == 1
+    assert "did you mean 'cuda:sm_90'?" in err
+
+
+def test_tvm_missing_names_the_extra_to_install(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    def missing(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    code, _, err = run("compile", "m.onnx", "-o", tmp_path / "out")
+    assert code == 1
+    assert "pip install 'rescompile[tvm]'" in err
+
+
+def test_bench_measures_every_runtime_and_says_which_could_not(run: Run, residual_onnx: Path) -> None:
+    code, text, err = run("bench", residual_onnx, "--against", "eager,onnxruntime", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(text)
+    assert set(found["runtimes"]) == {"onnxruntime", "rescompile"}
+    assert "onnxruntime" in found["failures"]["eager"]
+    assert found["runtimes"]["rescompile"]["max_relative_error"] < 1e-5
 
 
 # ---- what cannot be served -----------------------------------------------------------------------------------------

@@ -115,6 +115,16 @@ def test_slices_of_one_split_are_views_of_its_input() -> None:
     assert (block.shortcut, block.fork) == ("view", "x")
 
 
+@pytest.mark.parametrize("rest", [True, False])
+def test_sum_with_a_part_of_the_branch_is_a_view_where_the_rest_is_kept_beside_it(rest: bool) -> None:
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    wide = b.conv(x, 8)
+    joined = b.add(b.slice(wide, 1, 0, 4), x)
+    joined = b.concat(joined, b.slice(wide, 1, 4, 8)) if rest else b.conv(joined, 4)
+    assert only(b.output(joined)).shortcut == ("view" if rest else "identity")
+
+
 def test_graph_input_parameter_and_constant_can_start_a_stream() -> None:
     b = Builder()
     token = b.param(1, 1, 8, name="token")

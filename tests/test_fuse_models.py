@@ -18,6 +18,7 @@ import rescompile as rc
 from rescompile.graph import Graph
 from rescompile.printing import print_graph
 from rescompile.rewriting import Result
+from tests.light_models import randomised
 from tests.residual_models import Chain, ConvBlock, MlpBlock, livened
 
 # A failing model is small enough as drawn; shrinking would export hundreds of them.
@@ -53,6 +54,14 @@ def test_resnet50_becomes_53_convs_of_which_16_hold_join_and_activation(ir: str)
     assert (count["conv"], count["fused_conv"], count["batch_norm"], count["add"]) == (37, 16, 0, 0)
     joined = [op for op in result.graph if op.kind.value == "fused_conv"]
     assert all(op.operand("residual") is not None and op.attr("outer") == "relu" for op in joined)
+
+
+def test_light_resnet50_of_opset_9_fuses_alike() -> None:
+    result = rc.rewrite(randomised("resnet50"), ["fuse"])
+    assert result.verification.ok
+    assert not result.verification.vacuous, "the weights make the output depend on the input"
+    count = kinds(result.graph)
+    assert (count["conv"], count["fused_conv"], count["batch_norm"], count["add"]) == (37, 16, 0, 0)
 
 
 @pytest.mark.parametrize("ir", IRS)

@@ -343,9 +343,7 @@ def test_attention_under_each_kind_of_mask(mask: str, causal: bool) -> None:
         extra = [sketch.given(keep)]
     y = sketch.op(K.ATTENTION, [q, k, v, *extra], (2, 4, 9, 16), scale=0.25, causal=causal)
     given = sketch.of(extra[0]) if extra else None
-    want = F.scaled_dot_product_attention(
-        sketch.of(q), sketch.of(k), sketch.of(v), given, scale=0.25, is_causal=causal
-    )
+    want = F.scaled_dot_product_attention(sketch.of(q), sketch.of(k), sketch.of(v), given, scale=0.25, is_causal=causal)
     close(sketch.run(y), want)
 
 

@@ -25,7 +25,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if len(parts) < 2:
         judgement.concats[tuple(value for _, value in parts)] = output
         return Refusal("a concatenation of one value")
-    if all(value.shape is not None and value.shape[op.attr("axis")] == 1 for _, value in parts):
+    if all(_extent(value, op.attr("axis")) == 1 for _, value in parts):
         return Refusal("a stack: each value has a place of its own on the axis, nothing reads them as features")
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
@@ -48,10 +48,15 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
         working = working or found.working
     names = ", ".join(f"'{value.name}'" for _, value in moving[:4])
     if meet is None:
-        return Refusal(f"no common origin: {names} come from different inputs or constants")
+        return Refusal(f"no common origin: {names} come from streams of their own")
     if working:
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
     return Refusal(f"no working branch: nothing works between '{meet.name}' and the concatenation", meet)
+
+
+def _extent(value: Value, axis: int) -> int | str | None:
+    """Extent along an axis; None when unknown, and for the empty vector that torch lets pass as any empty tensor."""
+    return value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
 
 
 def _grown(

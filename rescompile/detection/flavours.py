@@ -8,6 +8,7 @@ from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
+_PARTS = (OpKind.SLICE, OpKind.SPLIT)
 _SAME_SIZE = (OpKind.SLICE, OpKind.PAD, OpKind.CONCAT, OpKind.TILE, OpKind.EXPAND)
 
 
@@ -43,6 +44,22 @@ def flavour(judgement: Judgement, draft: Draft) -> str:
         if draft.kind in among and holds(judgement, draft):
             return kind
     return draft.kind
+
+
+def shortcut_kind(judgement: Judgement, draft: Draft) -> str:
+    """The shortcut's kind, all things considered: one that reaches a part of the branch's channels only is a view.
+
+    y = [F(x)[:c] + x, F(x)[c:]] is F(x) plus x in the first channels (ReXNet).
+    """
+    if draft.shortcut != "identity" or len(draft.branches) != 1:
+        return draft.shortcut
+    part = draft.branches[0].producer
+    whole = judgement.only_user(draft.join_value)
+    if part is None or part.kind not in _PARTS or whole is None or whole.kind is not OpKind.CONCAT:
+        return draft.shortcut
+    others = (value.producer for value in whole.operands if value is not draft.join_value)
+    rest = any(op is part or (op is not None and op.kind in _PARTS and op.inputs[0] is part.inputs[0]) for op in others)
+    return "view" if rest else draft.shortcut
 
 
 def _enlarges(op: Op) -> bool:

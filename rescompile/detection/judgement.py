@@ -48,11 +48,22 @@ class Judgement:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.outputs = frozenset(graph.outputs)
         self.reach = Reach(graph)
         self.drafts: dict[Op, Draft] = {}  # by join
         self.refusals: dict[Op, Refusal] = {}
         self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
+
+    def only_user(self, value: Value) -> Op | None:
+        """The one operation that reads the value; None when there are several or the value leaves the graph."""
+        if value in self.outputs:
+            return None
+        users = iter(value.uses)
+        first = next(users, None)
+        if first is None or any(op is not first[0] for op, _ in users):
+            return None
+        return first[0]
 
     def accept(self, draft: Draft) -> None:
         """A join that ends a block. Sums that it completes are part of it from now on."""

@@ -32,17 +32,22 @@ class Chain:
         return len(_RANK) if self.shortcut is None else _RANK[self.shortcut]
 
 
-def works(op: Op) -> bool:
-    """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions.
+# Statistics alone (a mean, a sum) do not work: global response normalisation is no residual block.
+_WORKING = frozenset(
+    kind
+    for kind in OpKind
+    if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+)
 
-    Statistics alone (a mean, a sum) do not: global response normalisation is no residual block.
-    """
-    return op.has(Trait.WORK) and not op.has(Trait.REDUCTION) and op.kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+
+def works(op: Op) -> bool:
+    """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions."""
+    return op.kind in _WORKING
 
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(works(op) or op.outputs[0] in reach.forks for op in region)
+    return any(op.kind in _WORKING or op.outputs[0] in reach.forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:

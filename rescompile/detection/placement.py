@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from rescompile.blocks import Scale
-from rescompile.detection.judgement import Draft
+from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 
 
-def norm_placement(graph: Graph, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
-    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start, in whatever spelling."""
+def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
+    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start."""
     inside = set(draft.branch_ops)
-    first = _entries(draft, inside)
+    first = _entries(judgement, draft)
     last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
     if first is not None:
         closing = [norm for norm in last if norm not in first]
@@ -28,9 +28,9 @@ def norm_placement(graph: Graph, draft: Draft, forks: Collection[Value]) -> tupl
         return "pre", first
     if last and len(last) == len(draft.branches):
         return "branch", list(dict.fromkeys(last))
-    after = _after(graph, draft.join_value)
+    after = _after(judgement, draft.join_value)
     inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
-    if after is not None and (not inner or _goes_on(graph, after, forks)):
+    if after is not None and (not inner or _goes_on(judgement, after, forks)):
         return "post", [after]
     before = _before(draft, inside)
     if before is not None:
@@ -38,22 +38,20 @@ def norm_placement(graph: Graph, draft: Draft, forks: Collection[Value]) -> tupl
     return ("inner", inner) if inner else ("none", [])
 
 
-def _entries(draft: Draft, inside: Collection[Op]) -> list[Op] | None:
+def _entries(judgement: Judgement, draft: Draft) -> list[Op] | None:
     """The norms through which the branch reads the fork; None when it reads it in another way too."""
-    found: dict[Op, None] = {}
-    pending = [op for op in draft.fork.users if op in inside]
-    seen = set(pending)
-    while pending:
-        op = pending.pop()
+    found: list[Op] = []
+    raw = {draft.fork}
+    for op in draft.branch_ops:
+        if raw.isdisjoint(judgement.reach.sources(op.outputs[0])):
+            continue
         if op.has(Trait.NORM):
-            found[op] = None
+            found.append(op)
         elif op.has(Trait.FREE) or op.kind is OpKind.CONCAT:
-            users = [user for value in op.outputs for user in value.users if user in inside and user not in seen]
-            seen.update(users)
-            pending.extend(users)
+            raw.update(op.outputs)
         else:
             return None
-    return sorted(found, key=lambda op: op.order) or None
+    return found or None
 
 
 def _exit(end: Value, inside: Collection[Op]) -> Op | None:
@@ -80,11 +78,10 @@ def _through_scale(op: Op) -> Value | None:
     return None
 
 
-def _after(graph: Graph, joined: Value) -> Op | None:
+def _after(judgement: Judgement, joined: Value) -> Op | None:
     """The norm that alone reads the join."""
     value = joined
-    while len(value.users) == 1 and not graph.is_output(value):
-        op = value.users[0]
+    while (op := judgement.only_user(value)) is not None:
         if op.has(Trait.NORM):
             return op if op.inputs[0] is value else None
         if op.kind not in _PASSED:
@@ -93,16 +90,15 @@ def _after(graph: Graph, joined: Value) -> Op | None:
     return None
 
 
-def _goes_on(graph: Graph, norm: Op, forks: Collection[Value]) -> bool:
+def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
     """Whether the norm's output is the stream: an output of the graph, or what a block starts from."""
     value = norm.outputs[0]
-    while True:
-        if graph.is_output(value) or value in forks:
-            return True
-        users = value.users
-        if len(users) != 1 or not (users[0].kind in _PASSED or users[0].has(Trait.ACTIVATION)):
+    while value not in judgement.outputs and value not in forks:
+        op = judgement.only_user(value)
+        if op is None or not (op.kind in _PASSED or op.has(Trait.ACTIVATION)):
             return False
-        value = users[0].outputs[0]
+        value = op.outputs[0]
+    return True
 
 
 def _before(draft: Draft, inside: Collection[Op]) -> Op | None:
@@ -111,7 +107,7 @@ def _before(draft: Draft, inside: Collection[Op]) -> Op | None:
         return None
     own = {*inside, *draft.shortcut_ops, draft.join_op}
     value = draft.fork
-    while all(user in own for user in value.users) and (op := value.producer) is not None:
+    while all(user in own for user, _ in value.uses) and (op := value.producer) is not None:
         if op.has(Trait.NORM):
             return op
         if not (op.has(Trait.ACTIVATION) or op.kind in _PASSED):

@@ -18,12 +18,20 @@ from heapq import heappop, heappush
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
+# Kinds of which one operand only carries a stream, the others weights.
+_STREAM_OPERAND = {kind: 0 for kind in OpKind if kind.has(Trait.PARAMETRIC) and kind is not OpKind.RECURRENT}
+_STREAM_OPERAND[OpKind.EMBEDDING] = 1
+
 _LEAF = -1  # the order of values that no operation produces
 
 
 def order(value: Value) -> int:
     """Position of the operation that produces the value; −1 for inputs, parameters and literals."""
     return _LEAF if value.producer is None else value.producer.order
+
+
+def _position(op: Op) -> int:
+    return op.order
 
 
 class Reach:
@@ -52,17 +60,14 @@ class Reach:
 
     def operands(self, op: Op) -> tuple[Value, ...]:
         """What the operation reads of streams: weights, literals and other constants that start none are left out."""
-        if op.has(Trait.PARAMETRIC) and op.kind is not OpKind.RECURRENT:
-            candidates: Iterable[Value | None] = op.inputs[1:2] if op.kind is OpKind.EMBEDDING else op.inputs[:1]
-        else:
-            candidates = op.inputs
-        return tuple(
-            dict.fromkeys(
-                value
-                for value in candidates
-                if value is not None and (value.role in (Role.RESULT, Role.INPUT) or value in self.streams)
-            )
-        )
+        only = _STREAM_OPERAND.get(op.kind)
+        found: dict[Value, None] = {}
+        for value in op.inputs if only is None else op.inputs[only : only + 1]:
+            if value is None:
+                continue
+            if value.role is Role.RESULT or value.role is Role.INPUT or value in self.streams:
+                found[value] = None
+        return tuple(found)
 
     def sources(self, value: Value) -> tuple[Value, ...]:
         """The values that lead to `value` in one step."""
@@ -87,7 +92,23 @@ class Reach:
                 return value
             waiting[colour - 1] -= 1
             sources = self._sources.get(value, ())
-            if len(sources) == 1:
+            if len(heap) == 1 and colours[heap[0][2]] != colour:
+                # One way each: where both are chains, meet without looking at every link of them.
+                other = heap[0][2]
+                met = self._common(value, other)
+                if met is not None:
+                    return met
+                # They part where one of the chains ends; the other goes no further back than that.
+                bound = max(order(self._end(value)), order(self._end(other)))
+                if order(other) > bound:
+                    heap.clear()
+                    other = self._climb(other, bound)
+                    colours[other] = 3 - colour
+                    heappush(heap, (-order(other), count, other))
+                    count += 1
+                if order(value) > bound:
+                    sources = (self._climb(value, bound),)
+            elif len(sources) == 1:
                 sources = (self._climb(value, -heap[0][0]),)
             for source in sources:
                 known = colours.get(source)
@@ -118,13 +139,14 @@ class Reach:
         from_fork = {fork}
         region: list[Op] = []
         outside: dict[Value, None] = {}
-        for op in sorted(ops, key=lambda op: op.order):
+        for op in sorted(ops, key=_position):
             sources = self._sources[op.outputs[0]]
             if from_fork.isdisjoint(sources):
                 continue
             region.append(op)
             from_fork.update(op.outputs)
-            outside.update((value, None) for value in sources if value not in from_fork)
+            if len(sources) > 1:
+                outside.update((value, None) for value in sources if value not in from_fork)
         return region, list(outside)
 
     def comes_from(self, fork: Value, top: Value) -> bool:
@@ -133,15 +155,36 @@ class Reach:
 
     def _link(self, value: Value, parent: Value) -> None:
         depth, jump = self._depth, self._jump
-        first = jump.get(parent, parent)
-        second = jump.get(first, first)
-        depth[value] = depth.get(parent, 0) + 1
-        if first is not parent and depth.get(parent, 0) - depth.get(first, 0) == depth.get(first, 0) - depth.get(
-            second, 0
-        ):
-            jump[value] = second
-        else:
-            jump[value] = parent
+        level = depth.get(parent, 0)
+        depth[value] = level + 1
+        jump[value] = parent
+        if level:
+            first = jump[parent]
+            middle = depth.get(first, 0)
+            if middle and level - middle == middle - depth.get(jump[first], 0):
+                jump[value] = jump[first]
+
+    def _end(self, value: Value) -> Value:
+        """Where the chain that the value is on begins: a leaf, or a value that several lead to."""
+        jumps = self._jump
+        while (far := jumps.get(value)) is not None:
+            value = far
+        return value
+
+    def _common(self, left: Value, right: Value) -> Value | None:
+        """The nearest value on the chains of both, None when they are on different ones."""
+        depth, jumps, sources = self._depth, self._jump, self._sources
+        while (gap := depth.get(left, 0) - depth.get(right, 0)) != 0:
+            if gap < 0:
+                left, right = right, left
+            far = jumps[left]
+            left = far if depth.get(far, 0) >= depth.get(right, 0) else sources[left][0]
+        while left is not right:
+            if depth.get(left, 0) == 0:
+                return None
+            apart = jumps[left] is not jumps[right]
+            left, right = (jumps[left], jumps[right]) if apart else (sources[left][0], sources[right][0])
+        return left
 
     def _climb(self, value: Value, bound: int) -> Value:
         """The first value up the chain whose order is at most `bound`, or the chain's end."""

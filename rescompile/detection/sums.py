@@ -45,7 +45,9 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
         if isinstance(found, Draft):
             return found
         refusal = found if refusal is None or not refusal.working else refusal
-    return refusal if refusal is not None else _constant_operand(operands)
+    if refusal is None or any(value.constant for _, value in streams):
+        return _constant_operand(operands)
+    return refusal
 
 
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
@@ -54,7 +56,7 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
     fork = reach.meet(left[1], [value for _, value in rest])
     names = " and ".join(f"'{value.name}'" for _, value in (left, *rest))
     if fork is None:
-        return Refusal(f"no common origin: {names} come from different inputs or constants")
+        return Refusal(f"no common origin: none of {names} comes from another's stream, nor all from one value")
     sides = [(left, rest)] if len(rest) > 1 else [(left, rest), (rest[0], [left])]
     ranked: list[tuple[Chain, tuple[int, Value], Sequence[tuple[int, Value]]]] = []
     for skip, others in sides:
@@ -105,11 +107,12 @@ def _block(
         shortcut_ops=list(way.ops),
         outside=outside,
     )
-    ways = [chain(reach, fork, value) for value in tops]
-    affine = all(other is not None and other.affine and other.working for other in ways)
+    if way.working:
+        ways = [chain(reach, fork, value) for value in tops]
+        affine = all(other is not None and other.affine and other.working for other in ways)
     if way.sums:
         return _absorb(judgement, draft, way, affine)
-    if affine and way.affine and way.working and any(works(member) for member in way.ops):
+    if way.working and way.affine and affine:
         draft.kind = "branches"
         draft.branch_ops = sorted({*region, *way.ops}, key=lambda member: member.order)
         draft.branches = [skip[1], *tops]
@@ -154,6 +157,8 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
             continue
         sums.append(op)
         pending.extend(judgement.reach.operands(op))
+    if len(ends) == 1:
+        return
     working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
     if len(working) > 1:
         draft.kind = "parallel"

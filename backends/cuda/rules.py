@@ -1,0 +1,188 @@
+"""How operations are lowered for a GPU where it is not as for a processor.
+
+Norms are calls of our kernels. Products read weights as [out, in], as torch keeps them, and convolutions run channels
+last: both operands then lie along the summed axis, which is what tensor cores and 128-bit accesses want. What is done
+to a weight alone is done when compiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+from tvm import relax
+
+from rescompile.backends.cuda import add_norm
+from rescompile.backends.emitter import Emitter, Expr, numpy_dtype
+from rescompile.backends.kernels import NormSpec, Spec
+from rescompile.backends.fallback import NARROW
+from rescompile.backends.layouts import CHANNELS_LAST
+from rescompile.backends.lower_conv import conv_in_relax
+from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value
+from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
+from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
+from rescompile.backends.lower_norm import norm_by_kernel
+from rescompile.backends.lower_reduce import product
+from rescompile.backends.reports import Region
+from rescompile.backends.rules import RULES
+from rescompile.backends.symbols import Extent
+from rescompile.backends.working import WorkingGraph
+from rescompile.graph import Op
+from rescompile.kinds import OpKind
+
+Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
+
+
+class CudaEmitter(Emitter):
+    """An emitter whose kernels are those for a GPU."""
+
+    def __init__(self, graph: WorkingGraph) -> None:
+        super().__init__(graph)
+        self._makers: dict[int, tuple[Expr, str, Make]] = {}
+
+    def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
+        """A tensor known at compile time; it can be cast and reshaped at compile time too."""
+        made = super().weight(name, make, shape, dtype)
+        self._makers[id(made)] = (made, name, make)
+        return made
+
+    def cast(self, expr: Expr, dtype: str | None) -> Expr:
+        """`expr` in another element type."""
+        known = self._makers.get(id(expr))
+        if known is None or dtype in (None, "bool", self.dtype(expr)):
+            return super().cast(expr, dtype)
+        _, name, make = known
+        to = str(dtype)
+        return self.weight(f"{name}@{to}", lambda: make().astype(numpy_dtype(to)), _static(self.shape(expr)), to)
+
+    def reshape(self, expr: Expr, shape: Sequence[Extent]) -> Expr:
+        """`expr` with other extents."""
+        known = self._makers.get(id(expr))
+        if known is None or self.shape(expr) == list(shape):
+            return super().reshape(expr, shape)
+        _, name, make = known
+        elements = prod(_static(self.shape(expr)))
+        fixed = prod(extent for extent in shape if extent != -1)
+        to = [elements // fixed if extent == -1 else int(extent) for extent in shape]
+        return self.weight(f"{name}@{to}", lambda: make().reshape(to), to, self.dtype(expr))
+
+    def call(self, op: Op, spec: Spec, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
+        """Call the kernel of a norm with buffers by name; the outputs. `rows` is the dynamic row count."""
+        if not isinstance(spec, NormSpec):
+            return super().call(op, spec, given, rows)
+        if spec not in self._functions:
+            name = f"{'add_' if spec.residual else ''}{spec.kind}_norm_{len(self._functions)}"
+            self._functions[spec] = self.bb.add_func(add_norm.prim_func(spec, name), name)
+            tile = add_norm.row_tile(spec.width, spec.dtype)
+            self.regions[name] = Region(name, "norm", spec=str(spec), tile=str(tile))
+        function = self._functions[spec]
+        region = self.regions[function.name_hint]
+        region.ops.append(op.name)
+        region.calls += 1
+
+        def extents(argument: Any) -> list[Extent]:
+            return [rows if extent is None else extent for extent in argument.shape]
+
+        arguments = add_norm.arguments(spec)
+        operands = [self.reshape(given[part.name], extents(part)) for part in arguments if not part.output]
+        types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in arguments if part.output]
+        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
+        if len(types) == 1:
+            return [result]
+        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+
+
+def linear(e: Emitter, op: Op) -> None:
+    """y = outer(residual + inner(x·weightᵀ + bias))"""
+    x, weight = e.get(op.operands[0]), op.operands[1]
+    if op.attr("transpose_weight"):
+        matrix = e.emit(relax.op.permute_dims(e.cast(e.get(weight), e.dtype(x))))
+    elif e.is_literal(weight) and weight.rank == 2:
+        turned = e.weight(f"{weight.name}.transposed", lambda: e.data(weight).T)
+        matrix = e.emit(relax.op.permute_dims(e.cast(turned, e.dtype(x))))
+    else:
+        matrix = e.cast(e.get(weight), e.dtype(x))
+    out = epilogue(e, op, matmul_of(e, x, matrix), residual_of(e, op))
+    e.bind(op.output, e.cast(out, op.output.dtype or e.dtype(x)))
+
+
+def conv(e: Emitter, op: Op) -> None:
+    """y = outer(residual + inner(conv(x) + bias)), channels last"""
+    value, weight = op.operands[:2]
+    rank = (value.rank or 0) - 2
+    if rank not in _CONVOLUTIONS:
+        conv_in_relax(e, op)
+        return
+    function, data, kernel = _CONVOLUTIONS[rank]
+    x = e.get(value, CHANNELS_LAST)
+    dtype = e.dtype(x)
+    out = e.emit(
+        function(
+            x,
+            e.cast(e.get(weight, CHANNELS_LAST), dtype),
+            strides=tuple(op.attr("stride"))[:rank],
+            padding=tuple(op.attr("pads"))[: 2 * rank],
+            dilation=tuple(op.attr("dilation"))[:rank],
+            groups=int(op.attr("groups")),
+            data_layout=data,
+            kernel_layout=kernel,
+            out_layout=data,
+            out_dtype="float32" if dtype in NARROW else dtype,
+        )
+    )
+    residual = residual_value(op)
+    beside = None if residual is None else e.get(residual, CHANNELS_LAST)
+    e.bind(op.output, e.cast(epilogue(e, op, out, beside), op.output.dtype or dtype), CHANNELS_LAST)
+
+
+# Function, layout of the data and layout of the weight, by the number of spatial dimensions.
+_CONVOLUTIONS: dict[int, tuple[Any, str, str]] = {
+    1: (relax.op.nn.conv1d, "NWC", "OWI"),
+    2: (relax.op.nn.conv2d, "NHWC", "OHWI"),
+    3: (relax.op.nn.conv3d, "NDHWC", "ODHWI"),
+}
+
+
+def layer_norm(e: Emitter, op: Op) -> None:
+    """y = N(x)·weight + bias over the dimensions from `axis` to the last"""
+    x = e.get(op.operands[0])
+    axis = op.attr("axis") % len(e.shape(x))
+    if _kernel_takes(e, x, axis):
+        e.bind(op.output, norm_by_kernel(e, op, x, None, axis)[0])
+    else:
+        layer_norm_in_relax(e, op)
+
+
+def joined_norm(e: Emitter, op: Op) -> None:
+    """sum = x + residual; y = N(sum); outputs y, sum"""
+    x, residual = (e.cast(e.get(value), op.outputs[1].dtype) for value in op.operands[:2])
+    axis = op.attr("axis") % len(e.shape(x))
+    same = op.operands[0].shape == op.operands[1].shape is not None
+    if not same or not _kernel_takes(e, x, axis):
+        add_norm_in_relax(e, op)
+        return
+    for value, out in zip(op.outputs, norm_by_kernel(e, op, x, residual, axis), strict=True):
+        e.bind(value, out)
+
+
+def _kernel_takes(e: Emitter, x: Expr, axis: int) -> bool:
+    width = product(e.shape(x)[axis:])
+    return isinstance(width, int) and width <= add_norm.WIDEST and e.dtype(x) in add_norm.DTYPES
+
+
+def _static(shape: Sequence[Extent]) -> list[int]:
+    return [int(extent) for extent in shape]
+
+
+CUDA_RULES = {
+    **RULES,
+    OpKind.LINEAR: linear,
+    OpKind.FUSED_LINEAR: linear,
+    OpKind.CONV: conv,
+    OpKind.FUSED_CONV: conv,
+    OpKind.LAYER_NORM: layer_norm,
+    OpKind.RMS_NORM: layer_norm,
+    OpKind.ADD_NORM: joined_norm,
+}

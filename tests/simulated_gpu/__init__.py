@@ -1,0 +1,126 @@
+"""Run generated CUDA source on a processor: `simulated_cubin` compiles it, `child` runs whole programs made with it.
+
+A thread is a fiber, a block a loop (cuda_on_cpu.h). For whole programs a process loads a CUDA driver of our own
+(driver.cpp) before TVM, whose CUDA runtime then loads the artifact, moves memory and launches kernels as on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);')
+_SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+
+
+def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
+    """A shared library with a function `launch_NAME(parameters, dims, shared bytes)` for each kernel of the source."""
+    body = source[source.index('extern "C" __global__') :]
+    launches = []
+    for kernel in _KERNEL.finditer(body):
+        types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
+        given = ", ".join(f"*static_cast<{kind}*>(parameters[{i}])" for i, kind in enumerate(types))
+        launches.append(
+            f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
+            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
+        )
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
+    with tempfile.TemporaryDirectory() as folder:
+        code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
+        _build([optimise, "-o", str(made), str(code)])
+        return made.read_bytes()
+
+
+def launch(
+    library: bytes, name: str, arrays: Sequence[np.ndarray[Any, Any]], scalars: Sequence[int], dims: Sequence[int]
+) -> None:
+    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        file.write(library)
+        file.flush()
+        function = getattr(ctypes.CDLL(file.name), f"launch_{name}")
+    values: list[Any] = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+    values += [ctypes.c_int64(scalar) for scalar in scalars]
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values))
+    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
+
+
+def parameters(source: str, name: str) -> list[str]:
+    """Names of a kernel's parameters, without TVM's suffix."""
+    kernel = next(kernel for kernel in _KERNEL.finditer(source) if kernel["name"] == name)
+    return [parameter.split()[-1].removesuffix("_ptr") for parameter in kernel["parameters"].split(",")]
+
+
+def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any]]]) -> dict[str, list[Any]]:
+    """Outputs of the artifacts `NAME.zip` in a folder, given inputs by name, run in a process with the simulated GPU."""
+    for name, inputs in programs.items():
+        _store(folder / f"{name}.inputs", list(inputs.values()))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / "child.py"), *_driver(), str(folder), *programs]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return {name: restore(folder / f"{name}.outputs") for name in programs}
+
+
+def restore(path: Path) -> list[np.ndarray[Any, Any]]:
+    """Arrays that `_store` wrote, of any dtype."""
+    described = json.loads(path.with_suffix(path.suffix + ".json").read_text())
+    data, arrays, start = path.read_bytes(), [], 0
+    for dtype, shape in described:
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        size = int(np.prod(shape)) * kind.itemsize
+        arrays.append(np.frombuffer(data[start : start + size], dtype=kind).reshape(shape).copy())
+        start += size
+    return arrays
+
+
+def _store(path: Path, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
+    path.write_bytes(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+    described = [[str(array.dtype), list(array.shape)] for array in arrays]
+    path.with_suffix(path.suffix + ".json").write_text(json.dumps(described))
+
+
+store = _store
+
+
+@cache
+def _driver() -> tuple[str, str]:
+    """The driver and the runtime, under the names that TVM's CUDA runtime asks for."""
+    folder = Path(tempfile.mkdtemp(prefix="simulated-gpu-"))
+    versions = folder / "versions"
+    versions.write_text("libcudart.so.13 { global: *; };\n")
+    made = []
+    for name, options in (("libcuda.so.1", []), ("libcudart.so.13", [f"-Wl,--version-script={versions}"])):
+        path = folder / name
+        _build(["-O1", f"-Wl,-soname,{name}", *options, "-o", str(path), str(HERE / "driver.cpp"), "-ldl"])
+        made.append(str(path))
+    return made[0], made[1]
+
+
+def _build(options: list[str]) -> None:
+    command = [str(COMPILER), "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{HERE}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"g++ failed:\n{done.stderr[:3000]}")
+
+
+def _type(parameter: str) -> str:
+    return " ".join(parameter.replace("__restrict__", "").split()[:-1])

@@ -1,0 +1,109 @@
+// The CUDA driver and runtime that TVM's CUDA runtime calls, on a processor. "Device memory" is ordinary memory, and a
+// "cubin" is a shared library made by tests/simulated_gpu: its kernels are the generated CUDA source, as C++.
+#include <dlfcn.h>
+#include <elf.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace {
+
+constexpr int success = 0, failure = 1;
+
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+
+using Kernel = void (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes);
+
+}  // namespace
+
+extern "C" {
+
+int cuModuleLoadData(void** module, const void* image) {
+  const auto* header = static_cast<const Elf64_Ehdr*>(image);
+  if (std::memcmp(header->e_ident, ELFMAG, SELFMAG) != 0) return failure;
+  const std::size_t size = header->e_shoff + std::size_t{header->e_shentsize} * header->e_shnum;
+  char path[] = "/tmp/simulated-gpu-XXXXXX";
+  const int file = mkstemp(path);
+  const bool written = file >= 0 && write(file, image, size) == static_cast<ssize_t>(size);
+  if (file >= 0) close(file);
+  *module = written ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : nullptr;
+  if (!*module) std::fprintf(stderr, "%s\n", dlerror());
+  unlink(path);
+  return *module ? success : failure;
+}
+int cuModuleUnload(void*) { return success; }
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  *function = dlsym(module, (std::string("launch_") + name).c_str());
+  return *function ? success : failure;
+}
+int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void**) {
+  for (int i = 0; i < 3; ++i)
+    if (config->grid[i] == 0 || config->block[i] == 0) return failure;
+  const unsigned threads = config->block[0] * config->block[1] * config->block[2];
+  if (threads > 1024 || config->grid[1] > 65535 || config->grid[2] > 65535 || config->shared_bytes > (227 << 10))
+    return failure;
+  unsigned dims[6];
+  std::memcpy(dims, config->grid, sizeof(config->grid));
+  std::memcpy(dims + 3, config->block, sizeof(config->block));
+  reinterpret_cast<Kernel>(function)(parameters, dims, config->shared_bytes);
+  return success;
+}
+int cuFuncSetAttribute(void*, int, int) { return success; }
+int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size, "simulated"), success; }
+int cuGetErrorName(int, const char** text) { return *text = "failure of the simulated GPU", success; }
+int cuGetErrorString(int, const char** text) { return *text = "failure of the simulated GPU", success; }
+int cuTensorMapEncodeTiled() { return failure; }
+
+int cudaGetDeviceCount(int* count) { return *count = 1, success; }
+int cudaGetDevice(int* device) { return *device = 0, success; }
+int cudaSetDevice(int) { return success; }
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  // cudaDevAttrMaxThreadsPerBlock, WarpSize, MultiProcessorCount, ComputeCapabilityMajor
+  *value = attribute == 1 ? 1024 : attribute == 10 ? 32 : attribute == 16 ? 132 : attribute == 75 ? 9 : 0;
+  return success;
+}
+int cudaGetDeviceProperties(void*, int) { return failure; }
+int cudaMemGetInfo(std::size_t* free, std::size_t* total) { return *free = *total = std::size_t{1} << 33, success; }
+int cudaMalloc(void** memory, std::size_t size) {
+  *memory = std::aligned_alloc(256, (size + 255) / 256 * 256);
+  if (*memory) std::memset(*memory, 0xff, size);  // NaN: what is read before it is written shows
+  return *memory || size == 0 ? success : failure;
+}
+int cudaMallocHost(void** memory, std::size_t size) { return cudaMalloc(memory, size); }
+int cudaFree(void* memory) { return std::free(memory), success; }
+int cudaFreeHost(void* memory) { return std::free(memory), success; }
+int cudaMemcpyAsync(void* to, const void* from, std::size_t size, int, void*) {
+  return std::memmove(to, from, size), success;
+}
+int cudaMemcpyPeerAsync(void* to, int, const void* from, int, std::size_t size, void*) {
+  return std::memmove(to, from, size), success;
+}
+int cudaGetLastError() { return success; }
+int cudaPeekAtLastError() { return success; }
+const char* cudaGetErrorName(int) { return "failure of the simulated GPU"; }
+const char* cudaGetErrorString(int) { return "failure of the simulated GPU"; }
+int cudaStreamCreate(void** stream) { return *stream = nullptr, success; }
+int cudaStreamCreateWithFlags(void** stream, unsigned) { return *stream = nullptr, success; }
+int cudaStreamDestroy(void*) { return success; }
+int cudaStreamSynchronize(void*) { return success; }
+int cudaStreamWaitEvent(void*, void*, unsigned) { return success; }
+int cudaStreamBeginCapture(void*, int) { return failure; }
+int cudaStreamEndCapture(void*, void**) { return failure; }
+int cudaEventCreate(void** event) { return *event = nullptr, success; }
+int cudaEventDestroy(void*) { return success; }
+int cudaEventRecord(void*, void*) { return success; }
+int cudaEventSynchronize(void*) { return success; }
+int cudaEventElapsedTime(float* time, void*, void*) { return *time = 0, success; }
+int cudaGraphDestroy(void*) { return failure; }
+int cudaGraphExecDestroy(void*) { return failure; }
+int cudaGraphInstantiate() { return failure; }
+int cudaGraphLaunch(void*, void*) { return failure; }
+}
