@@ -9,6 +9,7 @@ from tvm import relax
 from rescompile.backends import artifact, constants, lowering
 from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
+from rescompile.backends.cuda import intrinsics
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
 from rescompile.backends.cuda.pipeline import generate
@@ -33,6 +34,7 @@ def compile_cuda(
     if target.arch is None:
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
+    intrinsics.load()
     work = working_copy(graph)
     constants.fold(work, imports or Imports())
     group_epilogues(work)

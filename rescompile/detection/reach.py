@@ -19,7 +19,9 @@ from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 # Kinds of which one operand only carries a stream, the others weights.
-_STREAM_OPERAND = {kind: 0 for kind in OpKind if kind.has(Trait.PARAMETRIC) and kind is not OpKind.RECURRENT}
+_STREAM_OPERAND: dict[OpKind, int] = {
+    kind: 0 for kind in OpKind if kind.has(Trait.PARAMETRIC) and kind is not OpKind.RECURRENT
+}
 _STREAM_OPERAND[OpKind.EMBEDDING] = 1
 
 _LEAF = -1  # the order of values that no operation produces
@@ -92,7 +94,7 @@ class Reach:
                 return value
             waiting[colour - 1] -= 1
             sources = self._sources.get(value, ())
-            if len(heap) == 1 and colours[heap[0][2]] != colour:
+            if len(heap) == 1 and colours[heap[0][2]] == 3 - colour:
                 # One way each: where both are chains, meet without looking at every link of them.
                 other = heap[0][2]
                 met = self._common(value, other)
