@@ -98,15 +98,14 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
         raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
     os.close(handle)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
-                library = Path(folder) / f"program{_SUFFIX}"
-                link(executable, library)
-                archive.write(library, "program.so")
-                for name, text in manifest.sources.items():
-                    archive.writestr(f"sources/{name}", text)
-                archive.writestr("weights.safetensors", _serialized(weights))
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
+            library = Path(folder) / f"program{_SUFFIX}"
+            link(executable, library)
+            archive.write(library, "program.so")
+            for name, text in manifest.sources.items():
+                archive.writestr(f"sources/{name}", text)
+            archive.writestr("weights.safetensors", _serialized(weights))
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(partial, 0o666 & ~mask)
@@ -153,7 +152,8 @@ def _manifest(path: Path, text: str) -> Manifest:
     schema = json.loads(text).get("schema")
     if schema != SCHEMA:
         raise RescompileError(
-            f"'{path}' has format {schema} and this version of rescompile reads format {SCHEMA}: compile the model again."
+            f"'{path}' has format {schema} and this version of rescompile reads format {SCHEMA}: "
+            f"compile the model again."
         )
     try:
         return Manifest.from_json(text)

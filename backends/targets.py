@@ -62,7 +62,8 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
     except (ValueError, TypeError, RuntimeError) as error:
         known = [*_NAMED, *(str(kind) for kind in tvm.target.Target.list_kinds())]
         raise RescompileError(
-            f"There is no target '{spelled}'{nearest(spelled, known)}: use {', '.join(_NAMED)}, or a TVM target as JSON."
+            f"There is no target '{spelled}'{nearest(spelled, known)}: use {', '.join(_NAMED)}, "
+            f"or a TVM target as JSON."
         ) from error
     kind = str(made.kind.name)
     if kind == "cuda":

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm import relax, tirx
+from tvm.s_tir import meta_schedule as ms
+
 from rescompile.backends import threads
 from rescompile.backends.kernels import Argument, Spec, Tile, arguments
 from rescompile.backends.kernels.chooser import Arena, Entry, agree, aligned, in_turns, own_core
@@ -25,8 +28,6 @@ from rescompile.backends.tuning_bench import Bench, Remote, Runner, parse_runner
 from rescompile.backends.tuning_records import Database, hash_of
 from rescompile.backends.tuning_rivals import rival
 from rescompile.backends.tuning_search import gather, normalized, why_not
-from tvm import relax, tirx
-from tvm.s_tir import meta_schedule as ms
 
 TUNED = "tuned schedule"
 DEFAULT = "default schedule"

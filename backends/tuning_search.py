@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
-from rescompile.backends import threads
-from rescompile.backends.kernels.emit import TVM_ERRORS
-from rescompile.backends.targets import CompileTarget
-from rescompile.backends.tuning_bench import Bench, Timing
-from rescompile.backends.tuning_records import Database, hash_of
 from tvm import relax, s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.analysis import estimate_tir_flops
 from tvm.s_tir.meta_schedule import _ffi_api
 from tvm.s_tir.meta_schedule.logging import get_logging_func
+
+from rescompile.backends import threads
+from rescompile.backends.kernels.emit import TVM_ERRORS
+from rescompile.backends.targets import CompileTarget
+from rescompile.backends.tuning_bench import Bench, Timing
+from rescompile.backends.tuning_records import Database, hash_of
 
 BATCH = 32  # candidates that are built before any is timed
 POPULATION = 512

@@ -176,7 +176,9 @@ def test_a_failed_save_leaves_the_old_file(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.rcp"]
 
 
-def test_a_folder_that_does_not_exist_is_named(built: tuple[Program, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_named(
+    built: tuple[Program, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     with pytest.raises(RescompileError, match="cannot be written"):
         built[0].save(tmp_path / "no" / "model.rcp")
 
