@@ -204,7 +204,7 @@ def _deserialized(data: bytes) -> dict[str, Any]:
     import safetensors
 
     try:
-        found = safetensors.deserialize(data)
+        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
     return {

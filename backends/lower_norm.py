@@ -157,9 +157,10 @@ def local_response_norm(e: Emitter, op: Op) -> None:
     for shift in range(size):
         part = e.slice(padded, [1], [shift], [shape[1] + shift])
         total = part if total is None else e.emit(R.add(total, part))
-    number = lambda n: e.scalar(n, e.dtype(x))  # noqa: E731
-    base = e.emit(R.add(e.emit(R.multiply(total, number(op.attr("alpha") / size))), number(op.attr("bias"))))
-    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, number(op.attr("beta")))))))
+    alpha, bias, beta = (e.scalar(op.attr(name), e.dtype(x)) for name in ("alpha", "bias", "beta"))
+    mean = e.emit(R.divide(total, e.scalar(size, e.dtype(x))))
+    base = e.emit(R.add(e.emit(R.multiply(mean, alpha)), bias))
+    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, beta)))))
 
 
 def _folded(e: Emitter, op: Op, parts: tuple[Value | None, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
