@@ -157,9 +157,9 @@ def local_response_norm(e: Emitter, op: Op) -> None:
     for shift in range(size):
         part = e.slice(padded, [1], [shift], [shape[1] + shift])
         total = part if total is None else e.emit(R.add(total, part))
-    number = lambda n: e.scalar(n, e.dtype(x))  # noqa: E731
-    base = e.emit(R.add(e.emit(R.multiply(total, number(op.attr("alpha") / size))), number(op.attr("bias"))))
-    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, number(op.attr("beta")))))))
+    alpha, beta, bias = (e.scalar(n, e.dtype(x)) for n in (op.attr("alpha") / size, op.attr("beta"), op.attr("bias")))
+    base = e.emit(R.add(e.emit(R.multiply(total, alpha)), bias))
+    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, beta)))))
 
 
 def _folded(e: Emitter, op: Op, parts: tuple[Value | None, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -95,7 +95,10 @@ def slice_(e: Emitter, op: Op) -> None:
             first, final, backwards_step = _backwards(start, stop, step, shape[at])
             backwards.append(at)
             step = backwards_step
-        axes.append(at), starts.append(first), stops.append(final), steps.append(step)
+        axes.append(at)
+        starts.append(first)
+        stops.append(final)
+        steps.append(step)
     out = x
     whole = all(
         start == 0 and isinstance(stop, int) and stop == shape[axis] and step == 1
