@@ -70,6 +70,8 @@ def why_not(function: Any) -> str | None:
     """Why no schedule is searched for a function, None when one is."""
     if function.attrs is not None and function.attrs.get("tirx.is_scheduled"):
         return "it is scheduled already"
+    if function.attrs is not None and function.attrs.get("tirx.is_host_func"):
+        return "it runs on the host"
     for parameter in function.params:
         shape = getattr(parameter, "shape", None)
         if shape is None or any(not isinstance(extent, int | tirx.IntImm) for extent in shape):

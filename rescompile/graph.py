@@ -262,10 +262,14 @@ class Graph:
         inputs: Sequence[Value | None],
         outputs: Sequence[Value],
         attrs: Attrs | None = None,
+        *,
+        before: Sequence[tuple[OpKind, Sequence[Value | None], Value, Attrs]] = (),
     ) -> Op:
         """Present `ops` as one logical operation that covers their native nodes; the native object does not change.
 
-        Only while reading, and only for operations that stand for whole native nodes (`group` is None).
+        `before`: operations, each with its inputs, one new value and attributes, that prepare operands out of what the
+        region reads; together with the one they stand for the native nodes. Only while reading, and only for operations
+        that stand for whole native nodes (`group` is None).
         """
         inside, kept = frozenset(ops), frozenset(outputs)
         for op in ops:
@@ -277,12 +281,22 @@ class Graph:
             self._unlink(op, keep=kept)
         self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
         native = tuple(node for op in ops for node in op.native)
-        label = self.unique_op_name(outputs[0].name)
-        op = Op(kind, label, inputs, outputs, attrs or {}, native, module=ops[-1].module)
-        self._link(op)
-        op.order = max(member.order for member in ops)
+        order = max(member.order for member in ops)
+        members = []
+        for step_kind, step_inputs, step_outputs, step_attrs in (
+            *((made, reads, (value,), settings) for made, reads, value, settings in before),
+            (kind, inputs, outputs, attrs or {}),
+        ):
+            label = self.unique_op_name(step_outputs[0].name)
+            op = Op(step_kind, label, step_inputs, step_outputs, step_attrs, native, module=ops[-1].module)
+            self._link(op)
+            op.order = order
+            members.append(op)
+        if before:
+            for op in members:
+                op.group = members
         self._dirty = True
-        return op
+        return members[-1]
 
     def sort(self) -> None:
         """Put the operations in topological order and number them; the native object does not change."""

@@ -14,6 +14,7 @@ from rescompile.backends.cuda.targets import THREADS_PER_BLOCK
 from rescompile.backends.cuda.tensor_core import TensorCoreProduct
 from rescompile.errors import RescompileError
 
+
 class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
     """dlight's rule for products, in registers and shared memory. It looks for tensor cores by the target's number."""
 
@@ -96,7 +97,7 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
         label = type(rule).__name__.lstrip("_")
         try:
             found = rule.apply(function, target, False)
-        except (s_tir.ScheduleError if isinstance(rule, TensorCoreProduct) else _NOT_MINE) as error:
+        except s_tir.ScheduleError if isinstance(rule, TensorCoreProduct) else _NOT_MINE as error:
             refused.append(f"{label}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'refused'}")
             continue
         if found is None:
@@ -127,4 +128,3 @@ def _attributes(function: tirx.PrimFunc) -> dict[str, Any]:
 def _host_only(function: tirx.PrimFunc) -> bool:
     """Whether the function is one of those that Relax runs on the processor, such as arithmetic in shapes."""
     return bool(function.attrs and function.attrs.get("tirx.is_host_func"))
-
