@@ -64,6 +64,8 @@ def compile_cpu(
     manifest = Manifest(
         target=target.name,
         device="cpu",
+        cpu=str(dict(target.machine.target).get("mcpu", "")),
+        extensions=target.extensions,
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
         model=graph.name,

@@ -158,8 +158,8 @@ def _step(op: Op, output: Value, view: np.ndarray[Any, Any]) -> np.ndarray[Any, 
             at += int((sibling.shape or ())[axis])
         picked: list[Any] = [slice(None)] * view.ndim
         picked[axis] = slice(at, at + shape[axis])
-        found: np.ndarray[Any, Any] = view[tuple(picked)]
-        return found
+        part: np.ndarray[Any, Any] = view[tuple(picked)]
+        return part
     if op.kind is OpKind.SLICE:
         picked = [slice(None)] * view.ndim
         steps = op.attr("steps") or (1,) * len(op.attr("axes"))

@@ -157,9 +157,8 @@ def local_response_norm(e: Emitter, op: Op) -> None:
     for shift in range(size):
         part = e.slice(padded, [1], [shift], [shape[1] + shift])
         total = part if total is None else e.emit(R.add(total, part))
-    alpha, bias, beta = (e.scalar(op.attr(name), e.dtype(x)) for name in ("alpha", "bias", "beta"))
-    mean = e.emit(R.divide(total, e.scalar(size, e.dtype(x))))
-    base = e.emit(R.add(e.emit(R.multiply(mean, alpha)), bias))
+    alpha, beta, bias = (e.scalar(n, e.dtype(x)) for n in (op.attr("alpha") / size, op.attr("beta"), op.attr("bias")))
+    base = e.emit(R.add(e.emit(R.multiply(total, alpha)), bias))
     e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, beta)))))
 
 

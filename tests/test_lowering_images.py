@@ -24,7 +24,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "grouped": ((1, 12, 7, 7), (18, 4, 3, 3), {"pads": (1, 1, 1, 1), "groups": 3}),
     "depthwise": ((1, 16, 9, 9), (16, 1, 5, 5), {"pads": (2, 2, 2, 2), "groups": 16}),
     "one_dimension": ((2, 6, 20), (10, 6, 5), {"stride": (2,), "pads": (2, 2), "dilation": (1,)}),
-    "three_dimensions": ((1, 3, 5, 6, 7), (4, 3, 3, 3, 3), {"stride": (1,) * 3, "pads": (1,) * 6}),
+    "volume": ((1, 3, 5, 6, 7), (4, 3, 3, 3, 3), {"stride": (1,) * 3, "pads": (1,) * 6, "dilation": (1,) * 3}),
 }  # fmt: skip
 
 
