@@ -215,16 +215,18 @@ def _corresponds(matching: Matching, old: Value | None, new: Value | None) -> bo
     if old.role is Role.CONSTANT and new.role is Role.CONSTANT:
         first, second = matching.before.data(old), matching.after.data(new)
         return bool(np.array_equal(first.reshape(-1), second.reshape(-1)))
-    # In one IR a value that kept its name is the same value, whatever computes it now: that is told of its producer.
-    return matching.counterpart(old) is new or (matching.same_ir and old.name == new.name)
+    # Where names mean something, a value that kept its own is the same one, whatever computes it now: that is told of
+    # its producer.
+    return matching.counterpart(old) is new or (matching.named and old.name == new.name)
 
 
 def _parameters(matching: Matching, data: bool) -> Section:
     changed = []
     count = 0
     flipped = _stored_transposed(matching)
-    for value, twin in matching.sources.items():
-        if value.role is not Role.PARAMETER:
+    for value in matching.before.parameters:
+        twin = matching.sources.get(value)
+        if twin is None:
             continue
         count += 1
         what = []

@@ -1,17 +1,20 @@
 """Which operation and which parameter of one graph stands for which of another: by names, then by structure.
 
-Names decide where both graphs are of the same IR. What they leave open is matched outwards from there: readers of
-matched values, producers of matched operands. Last come a changed kind under the same name, and equal operations in
-order. Linear in the number of operations.
+The surest names are those of modules: operations whose weights belong to one module are twins, whatever IR they are in
+and however a pass renamed the weights. An operation's own name decides where both graphs are of one IR and names are no
+mere numbering (a torch program that was saved and loaded counts anew). What names leave open is matched outwards from
+there: readers of matched values, producers of matched operands. Last come equal operations in order. Linear in the
+number of operations.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Container, Hashable
+from collections.abc import Callable, Container, Hashable
+from itertools import takewhile
 
 from rescompile.graph import Graph, Op, Role, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 
 LINEARS = (OpKind.LINEAR, OpKind.FUSED_LINEAR)
 
@@ -23,6 +26,7 @@ class Matching:
         self.before = before
         self.after = after
         self.same_ir = before.ir == after.ir
+        self.named = self.same_ir  # whether a name means the same in both graphs
         self.ops: dict[Op, Op] = {}
         self.sources: dict[Value, Value] = {}  # inputs, parameters, literals
         self._taken: set[Op] = set()
@@ -68,20 +72,37 @@ class Matching:
         for value in self.before.parameters:
             if value.name in parameters:
                 self._pair_sources(value, parameters[value.name])
-        named = {op.name: op for op in self.after} if self.same_ir else {}
-        for op in self.before:
-            twin = named.get(op.name)
-            if twin is not None and twin.kind is op.kind:
+        self._match_homes()
+        named = self._named()
+        for op, twin in named:
+            if twin.kind is op.kind:
                 self._pair(op, twin)
         self._behind.extend(zip(self.before.outputs, self.after.outputs, strict=False))
         self._spread()
-        for op in self.before:
-            twin = named.get(op.name)
-            if twin is not None:
-                self._pair(op, twin)
+        for op, twin in named:
+            self._pair(op, twin)
         self._spread()
-        self._match_equal()
-        self._spread()
+        for key in (_place, _signature):
+            self._match_equal(key)
+            self._spread()
+
+    def _match_homes(self) -> None:
+        """Operations whose weights belong to one module, where the module has one such operation in each graph."""
+        homes = _by_home(self.after)
+        for home, ops in _by_home(self.before).items():
+            twins = homes.get(home, [])
+            if len(ops) == len(twins) == 1:
+                self._pair(ops[0], twins[0])
+
+    def _named(self) -> list[tuple[Op, Op]]:
+        """Operations of one name; none where names contradict the modules, and so only count."""
+        if not self.same_ir:
+            return []
+        known = {op.name: op for op in self.after}
+        pairs = [(op, known[op.name]) for op in self.before if op.name in known]
+        homes = [(_home(op), _home(twin)) for op, twin in pairs]
+        self.named = not any(ours and theirs and ours != theirs for ours, theirs in homes)
+        return pairs if self.named else []
 
     def _match_inputs(self) -> None:
         by_name = {value.name: value for value in self.after.inputs}
@@ -98,9 +119,12 @@ class Matching:
         self.ops[op] = twin
         self._taken.add(twin)
         self._ahead.extend(zip(op.outputs, twin.outputs, strict=False))
+        names = zip(op.kind.spec.operands, twin.kind.spec.operands, strict=False)
+        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], names)))
         if op.kind is twin.kind:
-            operands = zip(op.inputs, twin.inputs, strict=False)
-            self._behind.extend((ours, theirs) for ours, theirs in operands if ours is not None and theirs is not None)
+            shared = max(len(op.inputs), len(twin.inputs))
+        operands = zip(op.inputs[:shared], twin.inputs[:shared], strict=False)
+        self._behind.extend((ours, theirs) for ours, theirs in operands if ours is not None and theirs is not None)
 
     def _pair_sources(self, value: Value, twin: Value) -> None:
         if value not in self.sources and twin not in self._taken_sources:
@@ -135,16 +159,33 @@ class Matching:
                 for op, twin in zip(ops, twins, strict=True):
                     self._pair(op, twin)
 
-    def _match_equal(self) -> None:
+    def _match_equal(self, key: Callable[[Op], Hashable]) -> None:
         waiting: dict[Hashable, deque[Op]] = defaultdict(deque)
         for twin in self.after:
             if twin not in self._taken:
-                waiting[_signature(twin)].append(twin)
+                waiting[key(twin)].append(twin)
         for op in self.before:
             if op not in self.ops:
-                twins = waiting.get(_signature(op))
+                twins = waiting.get(key(op))
                 if twins:
                     self._pair(op, twins.popleft())
+
+
+def _home(op: Op) -> str:
+    """Path of the module that the operation's weight belongs to; empty where it has none."""
+    if not op.has(Trait.PARAMETRIC):
+        return ""
+    weight = next((value for value in op.operands if value.role is Role.PARAMETER), None)
+    return "" if weight is None else weight.name.rpartition(".")[0]
+
+
+def _by_home(graph: Graph) -> dict[str, list[Op]]:
+    found: dict[str, list[Op]] = defaultdict(list)
+    for op in graph:
+        home = _home(op)
+        if home:
+            found[home].append(op)
+    return found
 
 
 def _readers(value: Value, taken: Container[Op]) -> dict[tuple[OpKind, int], list[Op]]:
@@ -160,3 +201,7 @@ def _readers(value: Value, taken: Container[Op]) -> dict[tuple[OpKind, int], lis
 def _signature(op: Op) -> Hashable:
     attrs = tuple(sorted((name, repr(value)) for name, value in op.attrs.items()))
     return op.kind, attrs, tuple(value.type for value in op.outputs)
+
+
+def _place(op: Op) -> Hashable:
+    return op.module, _signature(op)

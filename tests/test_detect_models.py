@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.corpus import _torchvision
+from benchmarks.corpus import import_torchvision
 from rescompile import fx_capture, onnx_files
 from rescompile.blocks import Report
 from rescompile.detection import inspect_graph
@@ -37,16 +37,16 @@ class LastHidden(nn.Module):
 
 
 def vision(name: str, **options: Any) -> Built:
-    return _torchvision().models.get_model(name, weights=None, **options), (torch.randn(1, 3, 64, 64),)
+    return import_torchvision().models.get_model(name, weights=None, **options), (torch.randn(1, 3, 64, 64),)
 
 
 def vision_transformer() -> Built:
-    vit = _torchvision().models.VisionTransformer(32, 8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64)
+    vit = import_torchvision().models.VisionTransformer(32, 8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64)
     return vit, (torch.randn(1, 3, 32, 32),)
 
 
 def hugging_face(name: str, *inputs: torch.Tensor, **config: Any) -> Built:
-    _torchvision()
+    import_torchvision()
     import transformers
 
     settings = getattr(transformers, f"{name}Config")(attn_implementation="eager", **config)

@@ -90,8 +90,8 @@ def test_a_fused_region_is_one_change_and_the_removal_of_its_parts() -> None:
     after.fuse(ops, OpKind.FUSED_LINEAR, inputs, ops[-1].outputs, {"inner": "relu"}, provenance="fuse")
     after.commit()
     diff = diff_graphs(two_blocks(), after)
-    assert {entry.name for entry in diff.ops.removed} == {"fc1", "relu1"}
-    assert [str(change) for change in diff.ops.changed] == ["join1: add → fused_linear (fuse)"]
+    assert {entry.name for entry in diff.ops.removed} == {"relu1", "join1"}
+    assert [str(change) for change in diff.ops.changed] == ["fc1 → join1: linear → fused_linear (fuse)"]
     assert diff.ops.added == ()
     assert not diff.parameters
     assert diff.costs[0].flops == diff.costs[1].flops
@@ -106,6 +106,32 @@ def test_a_value_that_another_operation_computes_now_is_told_of_that_operation_o
     diff = diff_graphs(two_blocks(), after)
     assert [entry.name for entry in diff.ops.removed] == ["relu1"]
     assert [str(change) for change in diff.ops.changed] == []
+
+
+def test_names_that_only_count_do_not_decide() -> None:
+    """A torch program that is saved and loaded names its operations anew: the second block's are now the first's."""
+    before, after = two_blocks(), Graph()
+    value = after.add_input("x", (2, 4), "float32")
+    weight = after.add_constant("fc2.weight", (4, 4), "float32", before.value("fc2.weight").native)
+    fc = after.add_op(OpKind.LINEAR, [value, weight], [("fc1", KIND)])
+    relu = after.add_op(OpKind.RELU, fc.outputs, [("relu1", KIND)])
+    after.set_outputs(after.add_op(OpKind.ADD, [value, relu.output], [("join1", KIND)]).outputs)
+    diff = diff_graphs(before, after)
+    assert {entry.name for entry in diff.ops.removed} == {"fc1", "relu1", "join1"}
+    assert [entry.name for entry in diff.parameters.removed] == ["fc1.weight"]
+    assert not diff.parameters.changed
+
+
+def test_a_weight_that_a_pass_renamed_is_matched_by_its_module() -> None:
+    after = two_blocks()
+    folded = after.add_parameter("fc1.weight_folded", after.value("fc1.weight").native + np.float32(0.5))
+    after.set_operand(after.op("fc1"), 1, folded)
+    after.commit()
+    diff = diff_graphs(two_blocks(), after)
+    assert not diff.parameters.added
+    assert [str(change) for change in diff.parameters.changed] == [
+        "fc1.weight → fc1.weight_folded: contents, by up to 0.5; renamed"
+    ]
 
 
 def test_a_renamed_operation_is_matched_by_structure() -> None:
