@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,14 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import tvm
+from tvm.rpc.base import RPC_TRACKER_MAGIC
+from tvm.s_tir import meta_schedule as ms
+from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
+
 from rescompile.backends import threads, tuning_worker
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.targets import CompileTarget
 from rescompile.errors import RescompileError
-from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
 BUILD_SECONDS = 60.0
 RUN_SECONDS = 30.0
@@ -197,19 +200,12 @@ def _config(remote: Remote) -> Any:
 
 def _servers(remote: Remote) -> int:
     """How many machines wait at the tracker. RescompileError when it does not answer or has none under the key."""
-    try:
-        # TVM's own connection would be tried again for a minute.
-        socket.create_connection((remote.host, remote.port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        raise RescompileError(
-            f"No RPC tracker answers at {remote.host}:{remote.port} ({error.strerror or error}): start one with "
-            f"python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {remote.port}."
-        ) from error
+    _greet(remote)
     try:
         found = int(_config(remote).count_num_servers(allow_missing=True))
     except (*TVM_ERRORS, OSError) as error:
         raise RescompileError(
-            f"What answers at {remote.host}:{remote.port} is no RPC tracker: {_last_line(str(error))}."
+            f"The RPC tracker at {remote.host}:{remote.port} does not say what it knows: {_last_line(str(error))}."
         ) from error
     if not found:
         raise RescompileError(
@@ -217,6 +213,26 @@ def _servers(remote: Remote) -> int:
             f"with python -m tvm.exec.rpc_server --tracker {remote.host}:{remote.port} --key {remote.key}."
         )
     return found
+
+
+def _greet(remote: Remote) -> None:
+    """Exchange the tracker's greeting. TVM's own client tries for a minute, and waits for an answer without end."""
+    try:
+        with socket.create_connection((remote.host, remote.port), timeout=CONNECT_SECONDS) as connection:
+            connection.sendall(struct.pack("<i", RPC_TRACKER_MAGIC))
+            answer = connection.recv(4)
+    except TimeoutError:
+        answer = b""
+    except OSError as error:
+        raise RescompileError(
+            f"No RPC tracker answers at {remote.host}:{remote.port} ({error.strerror or error}): start one with "
+            f"python -m tvm.exec.rpc_tracker --port {remote.port} --port-end {remote.port + 1}."
+        ) from error
+    if answer != struct.pack("<i", RPC_TRACKER_MAGIC):
+        raise RescompileError(
+            f"What listens at {remote.host}:{remote.port} is no RPC tracker: give the tracker's own port, or start one "
+            f"with python -m tvm.exec.rpc_tracker."
+        )
 
 
 def _why(result: Any) -> str:

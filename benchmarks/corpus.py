@@ -40,7 +40,7 @@ def vit_b_16() -> Built:
 
 def bert_base() -> Built:
     """BERT-base (Devlin 2018), 12 post-norm layers of 2 joins, batch 1, 128 tokens."""
-    _torchvision()  # transformers imports it
+    import_torchvision()  # transformers imports it
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def bert_base() -> Built:
 
 def gpt2() -> Built:
     """GPT-2 small (Radford 2019), 12 pre-norm layers, batch 1, 128 tokens."""
-    _torchvision()  # transformers imports it
+    import_torchvision()  # transformers imports it
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ class LastHidden(torch.nn.Module):
 
 def _vision(name: str) -> Built:
     torch.manual_seed(0)
-    model = _torchvision().models.get_model(name, weights=None)
+    model = import_torchvision().models.get_model(name, weights=None)
     _vary_norms(model)
     return model.eval(), (torch.randn(1, 3, 224, 224),)
 
@@ -103,7 +103,7 @@ def _language(model: Any, vocabulary: int) -> Built:
     return LastHidden(model).eval(), (tokens,)
 
 
-def _torchvision() -> Any:
+def import_torchvision() -> Any:
     """torchvision, with the operators declared that its compiled part would bring beside a CPU torch."""
     try:
         import torchvision

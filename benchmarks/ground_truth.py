@@ -142,27 +142,27 @@ def compare(entry: dict[str, Any], report: Report) -> list[str]:
 
 
 def load(case: Case, ir: str) -> Any:
-    """The case's graph in one of "fx", "symbolic", "onnx"."""
-    if ir == "onnx":
+    """The case's graph in one of "fx", "symbolic", "onnx", "onnx, not optimised"."""
+    if ir.startswith("onnx"):
         from rescompile import onnx_files
 
-        return onnx_files.load(export(case))
+        return onnx_files.load(export(case, optimise=ir == "onnx"))
     from rescompile import fx_capture
 
     model = torch.fx.symbolic_trace(case.model) if ir == "symbolic" else case.model
     return fx_capture.capture(model, case.inputs)
 
 
-def export(case: Case, folder: Path = CACHE) -> Path:
-    """The case as an ONNX file, exported once."""
+def export(case: Case, optimise: bool = True, folder: Path = CACHE) -> Path:
+    """The case as an ONNX file, exported once. `optimise`: let the exporter fold constants, and with them `0 + x`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (re.sub(r"\W+", "_", case.title)[:120] + ".onnx")
+    path = folder / (re.sub(r"\W+", "_", case.title)[:120] + ("" if optimise else "_plain") + ".onnx")
     if not path.exists():
-        positional = case.inputs if isinstance(case.inputs, tuple) else ()
-        named = {} if isinstance(case.inputs, tuple) else case.inputs
         training = torch.onnx.TrainingMode.PRESERVE if case.model.training else torch.onnx.TrainingMode.EVAL
+        positional = case.inputs if isinstance(case.inputs, tuple) else ()
+        named = case.inputs if isinstance(case.inputs, dict) else None
         program = torch.onnx.export(
-            case.model, positional, kwargs=named or None, dynamo=True, verbose=False, training=training
+            case.model, positional, kwargs=named, dynamo=True, verbose=False, training=training, optimize=optimise
         )
         program.save(str(path))
     return path
@@ -204,22 +204,30 @@ def _check(entry: dict[str, Any], ir: str, verbose: bool) -> Iterator[tuple[str,
         return
     for case in build(entry):
         start = time.perf_counter()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                graph = load(case, ir)
-            report = inspect_graph(graph)
-        except Exception as error:  # noqa: BLE001 (whatever an exporter raises is a line of the table)
-            if verbose:
-                traceback.print_exc()
-            yield case.title, [f"{type(error).__name__}: {str(error)[:300]}"], time.perf_counter() - start
-            continue
-        wrong = compare(entry, report)
-        if wrong and verbose:
+        wrong, report = _detect(entry, case, ir, verbose)
+        if wrong and ir == "onnx" and report is not None:
+            plain, _ = _detect(entry, case, "onnx, not optimised", verbose)
+            wrong.append("the export without the exporter's folding is exact" if not plain else "without folding too")
+        if wrong and verbose and report is not None:
             print(report)
             for join in report.not_residual:
                 print("   ", join.join, "-", join.reason)
         yield case.title, wrong, time.perf_counter() - start
+
+
+def _detect(entry: dict[str, Any], case: Case, ir: str, verbose: bool) -> tuple[list[str], Report | None]:
+    from rescompile.detection import inspect_graph
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = load(case, ir)
+        report = inspect_graph(graph)
+    except Exception as error:  # noqa: BLE001 (whatever an exporter raises is a line of the table)
+        if verbose:
+            traceback.print_exc()
+        return [f"{type(error).__name__}: {str(error)[:300]}"], None
+    return compare(entry, report), report
 
 
 if __name__ == "__main__":

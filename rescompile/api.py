@@ -26,10 +26,14 @@ COMPILE_PASSES = ("canonicalise{dropout=true}", "fuse{joins=all,activations=true
 
 
 class Tuning(msgspec.Struct, frozen=True):
-    """How much to search when compiling: schedule trials, and the folder that keeps tuning records."""
+    """How much to search when compiling: schedule trials, the folder that keeps tuning records, and where to time.
+
+    `runner`: "local", or "rpc://host:port/key" for the machines at TVM's RPC tracker.
+    """
 
     trials: int = 0
     database: str | None = None
+    runner: str = "local"
 
 
 def capture(model: Any, example_inputs: Any = None, *, dynamic: Any = None) -> Graph:
@@ -136,7 +140,12 @@ def compile(
         raise RescompileError(f"Fusing changed the numbers: {result.rolled_back[0]}.")
     options = tune or Tuning()
     return compile_graph(
-        result.graph, target, tuning=options.trials or None, database=options.database, threads=threads
+        result.graph,
+        target,
+        trials=options.trials,
+        database=options.database,
+        runner=options.runner,
+        threads=threads,
     )
 
 

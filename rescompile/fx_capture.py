@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_leaves
 
 import rescompile.fx_fused  # noqa: F401 (a program may call the fused operations)
 from rescompile.errors import RescompileError, nearest
@@ -95,7 +96,11 @@ def _from_module(model: nn.Module, example_inputs: Any, dynamic: Dynamic) -> FxG
     program = export(model, args, kwargs, shapes)
     module = unfold(program)
     module.training = model.training
-    graph = FxGraph.read(copy_module(module, {}), name=type(model).__name__, dims=Dims(_symbol_names(program, names)))
+    graph = FxGraph.read(
+        copy_module(module, {}),
+        name=type(model).__name__,
+        dims=Dims(_symbol_names(program, _bind(model, args, kwargs), names)),
+    )
     graph.origin = Origin("module", model, args, kwargs, shapes, training=model.training, pristine=module.graph)
     return graph
 
@@ -206,12 +211,17 @@ def _without_ones(value: torch.Tensor, axes: Mapping[int, str]) -> torch.Tensor:
     return value
 
 
-def _symbol_names(program: ExportedProgram, names: Mapping[str, Mapping[int, str]]) -> dict[str, str]:
-    """torch's symbols by the names that the user gave the dimensions."""
+def _symbol_names(
+    program: ExportedProgram, bound: Mapping[str, Any], names: Mapping[str, Mapping[int, str]]
+) -> dict[str, str]:
+    """torch's symbols by the names that the user gave the dimensions. `bound`: arguments, in the program's order."""
+    labels = [name for name, value in bound.items() for _ in tree_leaves(value)]
+    vals = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
     found: dict[str, str] = {}
-    for node in program.graph.find_nodes(op="placeholder"):
-        for axis, label in names.get(node.name, {}).items():
-            extent = node.meta["val"].shape[axis]
+    for name, user_input in zip(labels, program.graph_signature.user_inputs, strict=False):
+        val = vals.get(user_input) if isinstance(user_input, str) else None
+        for axis, label in names.get(name, {}).items():
+            extent = val.shape[axis] if isinstance(val, torch.Tensor) else None
             if isinstance(extent, torch.SymInt):
                 found[str(extent.node.expr)] = label
     return found

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gc
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -187,17 +187,20 @@ class FxGraph(Graph):
         """The committed graph as the kind of object that it was captured from, with tensors of its own."""
         return to_user(self)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the committed graph as a `.pt2` file, whole or not at all."""
         save(self, path)
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
-        known = {value.name for value in self.inputs}
+        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+        # fx renames an argument that is called like a builtin ("input"): both names are understood.
+        inputs = {**{n.name: inputs[str(n.target)] for n in placeholders if str(n.target) in inputs}, **inputs}
+        known = {name for n in placeholders for name in (n.name, str(n.target))}
         unknown = sorted(set(inputs) - known)
         if unknown:
-            raise GraphError(f"The model has no input '{unknown[0]}': its inputs are {', '.join(sorted(known))}.")
-        placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
+            own = ", ".join(n.name for n in placeholders)
+            raise GraphError(f"The model has no input '{unknown[0]}': its inputs are {own}.")
         missing = [n.name for n in placeholders if n.name not in inputs and not n.args and n.users]
         if missing:
             raise GraphError(f"The model's input '{missing[0]}' is missing.")

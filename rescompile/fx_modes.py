@@ -22,6 +22,7 @@ _BATCH_NORM = torch.ops.aten.batch_norm.default
 _DROPOUT = torch.ops.aten.dropout.default
 _COUNT = torch.ops.aten.add_.Tensor
 _SOURCES = ("placeholder", "get_attr")
+_CONTIGUOUS = torch.ops.aten.contiguous.default
 
 
 @dataclass(slots=True)
@@ -171,7 +172,21 @@ def align(own: fx.Graph, other: fx.Graph, *, training: bool) -> Modes:
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:
-    return [n for n in graph.nodes if n.op not in _SOURCES and not is_check(n) and not _is_counter(n)]
+    return [n for n in graph.nodes if n.op not in _SOURCES and not (is_check(n) or _is_counter(n) or _is_layout(n))]
+
+
+def _is_layout(node: fx.Node) -> bool:
+    """Whether a node only asks for a memory layout; torch leaves it out where the layout happens to be right.
+
+    `view` fails without it, so the forms are not taken for equal then.
+    """
+    return node.target is _CONTIGUOUS and all(user.target is not torch.ops.aten.view.default for user in node.users)
+
+
+def _behind_layout(node: fx.Node) -> fx.Node:
+    while _is_layout(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _compare(node: fx.Node, twin: fx.Node, twins: Mapping[fx.Node, fx.Node]) -> list[tuple[Any, Any, Any]] | None:
@@ -183,7 +198,8 @@ def _compare(node: fx.Node, twin: fx.Node, twins: Mapping[fx.Node, fx.Node]) -> 
         return None
     differences = []
     for place, a in ours.items():
-        b = fx.map_arg(theirs[place], lambda argument: twins.get(argument, argument))
+        a = fx.map_arg(a, _behind_layout)
+        b = fx.map_arg(theirs[place], lambda argument: twins.get(_behind_layout(argument), argument))
         if b == a:
             continue
         if not isinstance(a, bool | int | float) or not isinstance(b, bool | int | float):

@@ -75,7 +75,7 @@ def to_program(graph: FxGraph) -> ExportedProgram:
     return export(module, origin.args, origin.kwargs, shapes)
 
 
-def save(graph: FxGraph, path: str | Path) -> None:
+def save(graph: FxGraph, path: str | os.PathLike[str]) -> None:
     """Write the graph as a `.pt2` file, whole or not at all."""
     path = Path(path)
     program = to_program(graph)

@@ -198,7 +198,7 @@ class OnnxGraph(Graph):
         source = self._native(new)
         for position, output in enumerate(self.outputs):
             if output is old:
-                self.native.set_output(position, source)
+                self.native.set_output(position, source, old.name)
         self._session = None
 
     def native_commit(self) -> None:

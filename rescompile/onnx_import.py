@@ -23,6 +23,7 @@ from rescompile.onnx_functions import read_call
 from rescompile.onnx_literals import evaluate, is_literal
 from rescompile.onnx_ops import PROVENANCE_KEY, PartialShape, Step, dtype_name, is_static, literal, own_graphs
 from rescompile.onnx_read import reader_of
+from rescompile.onnx_read_moves import read_split
 from rescompile.onnx_shapes import Facts, name_extents
 from rescompile.onnx_site import Site
 
@@ -54,6 +55,7 @@ class _Import:
         self.facts = Facts(graph.model)
         self.constants: set[ir.Value] = set()  # values that do not depend on the graph's inputs
         self.items: dict[ir.Node, _Item] = {}  # by the node that produces the item's outputs
+        self.taken: set[ir.Node] = set()  # nodes that are part of an earlier node's item
         self.values: dict[ir.Value, Value] = {}
 
     def run(self) -> None:
@@ -83,9 +85,13 @@ class _Import:
             if node.op_type != "Constant":
                 self._hide(node)
             return
+        if node in self.taken:
+            return
+        if node.op_type == "SplitToSequence" and node.domain == "" and self._read_split(node):
+            return
         steps = self._steps(node)
         outputs = tuple(node.outputs)
-        self._note_types(node, steps)
+        self._note_types(outputs, steps)
         facts.follow(node)
         nodes: tuple[ir.Node, ...] = (node,)
         if len(steps) == 1:
@@ -94,6 +100,17 @@ class _Import:
         if self._constant(steps):
             self.constants.update(outputs)
         self.items[node] = _Item(nodes, steps, outputs)
+
+    def _read_split(self, node: ir.Node) -> bool:
+        found = read_split(self._site(node))
+        if found is None:
+            return False
+        step, readers = found
+        outputs = tuple(reader.outputs[0] for reader in readers)
+        self._note_types(outputs, [step])
+        self.taken.update(readers)
+        self.items[node] = _Item((*readers, node), [step], outputs)
+        return True
 
     def _constant(self, steps: list[Step]) -> bool:
         """Whether the results do not depend on the graph's inputs."""
@@ -137,16 +154,16 @@ class _Import:
         opset = self.model.opset_imports.get(node.domain, 1)
         return Site(node, opset, self.facts, self.constants)
 
-    def _note_types(self, node: ir.Node, steps: list[Step]) -> None:
+    def _note_types(self, outputs: tuple[ir.Value, ...], steps: list[Step]) -> None:
         """Types of inner results and of the node's outputs, with the extents that follow by kind."""
-        stem = _name(node.outputs[0])
+        stem = _name(outputs[0])
         for step in steps:
             if step.kind is K.OPAQUE:
                 continue
             if not step.outputs:
                 step.type = self._completed(step, step.type.shape, step.type.dtype, stem, 0)
             for position, index in enumerate(step.outputs):
-                value = node.outputs[index] if index < len(node.outputs) else None
+                value = outputs[index] if index < len(outputs) else None
                 if value is not None and value.name:
                     shape, dtype = self.facts.partial_type(value)
                     shape = merge(shape, step.extents)

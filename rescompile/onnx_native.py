@@ -25,14 +25,15 @@ class Native:
 
     `hidden`: nodes that only serve operands which kinds do not list (a Reshape's target), or compute literals.
     `measured`: types of the values that hidden Shape and CastLike nodes ask about, so that the answer can be had
-    elsewhere once the value is gone. `stubs`: Identity nodes that give a graph output its name.
+    elsewhere once the value is gone. `stubs`: Identity nodes that give a graph output its name, and the value that had
+    the name before.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.hidden: set[ir.Node] = set()
         self.measured: dict[ir.Value, ValueType] = {}
-        self.stubs: set[ir.Node] = set()
+        self.stubs: dict[ir.Node, ir.Value] = {}
         self.dirty = False
         # Whether the view shows this constant, and where a symbolic extent can be read off; set by the graph.
         self.shown: Callable[[ir.Value], bool] = lambda _: False
@@ -47,7 +48,7 @@ class Native:
     # ---- names and types -----------------------------------------------------------------------------------------
 
     def has_name(self, name: str) -> bool:
-        """Whether a value has, or had, that name."""
+        """Whether a value has that name."""
         return name in self._names
 
     def fresh(self, stem: str) -> str:
@@ -69,7 +70,7 @@ class Native:
 
     def initializer(self, name: str, data: np.ndarray[Any, Any]) -> ir.Value:
         """A new initializer."""
-        data = np.ascontiguousarray(data).reshape(data.shape)
+        data = np.array(data, order="C", copy=True)
         tensor = ir.tensor(data, name=name)
         value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
@@ -88,12 +89,6 @@ class Native:
         if hidden:
             self.hidden.update(nodes)
         self.dirty = True
-
-    def identity(self, source: ir.Value) -> ir.Value:
-        """An Identity of the value, for a graph output that cannot be the value itself."""
-        node = ir.Node("", "Identity", [source], num_outputs=1)
-        self.stubs.add(node)
-        return node.outputs[0]
 
     # ---- removing --------------------------------------------------------------------------------------------------
 
@@ -117,6 +112,7 @@ class Native:
             self._remove([node])
         elif value.name is not None and value.name in graph.initializers:
             del graph.initializers[value.name]
+            self._names.discard(value.name)
             if value.is_graph_input():
                 graph.inputs.remove(value)
         self.dirty = True
@@ -134,7 +130,8 @@ class Native:
                     inner.replace_input_with(slot, None)
             self.model.graph.remove(node)
             self.hidden.discard(node)
-            self.stubs.discard(node)
+            self.stubs.pop(node, None)
+            self._names.difference_update(output.name or "" for output in node.outputs)
             for source in sources:
                 producer = source.producer()
                 if source.uses() or source.is_graph_output() or self.shown(source):
@@ -182,27 +179,46 @@ class Native:
             self.measured[new] = self.measured.pop(old)
         self.dirty = True
 
-    def set_output(self, position: int, source: ir.Value) -> None:
-        """Let a graph output be `source`; its outward name and declared type stay."""
+    def set_output(self, position: int, source: ir.Value, former: str) -> None:
+        """Let a graph output be `source`, through an Identity that has the output's outward name and declared type.
+
+        `former`: the name that the value which was the output goes by from now on.
+        """
         outputs = self.model.graph.outputs
         current = outputs[position]
-        stub = current.producer()
+        node = current.producer()
         self.dirty = True
-        if stub is not None and stub in self.stubs:
-            stub.replace_input_with(0, source)
+        if node is not None and node in self.stubs:
+            node.replace_input_with(0, source)
             return
-        if stub is None:
+        if node is None:
             raise GraphError(
                 f"The output '{current.name}' is an input of the graph as well: it cannot become something else."
             )
-        named = source if source.producer() is not None and not source.is_graph_output() else self.identity(source)
-        name = current.name or ""
-        current.name = self.fresh(f"{name}.inner")
+        stub = ir.Node("", "Identity", [source], num_outputs=1)
+        self.stubs[stub] = current
+        named, name = stub.outputs[0], current.name or ""
+        current.name = self.fresh(former)
         self.rename(named, name)
         _declare(named, current)
-        if named is not source:
-            self.append([node for node in (named.producer(),) if node is not None], name)
+        self.append([stub], name)
         outputs[position] = named
+
+    def _settle_outputs(self) -> None:
+        """Where the value that had an output's name is gone, its successor takes the name and needs no Identity."""
+        outputs = self.model.graph.outputs
+        for stub, former in list(self.stubs.items()):
+            source, named = stub.inputs[0], stub.outputs[0]
+            maker = former.producer()
+            if source is None or source.producer() is None or source.is_graph_output() or named.uses():
+                continue
+            if maker is not None and maker.graph is not None and former is not source:
+                continue
+            outputs[next(position for position, output in enumerate(outputs) if output is named)] = source
+            name = named.name or ""
+            self._remove([stub])
+            self.rename(source, name)
+            _declare(source, named)
 
     # ---- the whole -------------------------------------------------------------------------------------------------
 
@@ -219,6 +235,7 @@ class Native:
         """Sort, drop rescompile's functions that nobody calls, and check that every input has a producer."""
         if not self.dirty:
             return
+        self._settle_outputs()
         self.sort()
         graph, functions = self.model.graph, self.model.functions
         called = {node.op_identifier() for node in nodes_within(graph)} if functions else set()
@@ -244,7 +261,7 @@ class Native:
         for name, value in mine.initializers.items():
             values[value] = theirs.initializers[name]
         copy.hidden = {nodes[node] for node in self.hidden}
-        copy.stubs = {nodes[node] for node in self.stubs}
+        copy.stubs = {nodes[node]: values.get(former, former) for node, former in self.stubs.items()}
         copy.measured = {values[value]: kind for value, kind in self.measured.items() if value in values}
         copy.dirty = self.dirty
         copy._names |= self._names

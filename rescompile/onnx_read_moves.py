@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
+
 from rescompile.graph import Shape, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.onnx_extents import broadcast, product, reshaped, sliced
@@ -227,6 +229,36 @@ def _gather_nd(s: Site) -> Reading:
     return [rows, s.one(K.GATHER, [s.input(0), rows], axis=0)]
 
 
+def sequence_parts(split: Site) -> tuple[int, tuple[int, ...]] | None:
+    """Axis and sizes of the parts of a SplitToSequence, None when they are not known."""
+    shape, axis, sizes = split.shape(0), split.axis(0), split.integers(1)
+    extent = shape[axis] if shape is not None and axis is not None and axis >= 0 else None
+    if axis is None or not isinstance(extent, int) or (split.has(1) and sizes is None):
+        return None
+    if sizes is None or (len(sizes) == 1 and split.rank(1) == 0):
+        size = 1 if sizes is None else sizes[0]
+        sizes = (*[size] * (extent // size), *([extent % size] if extent % size else []))
+    return axis, sizes
+
+
+def read_split(split: Site) -> tuple[Step, list[ir.Node]] | None:
+    """A SplitToSequence of which every part is taken once, as one split; and the nodes that take the parts."""
+    parts = sequence_parts(split)
+    if parts is None or not (split.has(1) or split.attr("keepdims", 1)):
+        return None
+    axis, sizes = parts
+    taken: dict[int, ir.Node] = {}
+    for reader, _ in split.node.outputs[0].uses():
+        index = split.facts.array(reader.inputs[1]) if reader.op_type == "SequenceAt" else None
+        if index is None:
+            return None
+        taken[int(index) % len(sizes)] = reader
+    if len(taken) < len(sizes) or len(split.node.outputs[0].uses()) > len(sizes):
+        return None
+    step = Step(K.SPLIT, split.inputs(1), {"axis": axis, "sizes": sizes}, tuple(range(len(sizes))))
+    return step, [taken[index] for index in range(len(sizes))]
+
+
 def _sequence_at(s: Site) -> Reading:
     """One part of a SplitToSequence is a slice."""
     sequence, index = s.input(0), s.number(1)
@@ -234,16 +266,13 @@ def _sequence_at(s: Site) -> Reading:
     if split is None or split.op_type != "SplitToSequence" or index is None or split.inputs[0] is None:
         return "its sequence is not a split"
     source = Site(split, s.opset, s.facts, s.constants)
-    shape, axis, sizes = source.shape(0), source.axis(0), source.integers(1)
-    extent = shape[axis] if shape is not None and axis is not None and axis >= 0 else None
-    if axis is None or not isinstance(extent, int) or (source.has(1) and sizes is None):
+    shape, parts = source.shape(0), sequence_parts(source)
+    if parts is None:
         return STATIC_ONLY.format("split")
-    if sizes is None or (len(sizes) == 1 and source.rank(1) == 0):
-        size = 1 if sizes is None else sizes[0]
-        sizes = (*[size] * (extent // size), *([extent % size] if extent % size else []))
+    axis, sizes = parts
     start = sum(sizes[: int(index) % len(sizes)])
     attrs = {"axes": (axis,), "starts": (start,), "stops": (start + sizes[int(index) % len(sizes)],), "steps": (1,)}
-    if sizes is not None and (source.has(1) or source.attr("keepdims", 1)):
+    if source.has(1) or source.attr("keepdims", 1):
         return Step(K.SLICE, [split.inputs[0]], attrs, (0,))
     kept = ValueType(name_extents(sliced(shape or (), attrs), "part"), source.dtype())
     inner = Step(K.SLICE, [split.inputs[0]], attrs, type=kept)

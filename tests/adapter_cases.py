@@ -126,9 +126,22 @@ def _fx(source):
     return factory
 
 
+def _onnx(**options):
+    def factory(name):
+        from rescompile.onnx_files import capture
+
+        model, x = torch_model(name)
+        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False, **options)
+        return _case(capture(program), model, x, lambda edited: capture(edited.model))
+
+    return factory
+
+
 FACTORIES: dict[str, Callable[[str], Case]] = {
     "fx-module": _fx(lambda model, x: model),
     "fx-trace": _fx(lambda model, x: torch.fx.symbolic_trace(model)),
     "fx-program": _fx(lambda model, x: torch.export.export(model, (x,), strict=False)),
     "fx-core": _fx(lambda model, x: torch.export.export(model, (x,), strict=False).run_decompositions()),
+    "onnx-18": _onnx(opset_version=18, optimize=False),
+    "onnx-20": _onnx(opset_version=20, optimize=False),
 }

@@ -1,16 +1,17 @@
-"""Fixtures that more than one test file uses."""
+"""What every test needs before it imports a model library, and fixtures that more than one test file uses."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
+
+from benchmarks.corpus import import_torchvision
+
+_TORCHVISION = import_torchvision()  # transformers imports it too, and would fail where its operators are not declared
 
 
 @pytest.fixture(scope="session")
-def torchvision():
-    """torchvision beside a torch without its compiled operators: two of them must be declared before the import."""
-    torch = pytest.importorskip("torch")
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield pytest.importorskip("torchvision")
-    del library
+def torchvision() -> ModuleType:
+    """torchvision, importable beside a torch that its compiled part was not built for."""
+    return _TORCHVISION

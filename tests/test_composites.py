@@ -340,6 +340,56 @@ def test_softmax_attention_is_recognised(spelling: str) -> None:
     assert op.attr("scale") == pytest.approx(1.0 if spelling == "plain" else 8**-0.5)
 
 
+def test_transposition_of_keys_that_was_merged_with_the_splitting_of_heads_is_taken_apart() -> None:
+    b = Builder()
+    q, source, v = b.input(2, 4, 7, 8), b.input(2, 9, 4, 8), b.input(2, 4, 9, 8)
+    scores = b.matmul(q, b.permute(source, 0, 2, 3, 1))
+    graph = b.output(b.matmul(b.op(K.SOFTMAX, scores, axis=3), v))
+    recognise(graph)
+    assert kinds(graph) == [K.PERMUTE, K.ATTENTION]
+    permute, op = graph.ops
+    assert permute.attr("perm") == (0, 2, 1, 3)
+    assert permute.output.shape == (2, 4, 9, 8)
+    assert op.inputs == [q, permute.output, v, None]
+    assert permute.group == op.group == [permute, op]
+    assert permute.native == op.native
+
+
+def test_reshape_of_the_batch_between_transposition_and_product_is_taken_apart() -> None:
+    b = Builder()
+    q, source, v = b.input(2, 4, 7, 8), b.input(8, 9, 8), b.input(2, 4, 9, 8)
+    keys = b.mul(b.reshape(b.permute(source, 0, 2, 1), 2, 4, 8, 9), 0.5)
+    graph = b.output(b.matmul(b.op(K.SOFTMAX, b.matmul(b.mul(q, 0.5), keys), axis=3), v))
+    recognise(graph)
+    assert kinds(graph) == [K.RESHAPE, K.ATTENTION]
+    assert graph.ops[0].output.shape == (2, 4, 9, 8)
+    assert the(graph, K.ATTENTION).attr("scale") == pytest.approx(0.25)
+
+
+def test_reshape_that_regroups_the_keys_themselves_is_left_alone() -> None:
+    b = Builder()
+    q, source, v = b.input(2, 4, 7, 8), b.input(8, 9, 8), b.input(2, 4, 9, 8)
+    keys = b.reshape(b.permute(source, 0, 2, 1), 2, 4, 8, 9)
+    keys.producer.inputs[0].shape = (8, 6, 12)  # as if the permutation gave another width
+    graph = b.output(b.matmul(b.op(K.SOFTMAX, b.matmul(q, keys), axis=3), v))
+    recognise(graph)
+    assert K.ATTENTION not in kinds(graph)
+
+
+def test_several_masks_become_one() -> None:
+    b = Builder()
+    q, k, v = qkv(b)
+    bias, mask = b.input(1, 4, 7, 9), b.input(2, 1, 1, 9)
+    scores = b.add(mask, b.add(b.matmul(q, b.permute(k, 0, 1, 3, 2)), bias))
+    graph = b.output(b.matmul(b.op(K.SOFTMAX, scores, axis=3), v))
+    recognise(graph)
+    assert kinds(graph) == [K.ADD, K.ATTENTION]
+    total = graph.ops[0]
+    assert total.inputs == [bias, mask]
+    assert total.output.shape == (2, 4, 7, 9)
+    assert the(graph, K.ATTENTION).inputs[3] is total.output
+
+
 @pytest.mark.parametrize("why", ["axis", "weights returned", "scaled after the mask", "keys not transposed"])
 def test_near_attention_is_left_alone(why: str) -> None:
     b = Builder()

@@ -227,6 +227,21 @@ def test_trap_sum_of_two_working_branches() -> None:
     assert refused(b.output(b.add(mlp(b, x), mlp(b, x)))).startswith("two working branches")
 
 
+def test_trap_sum_of_two_activated_projections() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    assert refused(b.output(b.add(b.relu(b.linear(x, 8)), b.relu(b.linear(x, 8))))).startswith("two working branches")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_affine_projection_beside_an_activated_one_is_the_shortcut(swapped: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    sides = [b.linear(x, 8, name="projection"), b.relu(b.linear(x, 8))]
+    block = only(b.output(b.add(*(sides[::-1] if swapped else sides))))
+    assert (block.shortcut, [op.name for op in block.shortcut_ops]) == ("projection", ["projection"])
+
+
 def test_trap_polynomial_inside_an_activation() -> None:
     b = Builder()
     x = b.linear(b.input(2, 8), 8)

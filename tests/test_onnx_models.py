@@ -116,10 +116,12 @@ class Tuples(nn.Module):
         return self.model(ids)[0]
 
 
+needs_transformers = pytest.mark.usefixtures("torchvision")  # which transformers imports
 TINY = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 IDS = torch.arange(12).reshape(2, 6)
 
 
+@needs_transformers
 def test_exported_llama() -> None:
     from transformers import LlamaConfig, LlamaModel
 
@@ -131,6 +133,7 @@ def test_exported_llama() -> None:
     proven(graph)
 
 
+@needs_transformers
 def test_exported_gpt2() -> None:
     from transformers import GPT2Config, GPT2Model
 
@@ -142,6 +145,7 @@ def test_exported_gpt2() -> None:
     proven(graph)
 
 
+@needs_transformers
 def test_exported_bert_with_symbolic_extents() -> None:
     from transformers import BertConfig, BertModel
 

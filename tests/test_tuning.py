@@ -19,7 +19,7 @@ from rescompile.backends.tuning import TuningReport, apply_database, tune
 from rescompile.backends.tuning_bench import Local, Remote, parse_runner
 from rescompile.backends.tuning_records import Database
 from rescompile.backends.tuning_rivals import rival
-from rescompile.backends.tuning_search import Searcher, gather, split_budget
+from rescompile.backends.tuning_search import Searcher, gather, normalized, split_budget
 from rescompile.errors import RescompileError
 
 TARGET = targets.resolve("cpu")
@@ -213,6 +213,18 @@ def test_records_of_another_target_or_version_are_left_out_with_a_note(
     assert report.missed == {"conv": "no record"}
     assert len(report.notes) == 1
     assert "another" in report.notes[0]
+
+
+def test_runs_at_the_same_time_do_not_disturb_each_other(tuned: tuple[Path, TuningReport], tmp_path: Path) -> None:
+    source = Database.open(tuned[0], TARGET, create=False)
+    module = normalized(_plain(SPEC))
+    records = source.best(module, 2)
+    both = [Database.open(tmp_path / "db", TARGET, create=True) for _ in range(2)]
+    for database in (*both, *both):
+        for record in records:
+            seconds = tuple(float(value) for value in record.run_secs)
+            database.add(module, record.trace, seconds, TARGET.tvm, record.args_info)
+    assert len(Database.open(tmp_path / "db", TARGET, create=False)) == 4 * len(records) > 0
 
 
 # ---- budget, workloads, runners --------------------------------------------------------------------------------

@@ -3,17 +3,21 @@
     y = softmax(scale·q·kᵀ + mask)·v        q: [..., S, D], k: [..., T, D], v: [..., T, E], mask: [..., S, T]
 
 The anchor is the softmax. The scale may be a factor on the product, on q, on k, or (torch's ONNX export) the root of it
-on both; the mask an addition or a `where` that puts −∞ where it is false; a guard may turn rows of NaN into zeros.
-Repeated heads (grouped queries) stay outside: k and v are read as they come.
+on both; the mask an addition, several, or a `where` that puts −∞ where it is false; a guard may turn rows of NaN into
+zeros. Where an exporter has merged the transposition of k with the splitting of heads, the splitting is presented as an
+operation of its own before the attention. Repeated heads (grouped queries) stay outside: k and v are read as they come.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from rescompile.composites.region import Recogniser
-from rescompile.graph import Op, Value
+from rescompile.graph import Attrs, Op, Shape, Value
 from rescompile.kinds import OpKind
+
+_Step = tuple[OpKind, Sequence[Value | None], Value, Attrs]
 
 
 def attention(recogniser: Recogniser, softmax: Op) -> Op | None:
@@ -28,32 +32,37 @@ def attention(recogniser: Recogniser, softmax: Op) -> Op | None:
     ops = [softmax, *ops]
     scores, passed = recogniser.through(x, OpKind.CAST)
     ops += passed
-    mask = None
-    masked = _mask(recogniser, scores)
-    if masked is not None:
-        scores, mask, op = masked
+    masks: list[Value] = []
+    while (masked := _mask(recogniser, scores)) is not None:
+        if masks and masks[0].dtype == "bool":  # what a `where` selects from is no sum with it
+            break
+        scores, added, op = masked
+        masks.append(added)
         ops.append(op)
-    scale, scores, passed = _scaled(recogniser, scores)
+    scale, scores, passed = _scaled(recogniser, scores, ops)
     ops += passed
     matmul = scores.producer
     if matmul is None or matmul.kind is not OpKind.MATMUL:
         return None
     ops.append(matmul)
-    factor_q, q, passed = _scaled(recogniser, matmul.operands[0], inside=ops)
+    factor_q, q, passed = _scaled(recogniser, matmul.operands[0], ops)
     ops += passed
-    factor_k, transposed, passed = _scaled(recogniser, matmul.operands[1], inside=ops)
+    factor_k, transposed, passed = _scaled(recogniser, matmul.operands[1], ops)
     ops += passed
-    permute = transposed.producer
-    if permute is None or permute.kind is not OpKind.PERMUTE or not _swaps_last_two(permute):
+    keys = _untransposed(recogniser, transposed, ops)
+    if keys is None:
         return None
-    if not recogniser.enclosed(permute, ops):
-        return None
-    ops.append(permute)
-    factor, k, passed = _scaled(recogniser, permute.operands[0], inside=ops)
+    k, before, passed = keys
     ops += passed
-    inputs = [q, k, v] if mask is None else [q, k, v, mask]
-    total = scale * factor_q * factor_k * factor
-    return recogniser.cover(ops, OpKind.ATTENTION, [*inputs, *[None] * (4 - len(inputs))], output, {"scale": total})
+    if not before:
+        factor, k, passed = _scaled(recogniser, k, ops)
+        factor_k *= factor
+        ops += passed
+    mask, sums = _total(recogniser, masks)
+    if mask is None and masks:
+        return None
+    attrs = {"scale": scale * factor_q * factor_k}
+    return recogniser.cover(ops, OpKind.ATTENTION, [q, k, v, mask], output, attrs, before=[*before, *sums])
 
 
 def _weighted(recogniser: Recogniser, softmax: Op) -> tuple[Value, Value, list[Op]] | None:
@@ -108,20 +117,46 @@ def _mask(recogniser: Recogniser, scores: Value) -> tuple[Value, Value, Op] | No
 
 
 def _is_product(value: Value) -> bool:
-    """Whether the value is a matmul, behind at most a few factors."""
-    for _ in range(3):
+    """Whether the value is a matmul, behind at most a few factors and masks."""
+    for _ in range(4):
         op = value.producer
         if op is None:
             return False
         if op.kind is OpKind.MATMUL:
             return True
-        if op.kind not in (OpKind.MUL, OpKind.DIV, OpKind.CAST) or op.inputs[0] is None:
+        if op.kind not in (OpKind.MUL, OpKind.DIV, OpKind.CAST, OpKind.ADD) or op.inputs[0] is None:
             return False
         value = op.inputs[0]
     return False
 
 
-def _scaled(recogniser: Recogniser, value: Value, inside: list[Op] | None = None) -> tuple[float, Value, list[Op]]:
+def _total(recogniser: Recogniser, masks: Sequence[Value]) -> tuple[Value | None, list[_Step]]:
+    """One mask for several that were added in turn, and the sum that makes it; None when their shapes are unknown."""
+    if len(masks) < 2:
+        return (masks[0] if masks else None), []
+    shape = _broadcast([mask.shape for mask in masks])
+    if shape is None or len({mask.dtype for mask in masks}) != 1:
+        return None, []
+    total = recogniser.new_value(f"{masks[0].name}_total", shape, masks[0].dtype)
+    return total, [(OpKind.ADD, list(reversed(masks)), total, {})]
+
+
+def _broadcast(shapes: Sequence[Shape | None]) -> Shape | None:
+    known = [shape for shape in shapes if shape is not None]
+    if len(known) != len(shapes):
+        return None
+    rank = max(map(len, known))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in known]
+    extents = []
+    for column in zip(*padded, strict=True):
+        wide = {extent for extent in column if extent != 1}
+        if len(wide) > 1:
+            return None
+        extents.append(wide.pop() if wide else 1)
+    return tuple(extents)
+
+
+def _scaled(recogniser: Recogniser, value: Value, inside: list[Op]) -> tuple[float, Value, list[Op]]:
     """The constant factors on a value, the value without them, and the operations that multiplied them in.
 
     A factor that others read too stays where it is: only operations that nothing but `inside` reads are taken.
@@ -129,17 +164,49 @@ def _scaled(recogniser: Recogniser, value: Value, inside: list[Op] | None = None
     factor, ops = 1.0, list[Op]()
     while (op := value.producer) is not None and op.kind in (OpKind.MUL, OpKind.DIV):
         first, second = op.inputs
-        if inside is not None and not recogniser.enclosed(op, [*inside, *ops]):
+        if not recogniser.enclosed(op, [*inside, *ops]):
             break
         number = recogniser.scalar(second)
         if number is None and op.kind is OpKind.MUL:
             first, number = second, recogniser.scalar(first)
-        if number is None or first is None or number == 0.0:
+        if number is None or first is None or number == 0.0 or first.shape != value.shape:
             break
         factor *= number if op.kind is OpKind.MUL else 1.0 / number
         ops.append(op)
         value = first
     return factor, value, ops
+
+
+def _untransposed(
+    recogniser: Recogniser, transposed: Value, inside: list[Op]
+) -> tuple[Value, list[_Step], list[Op]] | None:
+    """k, for kᵀ; what prepares k where the transposition was merged with another one; and what the region takes.
+
+    Either kᵀ = permute(s), and k is s with the same permutation but for the last two axes, or kᵀ = reshape(permute(s))
+    where the permutation swaps the last two axes and the reshape regroups only those before them.
+    """
+    op = transposed.producer
+    if op is None or not recogniser.enclosed(op, inside):
+        return None
+    if op.kind is OpKind.PERMUTE:
+        source, perm = op.operands[0], list(op.attr("perm"))
+        perm[-2:] = reversed(perm[-2:])
+        if perm == list(range(len(perm))):
+            return source, [], [op]
+        k = recogniser.new_value(f"{transposed.name}_keys", _swapped(transposed.shape), transposed.dtype)
+        return k, [(OpKind.PERMUTE, [source], k, {"perm": tuple(perm)})], [op]
+    permute = op.operands[0].producer if op.kind is OpKind.RESHAPE else None
+    if permute is None or permute.kind is not OpKind.PERMUTE or not _swaps_last_two(permute):
+        return None
+    before, after = permute.output.shape, transposed.shape
+    if before is None or after is None or before[-2:] != after[-2:] or not recogniser.enclosed(permute, [op]):
+        return None
+    k = recogniser.new_value(f"{transposed.name}_keys", _swapped(after), transposed.dtype)
+    return k, [(OpKind.RESHAPE, [permute.operands[0]], k, {})], [op, permute]
+
+
+def _swapped(shape: Shape | None) -> Shape | None:
+    return None if shape is None else (*shape[:-2], shape[-1], shape[-2])
 
 
 def _swaps_last_two(permute: Op) -> bool:

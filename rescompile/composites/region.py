@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rescompile.graph import Attrs, Graph, Op, Value
+from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind
 
 TOLERANCE = 1e-4  # relative; constants that exporters rounded (0.7071, 0.79788) stay recognisable
@@ -53,6 +53,10 @@ class Recogniser:
             value = op.inputs[0]
         return value, passed
 
+    def new_value(self, stem: str, shape: Shape | None, dtype: str | None) -> Value:
+        """A value for an operation that prepares an operand."""
+        return Value(self.graph.unique_name(stem), shape, dtype, Role.RESULT)
+
     def cover(
         self,
         ops: Iterable[Op],
@@ -60,8 +64,12 @@ class Recogniser:
         inputs: Sequence[Value | None],
         output: Value,
         attrs: Attrs | None = None,
+        before: Sequence[tuple[OpKind, Sequence[Value | None], Value, Attrs]] = (),
     ) -> Op | None:
-        """Cover a region; None, and no change, when one of its interior values is read elsewhere."""
+        """Cover a region; None, and no change, when one of its interior values is read elsewhere.
+
+        `before`: as in `Graph.cover`.
+        """
         region = sorted(set(ops), key=lambda op: op.order)
         inside = set(region)
         for op in region:
@@ -69,7 +77,7 @@ class Recogniser:
                 return None
             if output not in op.outputs and not self.enclosed(op, inside):
                 return None
-        covering = self.graph.cover(region, kind, inputs, (output,), attrs)
+        covering = self.graph.cover(region, kind, inputs, (output,), attrs, before=before)
         self._covered |= inside
         self.count += 1
         return covering

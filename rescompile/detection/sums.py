@@ -1,7 +1,8 @@
 """Sums: y = s + F(x), where s is x or comes from it by a free way or a projection, and F works.
 
 1. The operands come from one value, the fork.
-2. The way from the fork to one operand, the shortcut, is free of work or is a projection.
+2. The way from the fork to one operand, the shortcut, is free of work or is a projection, and of two projections the
+   one without an activation.
 3. The way to another operand, the branch, works.
 4. The shortcut is not broadcast: a bias or a table that is added everywhere is no stream.
 5. It is no step of an unrolled recurrence.
@@ -15,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
-from rescompile.detection.reach import order
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -108,6 +109,9 @@ def _block(
         outside=outside,
     )
     if way.working:
+        if len(tops) == 1 and _is_other_projection(way, chain(reach, fork, tops[0])):
+            text = f"two working branches: '{skip[1].name}' and '{tops[0].name}' are projections of '{fork.name}' alike"
+            return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
     if way.sums:
@@ -120,6 +124,13 @@ def _block(
         return draft
     _parallel_tail(judgement, draft)
     return draft
+
+
+def _is_other_projection(way: Chain, other: Chain | None) -> bool:
+    """Whether both ways are a linear or a 1×1 convolution with an activation: neither is the other's shortcut."""
+    if other is None or other.shortcut != "projection" or way.affine:
+        return False
+    return all(any(op.kind in (OpKind.CONV, OpKind.LINEAR) for op in each.ops) for each in (way, other))
 
 
 def _absorb(judgement: Judgement, draft: Draft, way: Chain, affine: bool) -> Draft | Refusal:

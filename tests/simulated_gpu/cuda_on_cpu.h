@@ -96,6 +96,7 @@ GPU_VECTOR(ushort, ushort, 2)
 GPU_VECTOR(signed char, char, 1)
 GPU_VECTOR(uchar, uchar, 1)
 GPU_VECTOR(half, half, 2)
+GPU_VECTOR(nv_bfloat16, nv_bfloat16, 2)
 GPU_VECTOR(long long, longlong, 8)
 GPU_VECTOR(double, double, 8)
 #undef GPU_VECTOR
@@ -107,6 +108,7 @@ inline half __float2half(float x) { return x; }
 inline half __float2half_rn(float x) { return x; }
 inline float __bfloat162float(nv_bfloat16 x) { return x; }
 inline nv_bfloat16 __float2bfloat16(float x) { return x; }
+inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
