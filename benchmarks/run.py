@@ -50,7 +50,12 @@ def main() -> None:
         found = measure_model(name, arguments.against.split(","), arguments.threads)
         bound = Bound(found.flops, ceiling_gflops(Machine.host(found.timings.threads)))
         print(f"{found.timings}\n{bound.describe(found.timings)}", flush=True)
-        data = {**found.timings.to_dict(), "flops": bound.flops, "multiply_add_ceiling_gflops": bound.ceiling}
+        data = {
+            "date": str(date.today()),
+            **found.timings.to_dict(),
+            "flops": bound.flops,
+            "multiply_add_ceiling_gflops": bound.ceiling,
+        }
         write_text(RESULTS / f"{name}.json", _json(data))
         measured.append((found.timings, bound))
     if not arguments.no_readme:
@@ -100,7 +105,7 @@ def bench_table(measured: list[tuple[Measured, Bound]]) -> list[str]:
     present = versions()
     listed = ", ".join(f"{name} {present[name]}" for name in ("torch", "onnxruntime", "apache-tvm") if name in present)
     lines = [
-        f"fp32, batch 1, {measured[0][0].threads} threads of {found['processor']}; {listed}; {date.today().isoformat()}.",
+        f"fp32, batch 1, {measured[0][0].threads} threads of {found['processor']}; {listed}; {date.today()}.",
         "Medians in ms of calls that are interleaved in blocks; in brackets, how many times as long as rescompile. The",
         "bound is the model's arithmetic at the rate of multiply-adds on registers alone, measured in the same run.",
         "",
