@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.corpus import _torchvision
+from benchmarks.corpus import import_torchvision
 from benchmarks.written_models import WRITTEN
 from rescompile.blocks import Report
 
@@ -69,7 +69,7 @@ def _evaluate(text: str) -> torch.nn.Module:
     module, expression = text.split(":", 1)
     root = module.split(".")[0]
     if root in ("torchvision", "timm", "transformers"):
-        _torchvision()
+        import_torchvision()
     library = importlib.import_module(module)
     names = {word: getattr(library, word) for word in re.findall(r"\w+", expression) if hasattr(library, word)}
     names[root] = importlib.import_module(root)
