@@ -136,7 +136,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code), weights, manifest
+    return _loaded(code, manifest), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -194,8 +194,16 @@ def _extensions() -> set[str]:
     return {word for line in lines if line.startswith("flags") for word in line.partition(":")[2].split()}
 
 
-def _loaded(code: bytes) -> Any:
+def _loaded(code: bytes, manifest: Manifest) -> Any:
     import tvm
+    import tvm_ffi
+
+    loader = f"ffi.Module.load_from_bytes.{manifest.device}"
+    if manifest.device != "cpu" and tvm_ffi.get_global_func(loader, allow_missing=True) is None:
+        raise RescompileError(
+            f"The program is compiled for {manifest.target}, and TVM's runtime finds no {manifest.device} driver here: "
+            "run it on a machine that has one, or compile the model for cpu."
+        )
 
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")

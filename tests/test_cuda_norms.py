@@ -1,4 +1,4 @@
-"""The CUDA kernels of add + norm: their generated source on the CPU against torch, their machine code by the assembler."""
+"""The CUDA kernels of add + norm: generated source run on the CPU against torch, machine code by the assembler."""
 
 from __future__ import annotations
 
