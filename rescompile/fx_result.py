@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from rescompile.errors import RescompileError
 from rescompile.fx_inline import unfold
-from rescompile.fx_modes import Modes, align, modes_of, record
+from rescompile.fx_modes import Modes, align, depends_on_mode, modes_of, record
 from rescompile.fx_modules import is_known
 
 if TYPE_CHECKING:
@@ -188,6 +188,9 @@ def _traced_modes(graph: FxGraph, origin: Origin) -> Modes:
         if changes and is_known(module) and (twin is None or (twin.op != "call_module" and not modes_of(twin))):
             lost.append(node.name)
     modes.refusal = _lost(lost) if lost else None
+    written = next((node for node in origin.pristine.nodes if depends_on_mode(node)), None)
+    if written is not None and not lost:
+        modes.refusal = f"'{written.name}' was exported in one form, and only the model itself knows the other."
     return modes
 
 

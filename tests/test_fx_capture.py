@@ -279,6 +279,30 @@ def test_an_unknown_dynamic_input_is_refused_with_the_nearest():
     assert "did you mean 'x'" in refusal(Block(), torch.randn(2, 4), dynamic={"xx": {0: "N"}})
 
 
+class Fixes(nn.Module):
+    def forward(self, x):
+        return x.view(2, 2) + 1
+
+
+def test_a_dynamic_dimension_that_the_model_fixes_is_refused():
+    assert "fixes dimension 0 of input 'x' to 4" in refusal(Fixes(), torch.randn(4), dynamic={"x": {0: "N"}})
+
+
+class Bounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[0]]
+
+
+def test_a_dynamic_dimension_with_a_bound_is_taken():
+    graph = capture(Bounded(), torch.randn(4, 4), dynamic={"x": {0: "N"}})
+    assert graph.inputs[0].shape == ("N", 4)
+    assert next(iter(graph.run({"x": np.zeros((9, 4), np.float32)}).values())).shape == (9, 4)
+
+
 def test_a_dynamic_dimension_that_is_not_there_is_refused():
     assert "no dimension 5" in refusal(Block(), torch.randn(2, 4), dynamic={"x": {5: "N"}})
 

@@ -270,6 +270,16 @@ def test_a_traced_module_switches_with_its_submodules():
     torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_an_exported_module_passed_as_a_graph_has_one_form():
+    model, x = Net().eval(), net_input()
+    graph = capture(torch.export.export(model, (x,), strict=False).module(), x)
+    module = graph.to_user()
+    assert not module.training
+    torch.testing.assert_close(module.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RescompileError, match="only the model itself knows"):
+        module.train()
+
+
 def test_a_traced_batch_norm_written_out_as_a_function_still_switches():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, momentum=0.3), nn.ReLU()).eval()
