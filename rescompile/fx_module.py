@@ -97,6 +97,9 @@ class RewrittenModule(fx.GraphModule):
         for key in [key for key, value in kept.items() if isinstance(value, torch.Tensor)]:
             tensor = module.__dict__.pop(key)
             module.register_buffer(key, tensor, persistent=False)
+        for key, child in module._modules.items():
+            if isinstance(child, fx.GraphModule) and not isinstance(child, RewrittenModule):  # a condition's branch
+                module._modules[key] = cls.adopt(child, modes=Modes(child.training), name=type(child).__name__)
         module._tracer_cls = None
         module._tracer_extras = {}
         module._replace_hooks = []

@@ -65,6 +65,8 @@ def copy_children(source: nn.Module, tensors: Tensors = lambda tensor: tensor) -
         twin = memo[id(module)] = module.__class__.__new__(module.__class__)
         twin.__dict__.update(registries(module))
         _relink_recurrent(twin)
+        if isinstance(module, fx.GraphModule):  # a branch of a condition: its code belongs to its class
+            twin.graph = copy_graph(module.graph, {})
         return twin
 
     return registries(source)

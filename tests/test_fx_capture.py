@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import zipfile
 
 import numpy as np
@@ -145,6 +147,30 @@ def test_regions_without_gradients_are_part_of_the_graph():
     model(x).sum().backward()
     torch.testing.assert_close(module.weight.grad, model.weight.grad, rtol=1e-6, atol=1e-6)
     assert list(module.state_dict()) == ["weight"]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos() * 2, (x,))
+        return self.linear(y) + x
+
+
+def test_a_condition_is_opaque_and_survives():
+    model, x = Branches().eval(), torch.ones(2, 4)
+    graph = capture(model, x).clone()
+    assert [op.kind for op in graph][-3:] == [K.OPAQUE, K.LINEAR, K.ADD]
+    linear = next(op for op in graph if op.kind is K.LINEAR)
+    graph.set_operand(linear, 1, graph.add_parameter("other", graph.data(linear.inputs[1])))
+    graph.commit()
+    module = graph.to_user()
+    for sample in (x, -x):
+        torch.testing.assert_close(module(sample), model(sample), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(copy.deepcopy(module)(sample), model(sample), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(module))(sample), model(sample), rtol=1e-6, atol=1e-6)
 
 
 # ---- writes -----------------------------------------------------------------------------------------------------
