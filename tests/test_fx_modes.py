@@ -254,6 +254,38 @@ def test_a_batch_norm_written_anew_in_training_keeps_its_momentum():
     same_state(module, model)
 
 
+def test_a_dropout_in_place_is_not_lost_by_an_edit_elsewhere():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5, inplace=True), nn.ReLU()).eval()
+    graph = capture(model, torch.randn(2, 6))
+    relu = next(op for op in graph if op.kind is K.RELU)
+    graph.fuse([relu], K.CLIP, relu.inputs, [relu.output], {"min": 0.0, "max": None})
+    graph.commit()
+    module = graph.to_user()
+    module.train()
+    model.train()
+    inputs = lambda: torch.randn(2, 6)  # noqa: E731
+    assert curve(module, inputs, 2) == pytest.approx(curve(model, inputs, 2), rel=1e-5)
+
+
+def test_a_rewritten_module_is_left_in_its_form_by_another_capture():
+    module = capture(Net().eval(), net_input()).to_user()
+    capture(module, net_input()).to_user()
+    x = net_input()
+    assert not module.modes.training
+    torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
+
+
+def test_a_rewritten_module_inside_another_model_switches_when_captured():
+    torch.manual_seed(0)
+    model = Net().eval()
+    inner = capture(model, net_input()).to_user()
+    module = capture(nn.Sequential(inner).eval(), net_input()).to_user()
+    module.train()
+    model.train()
+    assert curve(module, net_input, 2) == pytest.approx(curve(model, net_input, 2), rel=1e-5)
+
+
 def test_a_traced_module_switches_with_its_submodules():
     torch.manual_seed(0)
     model = Net().eval()
