@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
+import re
 import traceback
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,13 @@ from torch.utils._pytree import tree_leaves
 import rescompile.fx_fused  # noqa: F401 (a program may call the fused operations)
 from rescompile.errors import RescompileError, nearest
 from rescompile.fx_graph import FxGraph
-from rescompile.fx_inline import unfold
+from rescompile.fx_inline import drop_guards, unfold
+from rescompile.fx_modes import depends_on_mode, in_training_form
 from rescompile.fx_result import Origin
 from rescompile.fx_tree import copy_module
 from rescompile.fx_types import Dims
+
+_FIXED = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\][^\n]*constant \((\d+)\)")
 
 Dynamic = Mapping[str, Mapping[int, str]] | Sequence[Mapping[int, str] | None] | None
 
@@ -120,12 +124,18 @@ def _from_program(program: ExportedProgram, name: str = "") -> FxGraph:
 def _from_graph_module(model: fx.GraphModule, example_inputs: Any, dynamic: Dynamic) -> FxGraph:
     args, kwargs = arguments(example_inputs)
     module = copy_module(model, {})
+    module.__dict__.pop("train", None)  # of ExportedProgram.module(): methods of the original, which refuse
+    module.__dict__.pop("eval", None)
+    drop_guards(module)
     dims = Dims()
-    if example_inputs is not None:
+    has_shapes = any("val" in node.meta for node in module.graph.find_nodes(op="placeholder"))
+    if example_inputs is not None and not has_shapes:
         names, _, args, kwargs = dynamic_shapes(model, args, kwargs, dynamic)
         dims = _propagate(module, args, kwargs, names)
+    if any(depends_on_mode(node) for node in module.graph.nodes):  # exported: its flag says nothing
+        module.training = in_training_form(module.graph)
     graph = FxGraph.read(module, name=type(model).__name__, dims=dims)
-    graph.origin = Origin("graph", model, args, kwargs, None, training=model.training, pristine=model.graph)
+    graph.origin = Origin("graph", model, args, kwargs, None, training=module.training, pristine=model.graph)
     return graph
 
 
@@ -181,7 +191,6 @@ def dynamic_shapes(
         name: {int(axis): str(getattr(label, "__name__", label)) for axis, label in dims.items()}
         for name, dims in dynamic.items()
     }
-    known: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
     for name, value in bound.items():
         wanted = names.get(name)
@@ -190,7 +199,8 @@ def dynamic_shapes(
             continue
         if not isinstance(value, torch.Tensor) or any(axis >= value.dim() for axis in wanted):
             raise RescompileError(f"Input '{name}' has no dimension {max(wanted)}: check the dynamic dimensions.")
-        shapes[name] = {axis: known.setdefault(label, Dim(label)) for axis, label in wanted.items()}
+        # Of any extent that the model allows: torch finds the bounds, and refuses a dimension that has to be fixed.
+        shapes[name] = dict.fromkeys(wanted, Dim.DYNAMIC)
         bound[name] = _without_ones(value, wanted)
     places = list(bound)
     args = tuple(bound[place] for place in places[: len(args)])
@@ -302,6 +312,9 @@ def _why_not(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], er
     except Exception as failure:  # noqa: BLE001 (the user's code may raise anything)
         where = user_line(failure)
         return f"{name} fails on the example inputs{f' at {where}' if where else ''}: {_first_line(failure)}"
+    fixed = _FIXED.search(str(error))
+    if fixed is not None:
+        return f"{name} fixes dimension {fixed[2]} of input '{fixed[1]}' to {fixed[3]}: do not make that one dynamic."
     text = f"torch.export cannot take {name}{at}: {_first_line(error)}"
     try:
         fx.symbolic_trace(model)

@@ -121,7 +121,17 @@ def _slice(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     return result
 
 
+def _permute(t: Torch, x: list[Any], attrs: Attrs) -> Any:
+    if not attrs["perm"]:
+        raise GraphError(
+            "A permutation of an operand of unknown rank cannot be made anew: capture with example inputs."
+        )
+    return t(aten.permute.default, x[0], list(attrs["perm"]))
+
+
 def _split(t: Torch, x: list[Any], attrs: Attrs) -> Any:
+    if not attrs["sizes"]:
+        raise GraphError("A split into parts of unknown size cannot be made anew: capture with example inputs.")
     return t(aten.split_with_sizes.default, x[0], list(attrs["sizes"]), attrs["axis"])
 
 
@@ -186,7 +196,7 @@ EMITTERS: dict[K, Emitter] = {
     K.IDENTITY: lambda t, x, _: t(aten.alias.default, x[0]),
     K.CAST: _cast,
     K.RESHAPE: _reshape,
-    K.PERMUTE: lambda t, x, attrs: t(aten.permute.default, x[0], list(attrs["perm"])),
+    K.PERMUTE: _permute,
     K.SLICE: _slice,
     K.SPLIT: _split,
     K.EXPAND: _expand,

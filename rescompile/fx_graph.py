@@ -27,7 +27,7 @@ from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
-from rescompile.fx_tree import add_tensor, copy_module, owner_of, remove_tensor, to_numpy, to_torch
+from rescompile.fx_tree import add_tensor, copy_module, device_of, owner_of, remove_tensor, to_numpy, to_torch
 from rescompile.fx_types import Dims
 from rescompile.fx_view import Item, Native
 from rescompile.graph import Graph, Op, Value
@@ -204,8 +204,10 @@ class FxGraph(Graph):
         missing = [n.name for n in placeholders if n.name not in inputs and not n.args and n.users]
         if missing:
             raise GraphError(f"The model's input '{missing[0]}' is missing.")
+        device = device_of(self.module)
         arguments = [
-            to_torch(inputs[n.name]) if n.name in inputs else (n.args[0] if n.args else None) for n in placeholders
+            to_torch(inputs[n.name]).to(device) if n.name in inputs else (n.args[0] if n.args else None)
+            for n in placeholders
         ]
         module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
         with torch.no_grad():
@@ -225,14 +227,17 @@ class FxGraph(Graph):
 
     def _argument(self, value: Value) -> Any:
         """The fx argument for a value, its node made where there is none yet."""
-        native, nodes = value.native, self._edit()
+        nodes = self._edit()
+        if value.native is None and value.producer is not None:
+            self.materialise(value.producer)
+        native = value.native
         if isinstance(native, Attr):
             return nodes.getter(native.target)
         if isinstance(native, Item):
             value.native = nodes.item(native.node, native.index, value.name)
             return value.native
         if native is None:
-            raise GraphError(f"'{value.name}' has no native value: materialise the operation that makes it first.")
+            raise GraphError(f"'{value.name}' has no native value: nothing makes it.")
         return native
 
     def _place(self, op: Op) -> fx.Node:

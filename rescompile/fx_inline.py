@@ -17,9 +17,7 @@ def unfold(program: ExportedProgram) -> fx.GraphModule:
     """The program as one flat graph, without the checks of its inputs, which no edit would keep up to date."""
     module = program.module()
     graph = module.graph
-    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
-        graph.erase_node(node)
-    module._modules.pop("_guards_fn", None)
+    drop_guards(module)
     inlined: list[str] = []
     pending = [node for node in graph.nodes if _is_region(node)]
     for node in pending:  # grows: a region may hold regions
@@ -29,6 +27,13 @@ def unfold(program: ExportedProgram) -> fx.GraphModule:
         if "." not in name and not any(target == name or target.startswith(f"{name}.") for target in kept):
             module._modules.pop(name, None)
     return module
+
+
+def drop_guards(module: fx.GraphModule) -> None:
+    """Remove torch.export's checks of the inputs: no edit keeps them up to date, and they cannot be pickled."""
+    for node in module.graph.find_nodes(op="call_module", target="_guards_fn"):
+        module.graph.erase_node(node)
+    module._modules.pop("_guards_fn", None)
 
 
 def _is_region(node: fx.Node) -> bool:

@@ -51,6 +51,23 @@ def modes_of(node: fx.Node) -> list[list[Any]]:
     return list(found) if found else []
 
 
+def depends_on_mode(node: fx.Node) -> bool:
+    """Whether an exported node does something else in training, and does not say what."""
+    name = getattr(node.target, "_opname", "")
+    if modes_of(node) or name not in ("batch_norm", "dropout", "scaled_dot_product_attention"):
+        return False
+    return name != "dropout" or arguments_of(node)["p"] > 0
+
+
+def in_training_form(graph: fx.Graph) -> bool:
+    """Whether a graph holds norms or dropouts of the training form."""
+    return any(
+        bool(arguments_of(node).get("training", arguments_of(node).get("train")))
+        for node in graph.nodes
+        if getattr(node.target, "_opname", "") in ("batch_norm", "dropout")
+    )
+
+
 def record(node: fx.Node, key: str, content: Any) -> None:
     """Write to the node's metadata; nodes of a copied graph share the old ones."""
     custom = dict(node.meta.get("custom") or {})

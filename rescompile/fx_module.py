@@ -97,6 +97,9 @@ class RewrittenModule(fx.GraphModule):
         for key in [key for key, value in kept.items() if isinstance(value, torch.Tensor)]:
             tensor = module.__dict__.pop(key)
             module.register_buffer(key, tensor, persistent=False)
+        for key, child in module._modules.items():
+            if isinstance(child, fx.GraphModule) and not isinstance(child, RewrittenModule):  # a condition's branch
+                module._modules[key] = cls.adopt(child, modes=Modes(child.training), name=type(child).__name__)
         module._tracer_cls = None
         module._tracer_extras = {}
         module._replace_hooks = []
@@ -106,7 +109,6 @@ class RewrittenModule(fx.GraphModule):
         module.shape_env = None
         module.meta = meta
         type(module).__name__ = name
-        _drop_guards(module, graph)
         module.graph = graph
         return module
 
@@ -171,13 +173,6 @@ class RewrittenModule(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED and key != "meta"}
-
-
-def _drop_guards(module: nn.Module, graph: fx.Graph) -> None:
-    """torch.export's input checks: no edit keeps them up to date, and they cannot be pickled."""
-    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
-        graph.erase_node(node)
-    module._modules.pop("_guards_fn", None)
 
 
 def _to_plain(node: fx.Node) -> _Node:

@@ -15,7 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from rescompile.errors import GraphError
-from rescompile.fx_tree import owner_of
+from rescompile.fx_tree import device_of, owner_of
 from rescompile.fx_types import TORCH_DTYPES, Dims, record_type, static_shape
 from rescompile.fx_view import is_check
 from rescompile.graph import Op, Shape, Value, ValueType
@@ -24,6 +24,8 @@ from rescompile.kinds import OpKind
 if TYPE_CHECKING:
     from rescompile.fx_graph import FxGraph
 
+# What makes a tensor out of numbers must be told where.
+_SOURCES = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.aten.scalar_tensor.default)
 _NOT_WORD = re.compile(r"\W")
 
 
@@ -47,6 +49,7 @@ class Nodes:
         self.extents: dict[str, fx.Node] = {}
         self.waiting: dict[fx.Node, None] = {}  # erased in the view, but read natively
         self.fake_mode: FakeTensorMode | None = None
+        self.device = device_of(module)
         for node in self.graph.nodes:
             self.holders[node.name] = node
             if node.op == "get_attr":
@@ -88,6 +91,8 @@ class Nodes:
 
     def call(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         """A new `call_function` node at the current place."""
+        if target in _SOURCES and self.device.type != "cpu":
+            kwargs = {**kwargs, "device": self.device}
         node = self.graph.call_function(target, args, kwargs)
         self.holders[node.name] = node
         self._infer(node)

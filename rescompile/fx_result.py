@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 
 from rescompile.errors import RescompileError
 from rescompile.fx_inline import unfold
-from rescompile.fx_modes import Modes, align, modes_of, record
+from rescompile.fx_modes import Modes, align, depends_on_mode, modes_of, record
 from rescompile.fx_modules import is_known
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _modes(graph: FxGraph) -> Modes:
         return _traced_modes(graph, origin)
     modes = _both_forms(origin, origin.pristine)
     if modes.refusal is None:
-        lost = [name for name in modes.nodes if not _kept(graph, name, origin.pristine)]
+        lost = _lost_nodes(graph, modes.nodes, origin.pristine)
         modes.refusal = _lost(lost) if lost else None
     return modes
 
@@ -147,31 +148,40 @@ def _both_forms(origin: Origin, pristine: fx.Graph) -> Modes:
     """Capture the model in its other form, and compare."""
     from rescompile.fx_capture import export
 
-    model = origin.model
+    model: nn.Module = origin.model
     flags = {child: child.training for child in model.modules()}
     try:
-        _set_flags(model, not origin.training)
+        for child in flags:
+            _switch(child, not origin.training)
         other = unfold(export(model, origin.args, origin.kwargs, origin.shapes))
     except RescompileError as error:
         return Modes(origin.training, refusal=str(error))
     finally:
         for child, training in flags.items():
-            child.training = training
+            _switch(child, training)
     return align(pristine, other.graph, training=origin.training)
 
 
-def _set_flags(model: nn.Module, training: bool) -> None:
-    if hasattr(model, "meta") and isinstance(model, fx.GraphModule):
-        model.train(training)
-        return
-    for child in model.modules():
-        child.training = training
+def _switch(module: nn.Module, training: bool) -> None:
+    """Change one module's form, not that of its children, unless it is one of ours."""
+    from rescompile.fx_module import RewrittenModule
+
+    if isinstance(module, RewrittenModule):
+        module.train(training)
+    else:
+        module.training = training
 
 
-def _kept(graph: FxGraph, name: str, pristine: fx.Graph) -> bool:
-    node = next((n for n in graph.module.graph.nodes if n.name == name), None)
-    before = next((n for n in pristine.nodes if n.name == name), None)
-    return node is not None and before is not None and (node.target is before.target or bool(modes_of(node)))
+def _lost_nodes(graph: FxGraph, names: Iterable[str], pristine: fx.Graph) -> list[str]:
+    """Those of the nodes that an edit removed, or made something else of."""
+    now = {node.name: node for node in graph.module.graph.nodes}
+    before = {node.name: node for node in pristine.nodes}
+    return [n for n in names if n not in now or not (_operation(now[n]) == _operation(before[n]) or modes_of(now[n]))]
+
+
+def _operation(node: fx.Node) -> str:
+    """What a node calls, in place or not."""
+    return str(getattr(node.target, "_opname", node.target)).removesuffix("_")
 
 
 def _traced_modes(graph: FxGraph, origin: Origin) -> Modes:
@@ -188,6 +198,9 @@ def _traced_modes(graph: FxGraph, origin: Origin) -> Modes:
         if changes and is_known(module) and (twin is None or (twin.op != "call_module" and not modes_of(twin))):
             lost.append(node.name)
     modes.refusal = _lost(lost) if lost else None
+    written = next((node for node in origin.pristine.nodes if depends_on_mode(node)), None)
+    if written is not None and not lost:
+        modes.refusal = f"'{written.name}' was exported in one form, and only the model itself knows the other."
     return modes
 
 

@@ -65,6 +65,8 @@ def copy_children(source: nn.Module, tensors: Tensors = lambda tensor: tensor) -
         twin = memo[id(module)] = module.__class__.__new__(module.__class__)
         twin.__dict__.update(registries(module))
         _relink_recurrent(twin)
+        if isinstance(module, fx.GraphModule):  # a branch of a condition: its code belongs to its class
+            twin.graph = copy_graph(module.graph, {})
         return twin
 
     return registries(source)
@@ -119,14 +121,19 @@ def add_tensor(root: nn.Module, path: str, data: np.ndarray[Any, Any], *, traina
     module, leaf = owner_of(root, path, create=True)
     if hasattr(module, leaf):
         raise GraphError(f"The model already has something at '{path}': choose another name.")
-    device = next((tensor.device for tensor in root.parameters()), torch.device("cpu"))
-    tensor = to_torch(data).to(device)
+    tensor = to_torch(data).to(device_of(root))
     if trainable and tensor.is_floating_point():
         parameter = nn.Parameter(tensor)
         module.register_parameter(leaf, parameter)
         return parameter
     module.register_buffer(leaf, tensor)
     return tensor
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's tensors are; the CPU for a module without any."""
+    tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def remove_tensor(root: nn.Module, path: str) -> None:

@@ -244,6 +244,19 @@ def test_operands_of_a_call_that_stands_for_two_operations_are_set_alone(load):
     same_values(case)
 
 
+def test_a_value_within_a_call_can_be_read_by_an_inserted_operation(load):
+    case = load("scaled")
+    graph = case.graph
+    inner = only(graph, K.ADD).inputs[1]
+    made = graph.insert(K.NEG, [inner], [("negated", inner.type)])
+    graph.set_operand(only(graph, K.ADD), 1, made.output)
+    again = graph.insert(K.NEG, [made.output], [("restored", inner.type)])
+    graph.set_operand(only(graph, K.ADD), 1, again.output)
+    graph.commit()
+    check_links(graph)
+    same_values(case)
+
+
 # ---- outputs ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import zipfile
 
 import numpy as np
@@ -147,6 +149,30 @@ def test_regions_without_gradients_are_part_of_the_graph():
     assert list(module.state_dict()) == ["weight"]
 
 
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos() * 2, (x,))
+        return self.linear(y) + x
+
+
+def test_a_condition_is_opaque_and_survives():
+    model, x = Branches().eval(), torch.ones(2, 4)
+    graph = capture(model, x).clone()
+    assert [op.kind for op in graph][-3:] == [K.OPAQUE, K.LINEAR, K.ADD]
+    linear = next(op for op in graph if op.kind is K.LINEAR)
+    graph.set_operand(linear, 1, graph.add_parameter("other", graph.data(linear.inputs[1])))
+    graph.commit()
+    module = graph.to_user()
+    for sample in (x, -x):
+        torch.testing.assert_close(module(sample), model(sample), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(copy.deepcopy(module)(sample), model(sample), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(module))(sample), model(sample), rtol=1e-6, atol=1e-6)
+
+
 # ---- writes -----------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +303,30 @@ def test_inputs_of_the_wrong_shape_are_refused_with_the_line():
 
 def test_an_unknown_dynamic_input_is_refused_with_the_nearest():
     assert "did you mean 'x'" in refusal(Block(), torch.randn(2, 4), dynamic={"xx": {0: "N"}})
+
+
+class Fixes(nn.Module):
+    def forward(self, x):
+        return x.view(2, 2) + 1
+
+
+def test_a_dynamic_dimension_that_the_model_fixes_is_refused():
+    assert "fixes dimension 0 of input 'x' to 4" in refusal(Fixes(), torch.randn(4), dynamic={"x": {0: "N"}})
+
+
+class Bounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[0]]
+
+
+def test_a_dynamic_dimension_with_a_bound_is_taken():
+    graph = capture(Bounded(), torch.randn(4, 4), dynamic={"x": {0: "N"}})
+    assert graph.inputs[0].shape == ("N", 4)
+    assert next(iter(graph.run({"x": np.zeros((9, 4), np.float32)}).values())).shape == (9, 4)
 
 
 def test_a_dynamic_dimension_that_is_not_there_is_refused():

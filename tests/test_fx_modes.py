@@ -254,6 +254,38 @@ def test_a_batch_norm_written_anew_in_training_keeps_its_momentum():
     same_state(module, model)
 
 
+def test_a_dropout_in_place_is_not_lost_by_an_edit_elsewhere():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5, inplace=True), nn.ReLU()).eval()
+    graph = capture(model, torch.randn(2, 6))
+    relu = next(op for op in graph if op.kind is K.RELU)
+    graph.fuse([relu], K.CLIP, relu.inputs, [relu.output], {"min": 0.0, "max": None})
+    graph.commit()
+    module = graph.to_user()
+    module.train()
+    model.train()
+    inputs = lambda: torch.randn(2, 6)  # noqa: E731
+    assert curve(module, inputs, 2) == pytest.approx(curve(model, inputs, 2), rel=1e-5)
+
+
+def test_a_rewritten_module_is_left_in_its_form_by_another_capture():
+    module = capture(Net().eval(), net_input()).to_user()
+    capture(module, net_input()).to_user()
+    x = net_input()
+    assert not module.modes.training
+    torch.testing.assert_close(module(x), module(x), rtol=0, atol=0)
+
+
+def test_a_rewritten_module_inside_another_model_switches_when_captured():
+    torch.manual_seed(0)
+    model = Net().eval()
+    inner = capture(model, net_input()).to_user()
+    module = capture(nn.Sequential(inner).eval(), net_input()).to_user()
+    module.train()
+    model.train()
+    assert curve(module, net_input, 2) == pytest.approx(curve(model, net_input, 2), rel=1e-5)
+
+
 def test_a_traced_module_switches_with_its_submodules():
     torch.manual_seed(0)
     model = Net().eval()
@@ -268,6 +300,16 @@ def test_a_traced_module_switches_with_its_submodules():
     module.eval()
     x = net_input()
     torch.testing.assert_close(module(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_module_passed_as_a_graph_has_one_form():
+    model, x = Net().eval(), net_input()
+    graph = capture(torch.export.export(model, (x,), strict=False).module(), x)
+    module = graph.to_user()
+    assert not module.training
+    torch.testing.assert_close(module.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RescompileError, match="only the model itself knows"):
+        module.train()
 
 
 def test_a_traced_batch_norm_written_out_as_a_function_still_switches():
