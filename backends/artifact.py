@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rescompile.backends.quiet import without_notes
 from rescompile.backends.require import require_tvm
 from rescompile.errors import RescompileError
 from rescompile.graph import Value
@@ -50,6 +51,7 @@ class Manifest:
     rescompile: str = ""
     tvm: str = ""
     cpu: str = ""  # LLVM's name of the processor
+    extensions: list[str] = field(default_factory=list)  # vector extensions that the code uses
     schema: int = SCHEMA
     sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
     compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
@@ -98,15 +100,14 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
         raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
     os.close(handle)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-                archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
-                library = Path(folder) / f"program{_SUFFIX}"
-                link(executable, library)
-                archive.write(library, "program.so")
-                for name, text in manifest.sources.items():
-                    archive.writestr(f"sources/{name}", text)
-                archive.writestr("weights.safetensors", _serialized(weights))
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
+            library = Path(folder) / f"program{_SUFFIX}"
+            link(executable, library)
+            archive.write(library, "program.so")
+            for name, text in manifest.sources.items():
+                archive.writestr(f"sources/{name}", text)
+            archive.writestr("weights.safetensors", _serialized(weights))
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(partial, 0o666 & ~mask)
@@ -153,7 +154,8 @@ def _manifest(path: Path, text: str) -> Manifest:
     schema = json.loads(text).get("schema")
     if schema != SCHEMA:
         raise RescompileError(
-            f"'{path}' has format {schema} and this version of rescompile reads format {SCHEMA}: compile the model again."
+            f"'{path}' has format {schema} and this version of rescompile reads format {SCHEMA}: "
+            f"compile the model again."
         )
     try:
         return Manifest.from_json(text)
@@ -168,6 +170,12 @@ def _check(path: Path, manifest: Manifest) -> None:
             f"'{path}' is compiled for {manifest.arch} {manifest.system} and this machine is {here[0]} {here[1]}: "
             f"compile the model for this machine."
         )
+    missing = sorted(set(manifest.extensions) - _extensions()) if _extensions() else []
+    if missing:
+        raise RescompileError(
+            f"'{path}' is compiled for {manifest.cpu}, and this processor lacks {', '.join(missing)}: "
+            f"compile the model for this machine."
+        )
     require_tvm()
     found = tvm_version()
     if manifest.tvm != found:
@@ -175,6 +183,15 @@ def _check(path: Path, manifest: Manifest) -> None:
             f"'{path}' was compiled with apache-tvm {manifest.tvm} and {found} is installed: compile the model again, "
             f"or install that version."
         )
+
+
+def _extensions() -> set[str]:
+    """What this processor can do, by Linux's names; empty where that cannot be asked."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {word for line in lines if line.startswith("flags") for word in line.partition(":")[2].split()}
 
 
 def _loaded(code: bytes) -> Any:
@@ -185,7 +202,8 @@ def _loaded(code: bytes) -> Any:
     library = Path(folder) / f"program{_SUFFIX}"
     library.write_bytes(code)
     try:
-        return tvm.runtime.load_module(str(library))
+        with without_notes():
+            return tvm.runtime.load_module(str(library))
     except (RuntimeError, OSError, ValueError) as error:
         raise RescompileError(f"The program's code cannot be loaded: {error}; compile the model again.") from error
     finally:
@@ -204,7 +222,7 @@ def _deserialized(data: bytes) -> dict[str, Any]:
     import safetensors
 
     try:
-        found = safetensors.deserialize(data)
+        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call,unused-ignore]
     except safetensors.SafetensorError as error:
         raise ValueError(str(error)) from error
     return {

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvm import relax
+
 from rescompile.backends import artifact, constants, lowering, threads
 from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
@@ -21,9 +23,9 @@ from rescompile.backends.reports import generated
 from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
+from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.kinds import OpKind
-from tvm import relax
 
 if TYPE_CHECKING:
     from rescompile.backends.tuning_contest import Contest
@@ -44,6 +46,8 @@ def compile_cpu(
     pack_heads(work)
     group_epilogues(work)
     borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))
+    if target.machine is None:
+        raise RescompileError(f"The target '{target.name}' is not a processor: use cpu.")
     kernels = KernelSet(target.machine)
     lowering.lower(Emitter(work, kernels, borders), imports, contents=False)
     threads.use(target.threads)
@@ -60,6 +64,8 @@ def compile_cpu(
     manifest = Manifest(
         target=target.name,
         device="cpu",
+        cpu=str(dict(target.machine.target).get("mcpu", "")),
+        extensions=target.extensions,
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
         model=graph.name,

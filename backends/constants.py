@@ -43,9 +43,7 @@ def fold(graph: WorkingGraph, imports: Imports | None = None) -> int:
     return before - len(graph)
 
 
-def _compute(
-    graph: WorkingGraph, imports: Imports, ops: list[Op], wanted: list[Value]
-) -> list[np.ndarray[Any, Any]]:
+def _compute(graph: WorkingGraph, imports: Imports, ops: list[Op], wanted: list[Value]) -> list[np.ndarray[Any, Any]]:
     """Contents of `wanted`, which `ops` compute from constants: by the same lowering, run here and now."""
     part = WorkingGraph()
     part.source_ir = graph.source_ir

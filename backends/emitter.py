@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
-import tvm
 from tvm import relax
 
 from rescompile.backends.kernel_set import KernelSet
@@ -61,7 +60,9 @@ class Emitter:
             if shape is None or value.dtype is None:
                 raise GraphError(f"The input '{value.name}' has no shape or no dtype: give it one before compiling.")
             extents = [self.symbols.declare(dim) for dim in shape]
-            var = relax.Var(value.name if value.name.isidentifier() else f"input_{len(self.inputs)}", _type(extents, value.dtype))
+            var = relax.Var(
+                value.name if value.name.isidentifier() else f"input_{len(self.inputs)}", _type(extents, value.dtype)
+            )
             self.inputs.append(var)
             self._forms[value] = {NATIVE: var}
 
@@ -221,7 +222,7 @@ class Emitter:
             ]
         if sum(extent is None for extent in extents) > 1:
             raise GraphError(
-                f"'{op.name}' has more than one extent that does not follow from the inputs' ({shape}): fix one of them."
+                f"'{op.name}' has several extents that do not follow from the inputs' ({shape}): fix all but one."
             )
         return [-1 if extent is None else extent for extent in extents]
 
@@ -331,6 +332,3 @@ def _static_type(value: Value) -> tuple[tuple[int, ...] | None, str | None]:
 
 def _type(extents: Sequence[Extent], dtype: str) -> Expr:
     return relax.TensorType(tuple(extents), dtype)
-
-
-

@@ -29,7 +29,7 @@ def read(graph: Graph, op: Op) -> Imported:
             return Imported(from_exported_program(program, custom_convert_map=_CORRECTED), taken)
     except RescompileError:
         raise
-    except Exception as error:  # noqa: BLE001  what the importers raise has no common class
+    except Exception as error:
         raise RescompileError(f"{spelled(op)} ({_first_line(error)})") from error
 
 
@@ -75,7 +75,12 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
         native = value.native
         outputs.append(made[native] if native in made else _item(body, made, native, spelled(op)))
     body.output(tuple(outputs))
-    return fx.GraphModule(root if isinstance(root, torch.nn.Module) else {}, body), taken, tuple(examples), tuple(dynamic)
+    return (
+        fx.GraphModule(root if isinstance(root, torch.nn.Module) else {}, body),
+        taken,
+        tuple(examples),
+        tuple(dynamic),
+    )
 
 
 def _views(op: Op, written: set[Any]) -> dict[fx.Node, list[fx.Node]]:

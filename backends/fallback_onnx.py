@@ -29,7 +29,7 @@ def read(graph: Graph, op: Op) -> Imported:
             return Imported(from_onnx(model, shape_dict=shapes, keep_params_in_input=False), taken)
     except RescompileError:
         raise
-    except Exception as error:  # noqa: BLE001  what the importer raises has no common class
+    except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         raise RescompileError(f"{spelled(op)} ({type(error).__name__}: {lines[0][:120]})") from error
 

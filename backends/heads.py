@@ -81,7 +81,7 @@ def _join_projections(graph: WorkingGraph, op: Op) -> None:
 
 
 def _packed_buffer(op: Op) -> Value | None:
-    """The value [batch, sequence, (heads + 2·kv_heads)·head_dim] that q, k and v are views of, None when there is none."""
+    """The value [batch, sequence, (heads + 2·kv_heads)·head_dim] that q, k and v are views of, or None."""
     q, k, v = op.operands[:3]
     shapes = [_static(value) for value in (q, k, v)]
     if any(shape is None or len(shape) != 4 for shape in shapes):
@@ -158,7 +158,8 @@ def _step(op: Op, output: Value, view: np.ndarray[Any, Any]) -> np.ndarray[Any, 
             at += int((sibling.shape or ())[axis])
         picked: list[Any] = [slice(None)] * view.ndim
         picked[axis] = slice(at, at + shape[axis])
-        return view[tuple(picked)]
+        part: np.ndarray[Any, Any] = view[tuple(picked)]
+        return part
     if op.kind is OpKind.SLICE:
         picked = [slice(None)] * view.ndim
         steps = op.attr("steps") or (1,) * len(op.attr("axes"))

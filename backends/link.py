@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rescompile.backends.quiet import without_notes
 from rescompile.errors import RescompileError
 
 _COMPILERS = ("cc", "g++", "gcc", "clang")
@@ -41,4 +42,5 @@ def link(executable: Any, library: Path) -> None:
             raise RescompileError(f"{' '.join(command)} cannot link the program: {said[-1] if said else 'no message'}.")
 
     run.output_format = "so"  # type: ignore[attr-defined]
-    executable.export_library(str(library), fcompile=run)
+    with without_notes():
+        executable.export_library(str(library), fcompile=run)

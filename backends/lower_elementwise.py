@@ -179,7 +179,7 @@ def _chain(function: Callable[..., Expr]) -> Callable[[Emitter, Op, list[Expr]],
 
 
 def _prelu(e: Emitter, op: Op, xs: list[Expr]) -> Expr:
-    x, slope = op.operands
+    slope = op.operands[1]
     layout = layout_of(e, op)
     rank = len(op.output.shape or ())
     factor = operand(e, slope, layout, rank)
@@ -317,7 +317,7 @@ _RULES: dict[OpKind, Callable[[Emitter, Op, list[Expr]], Any]] = {
     K.IS_NAN: _direct(R.isnan),
     K.PRELU: _prelu,
     **{kind: _direct(function) for kind, function in {**_COMPARISONS, **_LOGICAL}.items()},
-    **{kind: _activation_rule for kind in _ACTIVATIONS},
+    **dict.fromkeys(_ACTIVATIONS, _activation_rule),
 }
 
 ELEMENTWISE = frozenset(_RULES)

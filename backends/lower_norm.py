@@ -63,7 +63,9 @@ def add_norm(e: Emitter, op: Op) -> None:
     """sum = x + residual; y = N(sum); outputs y, sum"""
     x, residual = (e.cast(e.get(value), op.outputs[1].dtype) for value in op.operands[:2])
     same = e.shape(x) == e.shape(residual) and all(isinstance(extent, int) for extent in e.shape(x))
-    if (same or op.operands[0].shape == op.operands[1].shape) and _kernel_takes(e, x, op.attr("axis") % len(e.shape(x))):
+    if (same or op.operands[0].shape == op.operands[1].shape) and _kernel_takes(
+        e, x, op.attr("axis") % len(e.shape(x))
+    ):
         outputs = norm_by_kernel(e, op, x, residual, op.attr("axis") % len(e.shape(x)))
         for value, out in zip(op.outputs, outputs, strict=True):
             e.bind(value, out)
@@ -105,9 +107,7 @@ def norm_by_kernel(e: Emitter, op: Op, x: Expr, residual: Expr | None, axis: int
     return [e.reshape(out, shape) for out in e.call(op, spec, given, rows)]
 
 
-def row_norm(
-    e: Emitter, op: Op, x: Expr, axis: int, weight: Value | None, bias: Value | None, *, rms: bool
-) -> Expr:
+def row_norm(e: Emitter, op: Op, x: Expr, axis: int, weight: Value | None, bias: Value | None, *, rms: bool) -> Expr:
     """Layer or RMS norm of `x` over its last dimensions, in Relax operations."""
     dtype = e.dtype(x)
     wide = widened(e, x)
@@ -157,9 +157,9 @@ def local_response_norm(e: Emitter, op: Op) -> None:
     for shift in range(size):
         part = e.slice(padded, [1], [shift], [shape[1] + shift])
         total = part if total is None else e.emit(R.add(total, part))
-    number = lambda n: e.scalar(n, e.dtype(x))  # noqa: E731
-    base = e.emit(R.add(e.emit(R.multiply(total, number(op.attr("alpha") / size))), number(op.attr("bias"))))
-    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, number(op.attr("beta")))))))
+    alpha, beta, bias = (e.scalar(n, e.dtype(x)) for n in (op.attr("alpha") / size, op.attr("beta"), op.attr("bias")))
+    base = e.emit(R.add(e.emit(R.multiply(total, alpha)), bias))
+    e.bind(op.output, e.emit(R.divide(x, e.emit(R.power(base, beta)))))
 
 
 def _folded(e: Emitter, op: Op, parts: tuple[Value | None, ...]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -22,7 +22,13 @@ def reshape(e: Emitter, op: Op) -> None:
     """y has the elements of x in another shape. Merging or dropping spatial extents keeps channels last."""
     value = _input(op)
     have, want = value.shape, op.output.shape
-    if e.lies_channels_last(value) and have is not None and want is not None and len(want) >= 2 and have[:2] == want[:2]:
+    if (
+        e.lies_channels_last(value)
+        and have is not None
+        and want is not None
+        and len(want) >= 2
+        and have[:2] == want[:2]
+    ):
         spatial = have[2:]
         plain = e.get(value, CHANNELS_LAST)
         shape = e.shape(plain)
@@ -83,11 +89,16 @@ def slice_(e: Emitter, op: Op) -> None:
         first, final = _bound(e, start, shape[at], 0), _bound(e, stop, shape[at], shape[at])
         if step < 0:
             if not isinstance(shape[at], int):
-                raise GraphError(f"'{op.name}' slices backwards along an extent of unknown size: it cannot be compiled.")
+                raise GraphError(
+                    f"'{op.name}' slices backwards along an extent of unknown size: it cannot be compiled."
+                )
             first, final, backwards_step = _backwards(start, stop, step, shape[at])
             backwards.append(at)
             step = backwards_step
-        axes.append(at), starts.append(first), stops.append(final), steps.append(step)
+        axes.append(at)
+        starts.append(first)
+        stops.append(final)
+        steps.append(step)
     out = x
     whole = all(
         start == 0 and isinstance(stop, int) and stop == shape[axis] and step == 1
@@ -230,7 +241,7 @@ def arange(e: Emitter, op: Op) -> None:
     extent = e.target_shape(op)[0]
     if extent == -1:
         raise GraphError(f"'{op.name}' makes a tensor whose size does not follow from the inputs' shapes.")
-    counted = e.emit(R.arange(0, extent if isinstance(extent, int) else extent, 1, "int64"))
+    counted = e.emit(R.arange(0, extent, 1, "int64"))
     dtype = op.output.dtype or "int64"
     out = e.cast(counted, dtype)
     start, step = op.attr("start"), op.attr("step")

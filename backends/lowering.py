@@ -14,7 +14,6 @@ from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
 from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES, Rule
-from rescompile.backends.working import WorkingGraph
 from rescompile.errors import UnsupportedOps
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait

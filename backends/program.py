@@ -140,7 +140,7 @@ def load(path: str | Path) -> Program:
 def _to_torch(tensor: Any) -> Any:
     import torch
 
-    return tensor if isinstance(tensor, torch.Tensor) else torch.from_dlpack(tensor)
+    return tensor if isinstance(tensor, torch.Tensor) else torch.utils.dlpack.from_dlpack(tensor)
 
 
 def _check(info: TensorInfo, shape: Sequence[int], dtype: str, extents: dict[str, int]) -> None:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import tvm
+import tvm_ffi
 
 from rescompile.backends import threads as threading
 from rescompile.backends.cuda.targets import cuda_target
 from rescompile.backends.kernels import Machine
 from rescompile.errors import RescompileError, nearest
 
+_EXTENSIONS = ("avx", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80")
 
 
@@ -27,6 +29,14 @@ class CompileTarget:
     machine: Machine | None
     threads: int
     host: bool  # whether this very machine: then kernels can be timed and the program can run
+
+    @property
+    def extensions(self) -> list[str]:
+        """Vector extensions of x86 that code for this machine may use, by Linux's names."""
+        if self.machine is None:
+            return []
+        has = tvm_ffi.get_global_func("target.llvm_cpu_has_feature")
+        return [name for name in _EXTENSIONS if has(name, self.tvm)]
 
     @property
     def cuda(self) -> bool:
@@ -62,7 +72,8 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
     except (ValueError, TypeError, RuntimeError) as error:
         known = [*_NAMED, *(str(kind) for kind in tvm.target.Target.list_kinds())]
         raise RescompileError(
-            f"There is no target '{spelled}'{nearest(spelled, known)}: use {', '.join(_NAMED)}, or a TVM target as JSON."
+            f"There is no target '{spelled}'{nearest(spelled, known)}: use {', '.join(_NAMED)}, "
+            f"or a TVM target as JSON."
         ) from error
     kind = str(made.kind.name)
     if kind == "cuda":

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+from tvm import tirx
+
 from rescompile.backends import targets
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.targets import CompileTarget
@@ -24,7 +26,6 @@ from rescompile.backends.tuning_bench import Bench, Runner, parse_runner
 from rescompile.backends.tuning_records import Database, replay
 from rescompile.backends.tuning_search import Search, Searcher, Workload, gather, normalized, split_budget, why_not
 from rescompile.errors import RescompileError
-from tvm import tirx
 
 Progress = Callable[[str, int, int], None]
 TargetLike = str | Mapping[str, Any] | CompileTarget

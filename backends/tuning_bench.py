@@ -15,13 +15,14 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import tvm
+from tvm.rpc.base import RPC_TRACKER_MAGIC
+from tvm.s_tir import meta_schedule as ms
+from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
+
 from rescompile.backends import threads, tuning_worker
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.targets import CompileTarget
 from rescompile.errors import RescompileError
-from tvm.rpc.base import RPC_TRACKER_MAGIC
-from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
 BUILD_SECONDS = 60.0
 RUN_SECONDS = 30.0

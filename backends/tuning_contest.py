@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import tvm
+from tvm import relax, tirx
+from tvm.s_tir import meta_schedule as ms
+
 from rescompile.backends import threads
 from rescompile.backends.kernels import Argument, Spec, Tile, arguments
 from rescompile.backends.kernels.chooser import Arena, Entry, agree, aligned, in_turns, own_core
@@ -25,8 +28,6 @@ from rescompile.backends.tuning_bench import Bench, Remote, Runner, parse_runner
 from rescompile.backends.tuning_records import Database, hash_of
 from rescompile.backends.tuning_rivals import rival
 from rescompile.backends.tuning_search import gather, normalized, why_not
-from tvm import relax, tirx
-from tvm.s_tir import meta_schedule as ms
 
 TUNED = "tuned schedule"
 DEFAULT = "default schedule"
@@ -202,21 +203,32 @@ class Contest:
             self.records.remember(key, {"own": outcome.own, "tuned": outcome.tuned})
         return outcome
 
+    def replaced(
+        self,
+        module: tvm.IRModule,
+        kernels: Mapping[str, tuple[Spec, Tile]],
+        by_default: Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc],
+    ) -> tvm.IRModule:
+        """The module with the `winners` in it."""
+        found = self.winners(module, kernels, by_default)
+        functions = {
+            variable: found.get(str(variable.name_hint), function) for variable, function in module.functions.items()
+        }
+        return tvm.IRModule(functions, attrs=module.attrs)
+
     def schedule(
         self, kernels: Mapping[str, tuple[Spec, Tile]], by_default: Callable[[tvm.tirx.PrimFunc], tvm.tirx.PrimFunc]
     ) -> tvm.transform.Pass:
-        """The pass that replaces functions by their faster tuned forms and schedules what is left by default."""
+        """The pass that puts in the winners and schedules what is left, kernels excepted, by default."""
 
         @tvm.transform.module_pass(opt_level=0, name="ScheduleTuned")  # type: ignore[untyped-decorator]
         def run(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-            found = self.winners(module, kernels, by_default)
-            for variable, function in list(module.functions.items()):
-                name = str(variable.name_hint)
-                if name in found:
-                    module.update_func(variable, found[name])
-                elif isinstance(function, tirx.PrimFunc) and name not in kernels:
-                    module.update_func(variable, by_default(function))
-            return module
+            after = self.replaced(module, kernels, by_default)
+            for variable, function in module.functions.items():
+                same = isinstance(function, tirx.PrimFunc) and after[variable].same_as(function)
+                if same and str(variable.name_hint) not in kernels:
+                    after.update_func(variable, by_default(function))
+            return after
 
         return run
 

@@ -20,13 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tvm import s_tir
+from tvm.s_tir import meta_schedule as ms
+
 from rescompile.backends import artifact
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.require import PINS
 from rescompile.backends.targets import CompileTarget
 from rescompile.errors import RescompileError
-from tvm import s_tir
-from tvm.s_tir import meta_schedule as ms
 
 SCHEMA = 1
 _WORKLOADS, _RECORDS, _CHOICES = "database_workload.json", "database_tuning_record.json", "choices.json"

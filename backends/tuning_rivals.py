@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tvm
-from rescompile.backends.kernels import Argument, ConvSpec, Epilogue, LinearSpec, Spec, Tile, arguments
 from tvm import s_tir, te, tirx, topi
+
+from rescompile.backends.kernels import Argument, ConvSpec, Epilogue, LinearSpec, Spec, Tile, arguments
 
 _DTYPES = ("float32", "float64")
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
-from rescompile.backends import threads
-from rescompile.backends.kernels.emit import TVM_ERRORS
-from rescompile.backends.targets import CompileTarget
-from rescompile.backends.tuning_bench import Bench, Timing
-from rescompile.backends.tuning_records import Database, hash_of
 from tvm import relax, s_tir, tirx
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.analysis import estimate_tir_flops
 from tvm.s_tir.meta_schedule import _ffi_api
 from tvm.s_tir.meta_schedule.logging import get_logging_func
+
+from rescompile.backends import threads
+from rescompile.backends.kernels.emit import TVM_ERRORS
+from rescompile.backends.targets import CompileTarget
+from rescompile.backends.tuning_bench import Bench, Timing
+from rescompile.backends.tuning_records import Database, hash_of
 
 BATCH = 32  # candidates that are built before any is timed
 POPULATION = 512
@@ -69,6 +70,8 @@ def why_not(function: Any) -> str | None:
     """Why no schedule is searched for a function, None when one is."""
     if function.attrs is not None and function.attrs.get("tirx.is_scheduled"):
         return "it is scheduled already"
+    if function.attrs is not None and function.attrs.get("tirx.is_host_func"):
+        return "it runs on the host"
     for parameter in function.params:
         shape = getattr(parameter, "shape", None)
         if shape is None or any(not isinstance(extent, int | tirx.IntImm) for extent in shape):

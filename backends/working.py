@@ -1,4 +1,4 @@
-"""The lowering's own copy of a graph: cut to what the outputs need, free to be rewritten, the user's object untouched."""
+"""The lowering's own copy of a graph: cut to what the outputs need, and free to be rewritten."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class WorkingGraph(Graph):
     def settle(self) -> None:
         """Sort, and drop operations and constants that no output needs."""
         self.commit()
-        live = {value for value in self.outputs}
+        live = set(self.outputs)
         for op in reversed(self.ops):
             if any(value in live for value in op.outputs):
                 live.update(op.operands)

@@ -147,7 +147,12 @@ def test_missing_files_and_other_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
-    [("arch", "riscv64", "riscv64"), ("tvm", "0.1.0", "apache-tvm 0.1.0"), ("schema", 99, "format 99")],
+    [
+        ("arch", "riscv64", "riscv64"),
+        ("extensions", ["avx9000"], "lacks avx9000"),
+        ("tvm", "0.1.0", "apache-tvm 0.1.0"),
+        ("schema", 99, "format 99"),
+    ],
 )
 def test_programs_for_another_machine_or_version_are_refused(
     built: tuple[Program, torch.Tensor, torch.Tensor], tmp_path: Path, field: str, value: Any, said: str
@@ -176,7 +181,9 @@ def test_a_failed_save_leaves_the_old_file(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.rcp"]
 
 
-def test_a_folder_that_does_not_exist_is_named(built: tuple[Program, torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
+def test_a_folder_that_does_not_exist_is_named(
+    built: tuple[Program, torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
     with pytest.raises(RescompileError, match="cannot be written"):
         built[0].save(tmp_path / "no" / "model.rcp")
 

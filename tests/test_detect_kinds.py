@@ -122,6 +122,19 @@ def test_feature_pyramid_is_long_skips_with_projections() -> None:
     ]
 
 
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_pixel_shuffle_on_the_branch_makes_it_long_and_another_reshape_does_not(shuffled: bool) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    y = b.conv(x, 32, stride=2)
+    if shuffled:
+        y = b.permute(b.reshape(y, 1, 8, 2, 2, 4, 4), 0, 1, 4, 2, 5, 3)
+        y = b.reshape(y, 1, 8, 8, 8)
+    else:
+        y = b.reshape(b.permute(b.reshape(y, 1, 32, 16), 0, 2, 1), 1, 8, 8, 8)
+    assert kinds(b.output(b.add(x, y))) == ["long" if shuffled else "add"]
+
+
 def test_global_skip_at_one_resolution_is_not_long() -> None:
     b = Builder()
     x = b.relu(b.input(1, 8, 8, 8))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rescompile.detection import inspect_graph
-from rescompile.detection.reach import Reach, order
+from rescompile.detection.chains import order
+from rescompile.detection.reach import Reach
 from rescompile.graph import Graph, Value
 from tests.graphs import Builder, K
 

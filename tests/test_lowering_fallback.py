@@ -53,8 +53,9 @@ def test_alpha_of_add_sub_and_rsub_is_not_dropped() -> None:
 
 def test_alpha_is_kept_by_the_frontend_too() -> None:
     # None of these is in the vocabulary as it stands: each decomposes into an add or rsub with alpha, or may do so.
-    from rescompile.backends.fallback_fx import _CORRECTED
     from tvm.relax.frontend.torch import from_exported_program
+
+    from rescompile.backends.fallback_fx import _CORRECTED
 
     class Model(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,7 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "grouped": ((1, 12, 7, 7), (18, 4, 3, 3), {"pads": (1, 1, 1, 1), "groups": 3}),
     "depthwise": ((1, 16, 9, 9), (16, 1, 5, 5), {"pads": (2, 2, 2, 2), "groups": 16}),
     "one_dimension": ((2, 6, 20), (10, 6, 5), {"stride": (2,), "pads": (2, 2), "dilation": (1,)}),
-    "three_dimensions": ((1, 3, 5, 6, 7), (4, 3, 3, 3, 3), {"stride": (1, 1, 1), "pads": (1,) * 6, "dilation": (1, 1, 1)}),
+    "volume": ((1, 3, 5, 6, 7), (4, 3, 3, 3, 3), {"stride": (1,) * 3, "pads": (1,) * 6, "dilation": (1,) * 3}),
 }  # fmt: skip
 
 
@@ -134,7 +134,10 @@ def test_relu_before_the_add_stays_before_it() -> None:
     sketch = Sketch()
     x, w = sketch.input(1, 8, 6, 6), sketch.param(8, 8, 1, 1)
     a = sketch.op(K.RELU, [sketch.op(K.CONV, [x, w, None], (1, 8, 6, 6))], (1, 8, 6, 6))
-    close(sketch.run(sketch.op(K.ADD, [a, x], (1, 8, 6, 6))), torch.relu(F.conv2d(sketch.of(x), sketch.of(w))) + sketch.of(x))
+    close(
+        sketch.run(sketch.op(K.ADD, [a, x], (1, 8, 6, 6))),
+        torch.relu(F.conv2d(sketch.of(x), sketch.of(w))) + sketch.of(x),
+    )
 
 
 def test_a_difference_is_not_taken_for_a_residual_sum() -> None:
@@ -187,7 +190,11 @@ def test_patches_become_tokens_without_a_copy() -> None:
 
 def test_an_unfolded_batch_norm_after_a_convolution_becomes_its_weights() -> None:
     sketch = Sketch()
-    x, w, scale, shift, mean = sketch.input(1, 8, 24, 24), sketch.param(8, 8, 1, 1), *(sketch.param(8) for _ in range(3))
+    x, w, scale, shift, mean = (
+        sketch.input(1, 8, 24, 24),
+        sketch.param(8, 8, 1, 1),
+        *(sketch.param(8) for _ in range(3)),
+    )
     var = sketch.constant(torch.rand(8) + 0.5)
     a = sketch.op(K.CONV, [x, w, None], (1, 8, 24, 24))
     y = sketch.op(K.BATCH_NORM, [a, scale, shift, mean, var], (1, 8, 24, 24))

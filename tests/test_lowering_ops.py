@@ -187,9 +187,11 @@ MOVES: dict[str, tuple[OpKind, tuple[int, ...], dict[str, Any], Callable[[torch.
     "expand": (K.EXPAND, (7, 2, 3, 4, 5), {}, lambda x: x.expand(7, 2, 3, 4, 5)),
     "roll": (K.ROLL, (2, 3, 4, 5), {"axes": (2, 3), "shifts": (-1, 2)}, lambda x: x.roll((-1, 2), (2, 3))),
     "flip": (K.FLIP, (2, 3, 4, 5), {"axes": (1, 3)}, lambda x: x.flip((1, 3))),
-    "pad": (K.PAD, (2, 3, 6, 6), {"pads": (0, 0, 2, 0, 0, 0, 0, 1), "value": 7.0}, lambda x: F.pad(x, (0, 1, 2, 0), value=7.0)),
+    "pad": (K.PAD, (2, 3, 6, 6), {"pads": (0, 0, 2, 0, 0, 0, 0, 1), "value": 7.0},
+            lambda x: F.pad(x, (0, 1, 2, 0), value=7.0)),
     "crop": (K.PAD, (2, 3, 4, 4), {"pads": (0, 0, 1, 0, 0, 0, -1, -1)}, lambda x: F.pad(x, (0, -1, 1, -1))),
-    "reflect": (K.PAD, (2, 3, 6, 7), {"pads": (0, 0, 1, 1, 0, 0, 1, 1), "mode": "reflect"}, lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
+    "reflect": (K.PAD, (2, 3, 6, 7), {"pads": (0, 0, 1, 1, 0, 0, 1, 1), "mode": "reflect"},
+                lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
     "tile": (K.TILE, (2, 6, 4, 10), {"repeats": (1, 2, 1, 2)}, lambda x: x.repeat(1, 2, 1, 2)),
 }  # fmt: skip
 

@@ -47,9 +47,7 @@ def test_three_projections_of_one_value_are_one_linear_and_one_attention() -> No
     parts = [sketch.op(K.LINEAR, [x, w, b], (B, S, E)) for w, b in zip(weights, biases, strict=True)]
     y = sketch.op(K.ATTENTION, [_heads(sketch, part) for part in parts], (B, H, S, D), scale=1 / math.sqrt(D))
     of = sketch.of
-    projected = [
-        F.linear(of(x), of(w), None if b is None else of(b)) for w, b in zip(weights, biases, strict=True)
-    ]
+    projected = [F.linear(of(x), of(w), None if b is None else of(b)) for w, b in zip(weights, biases, strict=True)]
     close(sketch.run(_merged(sketch, y)), _attend(*projected))
     assert sorted(_kinds(sketch)) == [("attention", 1), ("linear", 1)]
 
@@ -104,9 +102,7 @@ def test_dynamic_batch_and_sequence_run_right_at_every_size() -> None:
     x = sketch.input(1, 4, E, dynamic=("N", "T", E))
     wq, wk, wv, wo = (sketch.param(E, E) for _ in range(4))
     gain, bias = sketch.param(E), sketch.param(E)
-    q, k, v = (
-        _heads(sketch, sketch.op(K.LINEAR, [x, w, None], ("N", "T", E)), "N", "T") for w in (wq, wk, wv)
-    )
+    q, k, v = (_heads(sketch, sketch.op(K.LINEAR, [x, w, None], ("N", "T", E)), "N", "T") for w in (wq, wk, wv))
     a = sketch.op(K.ATTENTION, [q, k, v], ("N", H, "T", D), scale=1 / math.sqrt(D))
     o = sketch.op(K.FUSED_LINEAR, [_merged(sketch, a, "N", "T"), wo, None, x], ("N", "T", E))
     y = sketch.op(K.ADD_NORM, [o, x, gain, bias], [("N", "T", E), ("N", "T", E)], axis=2)
@@ -139,7 +135,8 @@ def test_a_layer_in_half_precision(dtype: torch.dtype) -> None:
         heads.append(sketch.op(K.PERMUTE, [split], (1, H, S, D), name, perm=(0, 2, 1, 3)))
     a = sketch.op(K.ATTENTION, heads, (1, H, S, D), name, scale=1 / math.sqrt(D))
     q, k, v = (
-        part.reshape(1, S, H, D).transpose(1, 2) for part in F.linear(sketch.of(x).double(), sketch.of(w).double()).split(E, 2)
+        part.reshape(1, S, H, D).transpose(1, 2)
+        for part in F.linear(sketch.of(x).double(), sketch.of(w).double()).split(E, 2)
     )
     want = F.scaled_dot_product_attention(q, k, v).to(dtype)
     tolerance = {torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]

@@ -11,14 +11,18 @@ import pytest
 import torch
 import tvm
 from tvm import te, tirx
+from tvm.s_tir import meta_schedule as ms
 
 from rescompile.backends import targets, tuning_contest
 from rescompile.backends.compile import compile_graph
+from rescompile.backends.cuda.compile import compile_cuda
 from rescompile.backends.kernels import Argument, arguments, prim_func
 from rescompile.backends.program import Program
 from rescompile.backends.tuning_bench import Local
 from rescompile.backends.tuning_contest import DEFAULT, TUNED, Contest, Outcome, measure, race
+from rescompile.backends.tuning_records import Database
 from rescompile.backends.tuning_rivals import rival
+from rescompile.backends.tuning_search import _Context, normalized
 from rescompile.errors import RescompileError
 from tests.lowering_cases import K, Sketch, close
 from tests.test_tuning import SPEC, TARGET, TILE, _scaled
@@ -145,3 +149,38 @@ def test_for_another_processor_a_kernel_stays_and_a_generated_function_takes_its
     function = _scaled(64)
     assert not contest._compare(function, (function, 1e-6), [], is_kernel=True).tuned_wins
     assert contest._compare(function, (function, 1e-6), [], is_kernel=False).tuned_wins
+
+
+def test_a_record_for_a_gpu_replaces_the_default_schedule_without_a_gpu(tmp_path: Path) -> None:
+    target = targets.resolve("cuda:sm_90")
+    sketch = Sketch()
+    sketch.graph.set_outputs([sketch.op(K.AMAX, [sketch.input(64, 64)], (64,), axes=(1,), keepdims=False)])
+    sketch.graph.commit()
+    contest = Contest(target, database=tmp_path)
+    plain: dict[str, Any] = {}
+
+    def keep(module: tvm.IRModule, *_: Any) -> tvm.IRModule:
+        plain.update({str(v.name_hint): f for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)})
+        return module
+
+    contest.replaced = keep  # type: ignore[method-assign, assignment]
+    compile_cuda(sketch.graph, target, contest=contest)
+    (name,) = plain
+    module = normalized(plain[name])
+    context = _Context(module, target.tvm, ms.search_strategy.ReplayTrace(), 1)
+    context.pre_tuning(1, 1)
+    (candidate,) = context.generate_measure_candidates()
+    records = Database.open(tmp_path, target, create=True)
+    records.add(module, candidate.sch.trace, (1e-6,), target.tvm, candidate.args_info)
+    program = compile_graph(sketch.graph, "cuda:sm_90", database=tmp_path)
+    (region,) = program.explain()
+    assert region["tile"] == TUNED
+    assert region["tried"] == [{"tile": TUNED, "microseconds": 1.0}]
+
+
+def test_a_gpu_that_is_not_here_cannot_be_tuned_for(tmp_path: Path) -> None:
+    if tvm.cuda(0).exist:
+        pytest.skip("there is a GPU")
+    sketch, _ = _conv_and_product()
+    with pytest.raises(RescompileError, match="'cuda:sm_90' cannot be timed on this machine"):
+        compile_graph(sketch.graph, "cuda:sm_90", trials=2, database=tmp_path / "db")

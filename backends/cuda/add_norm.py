@@ -136,7 +136,7 @@ class _Row:
 
         power = self._reduce("power", square)
         scale = _named(T.rsqrt(power[0] * inverse + _const(spec.eps)))
-        affine = {
+        affine: dict[str, Any] = {
             name: T.alloc_buffer((tile.vector,), spec.dtype, scope="local")
             for name in ("weight", "bias")
             if name in self.buffers

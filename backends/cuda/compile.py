@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+import tvm
 from tvm import relax
 
 from rescompile.backends import artifact, constants, lowering
@@ -14,7 +16,7 @@ from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
-from rescompile.backends.cuda.schedule import schedule_with_rules
+from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
 from rescompile.backends.fallback import Imports
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
@@ -24,13 +26,23 @@ from rescompile.backends.working import working_copy
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 
+if TYPE_CHECKING:
+    from rescompile.backends.tuning_contest import Contest
+
 SOURCE = "kernels.cu"
 
 
 def compile_cuda(
-    graph: Graph, target: CompileTarget, imports: Imports | None = None, progress: Progress | None = None
+    graph: Graph,
+    target: CompileTarget,
+    imports: Imports | None = None,
+    progress: Progress | None = None,
+    contest: Contest | None = None,
 ) -> Program:
-    """A program for `target`, which is an NVIDIA GPU; this machine need not have one."""
+    """A program for `target`, which is an NVIDIA GPU; this machine need not have one.
+
+    A `contest` puts tuned schedules beside those of the rules.
+    """
     if target.arch is None:
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
@@ -42,6 +54,8 @@ def compile_cuda(
     lowered = lowering.lower(CudaEmitter(work), imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
+    if contest is not None:
+        module = contest.replaced(module, {}, lambda one: schedule(tvm.IRModule({"main": one}), target.tvm)["main"])
     scheduled = schedule_with_rules(module, target.tvm)
     executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=lowering.build_passes())
     source = cuda_source(executable.mod)
@@ -50,6 +64,8 @@ def compile_cuda(
     regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
     for region in regions:
         region.tile = region.tile or scheduled.rules.get(region.name, "")
+    if contest is not None:
+        contest.annotate(regions)
     manifest = Manifest(
         target=target.name,
         device="cuda",
@@ -62,7 +78,7 @@ def compile_cuda(
         sources={SOURCE: source},
         compiler=cubin.compiler if cubin else "",
         regions=[_described(region, cubin) for region in regions],
-        note=_note(cubin),
+        note=" ".join([_note(cubin), *(contest.report.notes if contest is not None else ())]).strip(),
     )
     tell("assembling", 3, 3)
     return Program(CudaExecutable(executable.mod, cubin.data if cubin else None), lowered.weights, manifest)
@@ -70,7 +86,9 @@ def compile_cuda(
 
 def _described(region: Region, cubin: Cubin | None) -> dict[str, object]:
     """A region's entry, with what its kernel takes of a multiprocessor."""
-    usage = next((kernel for kernel in cubin.usage if kernel.kernel == f"{region.name}_kernel"), None) if cubin else None
+    usage = (
+        next((kernel for kernel in cubin.usage if kernel.kernel == f"{region.name}_kernel"), None) if cubin else None
+    )
     return {**asdict(region), **({"usage": asdict(usage)} if usage else {})}
 
 

@@ -48,6 +48,7 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
     def __init__(self, module: Any, cubin: bytes | None) -> None:
         super().__init__(module)
         self.cubin = cubin
+        self._jitted_mod: Any = None
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""

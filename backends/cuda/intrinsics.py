@@ -29,7 +29,7 @@ def _frames_name_their_modules() -> Iterator[None]:
     """Let `inspect` find a frame's module by the name in its globals instead of by a search."""
     search = inspect.getmodule
 
-    def by_name(object: Any, filename: str | None = None) -> ModuleType | None:  # noqa: A002  inspect's own name
+    def by_name(object: Any, filename: str | None = None) -> ModuleType | None:
         if isinstance(object, FrameType):
             return sys.modules.get(object.f_globals.get("__name__", ""))
         return search(object, filename)

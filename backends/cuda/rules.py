@@ -16,8 +16,8 @@ from tvm import relax
 
 from rescompile.backends.cuda import add_norm
 from rescompile.backends.emitter import Emitter, Expr, numpy_dtype
-from rescompile.backends.kernels import NormSpec, Spec
 from rescompile.backends.fallback import NARROW
+from rescompile.backends.kernels import NormSpec, Spec
 from rescompile.backends.layouts import CHANNELS_LAST
 from rescompile.backends.lower_conv import conv_in_relax
 from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value

@@ -14,6 +14,7 @@ from rescompile.backends.cuda.targets import THREADS_PER_BLOCK
 from rescompile.backends.cuda.tensor_core import TensorCoreProduct
 from rescompile.errors import RescompileError
 
+
 class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
     """dlight's rule for products, in registers and shared memory. It looks for tensor cores by the target's number."""
 
@@ -23,7 +24,8 @@ class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
 
 
 # From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them; it
-# comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes all.
+# comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes
+# all.
 RULES: tuple[Any, ...] = (
     TensorCoreProduct(),
     _Matmul(),
@@ -39,7 +41,7 @@ _NOT_MINE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, Attribut
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A module whose functions all run on the GPU, and the rule that scheduled each: `own` for those that came bound."""
+    """A module whose functions all run on the GPU, and the rule that scheduled each: `own` for what came bound."""
 
     module: tvm.IRModule
     rules: dict[str, str]
@@ -94,9 +96,10 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
     refused = []
     for rule in RULES:
         label = type(rule).__name__.lstrip("_")
+        refusals = (s_tir.ScheduleError,) if isinstance(rule, TensorCoreProduct) else _NOT_MINE
         try:
             found = rule.apply(function, target, False)
-        except (s_tir.ScheduleError if isinstance(rule, TensorCoreProduct) else _NOT_MINE) as error:
+        except refusals as error:
             refused.append(f"{label}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'refused'}")
             continue
         if found is None:
@@ -127,4 +130,3 @@ def _attributes(function: tirx.PrimFunc) -> dict[str, Any]:
 def _host_only(function: tirx.PrimFunc) -> bool:
     """Whether the function is one of those that Relax runs on the processor, such as arithmetic in shapes."""
     return bool(function.attrs and function.attrs.get("tirx.is_host_func"))
-

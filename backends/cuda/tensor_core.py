@@ -155,8 +155,9 @@ def _bind(sch: s_tir.Schedule, main: Any, tile: ProductTile, operands: list[Oper
     sch.annotate(k0, "software_pipeline_stage", [0, 0, 0, 0, 0, 1, 1])
     sch.annotate(k1, "software_pipeline_order", [0, 1, 2])
     sch.annotate(k1, "software_pipeline_stage", [0, 0, 1])
-    for index, operand in enumerate(operands):
-        _stage(sch, outer, index, k0, tile, operand.vector)
+    staged = [_stage(sch, outer, index, k0, tile, operand.vector) for index, operand in enumerate(operands)]
+    for read in staged:
+        auto_inline_producers(sch, read)
     fragments = [sch.cache_read(outer, index, f"wmma.matrix_{name}") for index, name in enumerate("ab")]
     for fragment in fragments:
         sch.compute_at(fragment, k1)
@@ -181,7 +182,7 @@ def _bind(sch: s_tir.Schedule, main: Any, tile: ProductTile, operands: list[Oper
     sch.vectorize(vector)
 
 
-def _stage(sch: s_tir.Schedule, outer: Any, index: int, step: Any, tile: ProductTile, vector: int) -> None:
+def _stage(sch: s_tir.Schedule, outer: Any, index: int, step: Any, tile: ProductTile, vector: int) -> Any:
     """Let the block's threads copy an operand's part of one step into shared memory, neighbours reading neighbours."""
     read = sch.cache_read(outer, index, _SHARED)
     sch.compute_at(read, step)
@@ -193,7 +194,7 @@ def _stage(sch: s_tir.Schedule, outer: Any, index: int, step: Any, tile: Product
     sch.storage_align(read, 0, axis=-2, factor=16, offset=8)
     sch.annotate(read, "tirx.manifest_shared_memory_local_stage", 1)
     sch.annotate(read, "double_buffer_scope", 0)
-    auto_inline_producers(sch, read)
+    return read
 
 
 def _cut(sch: s_tir.Schedule, block: Any) -> list[Any]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rescompile.backends.kernels.emit import Expr, const, let, maximum, minimum, select
 from tvm.tirx.script.builder import ir as T
+
+from rescompile.backends.kernels.emit import Expr, const, let, maximum, minimum, select
 
 _LOG2E = 1.44269504088896341
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import tvm
+
 from rescompile.backends.kernels.activations import exp
 from rescompile.backends.kernels.emit import (
     Expr,

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import tvm
 import tvm_ffi
+
 from rescompile.backends.kernels.emit import TVM_ERRORS
 from rescompile.backends.kernels.families import Spec, arguments, candidates, pack_weight, prim_func
 from rescompile.backends.kernels.machine import Machine

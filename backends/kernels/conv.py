@@ -12,6 +12,7 @@ from math import prod
 
 import numpy as np
 import tvm
+
 from rescompile.backends.kernels.blocks import Blocks, as_dtype
 from rescompile.backends.kernels.emit import (
     Expr,

@@ -13,10 +13,11 @@ from math import prod
 from typing import Any
 
 import tvm
-from rescompile.backends.kernels.emit import TVM_ERRORS
-from rescompile.backends.kernels.rows import SERIAL_ELEMENTS
 from tvm import s_tir
 from tvm.sym.pattern import detect_linear_equation
+
+from rescompile.backends.kernels.emit import TVM_ERRORS
+from rescompile.backends.kernels.rows import SERIAL_ELEMENTS
 
 WIDEST = 64  # lanes of one vector statement: 4 registers of AVX-512
 FEW_TASKS = 64

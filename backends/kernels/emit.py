@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import tvm
-from rescompile.backends.kernels.specs import Argument, compute_dtype
-from rescompile.errors import RescompileError
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
+
+from rescompile.backends.kernels.specs import Argument, compute_dtype
+from rescompile.errors import RescompileError
 
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
 # What TVM raises when it rejects a function: Python's own types, wherever in the compiler it happens.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tvm
+
 from rescompile.backends.kernels import attention, conv, layout, linear, norm, pool, softmax
 from rescompile.backends.kernels.blocks import as_dtype
 from rescompile.backends.kernels.machine import Machine

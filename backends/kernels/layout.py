@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tvm
+
 from rescompile.backends.kernels.emit import (
     Expr,
     Flat,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import tvm
+
 from rescompile.backends.kernels.blocks import Blocks, as_dtype
 from rescompile.backends.kernels.emit import Expr, Flat, prim_func
 from rescompile.backends.kernels.machine import Machine

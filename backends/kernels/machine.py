@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import tvm
 import tvm_ffi
+
 from rescompile.errors import RescompileError
 
 # TVM turns a local buffer of at most this many bytes into an alloca (kMaxStackAlloca in tvm's codegen);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tvm
+
 from rescompile.backends.kernels.emit import Expr, Flat, const, each, let, prim_func, sqrt
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.rows import each_row, reduce_row, row_tile

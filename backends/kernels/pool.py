@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tvm
+
 from rescompile.backends.kernels.emit import (
     Expr,
     Flat,

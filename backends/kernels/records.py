@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.tiles import Tile
 from rescompile.errors import RescompileError

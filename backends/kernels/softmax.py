@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tvm
+
 from rescompile.backends.kernels.activations import exp
 from rescompile.backends.kernels.emit import Expr, Flat, const, each, let, log, prim_func, scratch
 from rescompile.backends.kernels.machine import Machine

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import branch_works, chain
-from rescompile.detection.reach import order
 from rescompile.graph import Op, Value
 
 _FREE = ("identity", "view")

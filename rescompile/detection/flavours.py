@@ -68,9 +68,22 @@ def _enlarges(op: Op) -> bool:
     before, after = _extents(op.operands[0].shape), _extents(op.outputs[0].shape)
     if op.kind in (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE):
         return before is None or after is None or before != after
-    if before is None or after is None or len(before) != len(after) or op.kind not in (OpKind.RESHAPE, OpKind.OPAQUE):
+    if op.kind is OpKind.RESHAPE:
+        before = _extents(_shuffled(op))
+    elif op.kind is not OpKind.OPAQUE:
+        return False
+    if before is None or after is None or len(before) != len(after):
         return False
     return all(isinstance(a, int) and isinstance(b, int) and a > b > 1 for a, b in zip(after, before, strict=True))
+
+
+def _shuffled(op: Op) -> Shape | None:
+    """What a pixel shuffle (reshape, permute to [N, C, H, r, W, r], reshape) starts from, None where `op` ends none."""
+    permute = op.operands[0].producer
+    if permute is None or permute.kind is not OpKind.PERMUTE or tuple(permute.attr("perm")) != (0, 1, 4, 2, 5, 3):
+        return None
+    first = permute.operands[0].producer
+    return None if first is None or first.kind is not OpKind.RESHAPE else first.operands[0].shape
 
 
 def _extents(shape: Shape | None) -> Shape | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rescompile.detection.reach import Reach, order
+from rescompile.detection.chains import order
+from rescompile.detection.reach import Reach
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 

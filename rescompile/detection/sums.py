@@ -16,9 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
-from rescompile.detection.reach import order
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 

@@ -1,0 +1,74 @@
+"""Chains of values with one way back each, and how to pass a chain of n in O(log n).
+
+A stack of blocks, each contracted to an identity, is such a chain. Each link has a pointer further back besides the one
+to its parent (Myers 1983, "An applicative random-access stack"); the pointers depend on depth alone, so two chains can
+be followed in step to where they meet.
+"""
+
+from __future__ import annotations
+
+from rescompile.graph import Value
+
+
+def order(value: Value) -> int:
+    """Position of the operation that produces the value; −1 for inputs, parameters and literals."""
+    return -1 if value.producer is None else value.producer.order
+
+
+class Chains:
+    """A forest over values: links go back, and orders fall along them."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Value, Value] = {}
+        self._depth: dict[Value, int] = {}  # links to the chain's end, where there are any
+        self._jump: dict[Value, Value] = {}
+
+    def __contains__(self, value: Value) -> bool:
+        return value in self._parent
+
+    def link(self, value: Value, parent: Value) -> None:
+        """Let `parent` be the one way back from `value`. Values that go back to `value` are linked later."""
+        depth, jump = self._depth, self._jump
+        level = depth.get(parent, 0)
+        self._parent[value] = jump[value] = parent
+        depth[value] = level + 1
+        if level:
+            far = jump[parent]
+            middle = depth.get(far, 0)
+            if middle and level - middle == middle - depth.get(jump[far], 0):
+                jump[value] = jump[far]
+
+    def end(self, value: Value) -> Value:
+        """Where the value's chain begins: a leaf, or a value with several ways back."""
+        jump = self._jump
+        while (far := jump.get(value)) is not None:
+            value = far
+        return value
+
+    def climb(self, value: Value, bound: int) -> Value:
+        """The first value behind this one whose order is at most `bound`, or the chain's end."""
+        parent, jump = self._parent, self._jump
+        while value in parent:
+            far = jump[value]
+            if order(far) > bound:
+                value = far
+                continue
+            value = parent[value]
+            if order(value) <= bound:
+                break
+        return value
+
+    def common(self, left: Value, right: Value) -> Value | None:
+        """The nearest value that both chains hold; None when they end apart."""
+        depth, jump, parent = self._depth, self._jump, self._parent
+        while (gap := depth.get(left, 0) - depth.get(right, 0)) != 0:
+            if gap < 0:
+                left, right = right, left
+            far = jump[left]
+            left = far if depth.get(far, 0) >= depth.get(right, 0) else parent[left]
+        while left is not right:
+            if left not in parent:
+                return None
+            apart = jump[left] is not jump[right]
+            left, right = (jump[left], jump[right]) if apart else (parent[left], parent[right])
+        return left
