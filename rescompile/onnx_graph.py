@@ -171,14 +171,19 @@ class OnnxGraph(Graph):
 
     def native_redirect(self, old: Any, value: Value) -> None:
         """Readers and graph outputs go from `old` to the value's new native, which takes over name and metadata."""
-        if isinstance(old, onnx_ir.Value) and old is not value.native:
+        if old is None:
+            # No node computed the value so far: those of its readers did, and read it from now on.
+            for op in value.users:
+                if op.native:
+                    self._write_anew(op)
+        elif isinstance(old, onnx_ir.Value) and old is not value.native:
             self.native.redirect(old, value.native)
-            self._session = None
+        self._session = None
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
         """In place where the operand is one input of the operation's nodes, else by writing the operation anew."""
         old, new = op.inputs[index], self._native(value)
-        slots = [] if old is None else self._slots(op, old.native)
+        slots = [] if old is None or old.native is None else self._slots(op, old.native)
         same = [position for position, operand in enumerate(op.inputs) if operand is old]
         if old is None and op.kind is OpKind.OPAQUE and index < len(op.native[0].inputs):
             op.native[0].replace_input_with(index, new)
@@ -222,6 +227,8 @@ class OnnxGraph(Graph):
         return value.native
 
     def _write_anew(self, op: Op) -> None:
+        for value in op.operands:
+            self._native(value)
         nodes = op.native
         natives = [value.native for value in op.outputs]
         self.native_emit(op)

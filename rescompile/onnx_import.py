@@ -8,7 +8,6 @@ rest is presented.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from rescompile.kinds import Trait
 from rescompile.onnx_extents import complete, merge, result_dtype
 from rescompile.onnx_functions import read_call
 from rescompile.onnx_literals import evaluate, is_literal
+from rescompile.onnx_merge import Item, Merger
 from rescompile.onnx_ops import PROVENANCE_KEY, PartialShape, Step, dtype_name, is_static, literal, own_graphs
 from rescompile.onnx_read import reader_of
 from rescompile.onnx_read_moves import read_split
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """Native nodes and the logical operations that they are read as."""
-
-    nodes: tuple[ir.Node, ...]
-    steps: list[Step]
-    outputs: tuple[ir.Value, ...]
-    shown: bool = True
 
 
 def read(graph: OnnxGraph) -> None:
@@ -54,7 +44,8 @@ class _Import:
         self.model = graph.model
         self.facts = Facts(graph.model)
         self.constants: set[ir.Value] = set()  # values that do not depend on the graph's inputs
-        self.items: dict[ir.Node, _Item] = {}  # by the node that produces the item's outputs
+        self.items: dict[ir.Node, Item] = {}  # by the node that is read
+        self.merger = Merger(self.items, self.facts, self.constants)
         self.taken: set[ir.Node] = set()  # nodes that are part of an earlier node's item
         self.values: dict[ir.Value, Value] = {}
 
@@ -93,13 +84,12 @@ class _Import:
         outputs = tuple(node.outputs)
         self._note_types(outputs, steps)
         facts.follow(node)
-        nodes: tuple[ir.Node, ...] = (node,)
-        if len(steps) == 1:
-            merged = self._merge_linear(steps[0])
-            nodes = (*merged, node)
+        item = Item((node,), steps, outputs)
         if self._constant(steps):
             self.constants.update(outputs)
-        self.items[node] = _Item(nodes, steps, outputs)
+        elif len(steps) == 1:
+            self.merger.merge(item)
+        self.items[node] = item
 
     def _read_split(self, node: ir.Node) -> bool:
         found = read_split(self._site(node))
@@ -109,7 +99,7 @@ class _Import:
         outputs = tuple(reader.outputs[0] for reader in readers)
         self._note_types(outputs, [step])
         self.taken.update(readers)
-        self.items[node] = _Item((*readers, node), [step], outputs)
+        self.items[node] = Item((*readers, node), [step], outputs)
         return True
 
     def _constant(self, steps: list[Step]) -> bool:
@@ -173,55 +163,10 @@ class _Import:
         self, step: Step, shape: PartialShape | None, dtype: str | None, stem: str, position: int
     ) -> ValueType:
         if shape is None or None in shape or dtype is None:
-            operands = [self._type(operand) for operand in step.inputs if operand is not None]
+            operands = [self.merger.type(operand) for operand in step.inputs if operand is not None]
             shape = complete(step.kind, step.attrs, [operand.shape for operand in operands], shape, position)
             dtype = dtype or result_dtype(step.kind, step.attrs, [operand.dtype for operand in operands])
         return ValueType(name_extents(shape, stem), dtype)
-
-    def _type(self, operand: Any) -> ValueType:
-        if isinstance(operand, Step):
-            return operand.type
-        if isinstance(operand, ir.Value):
-            return self.facts.type(operand)
-        return ValueType(tuple(operand.shape), str(operand.dtype))
-
-    def _merge_linear(self, step: Step) -> tuple[ir.Node, ...]:
-        """Make one linear of MatMul with a Transpose of its weight before it, or with an Add of its bias after it."""
-        if step.kind is K.LINEAR and step.attrs.get("transpose_weight") is False:
-            weight = step.inputs[1]
-            item = self._sole(weight)
-            if item is not None and item.steps[0].kind is K.PERMUTE and item.steps[0].attrs["perm"] == (1, 0):
-                step.inputs = [step.inputs[0], item.steps[0].inputs[0], *step.inputs[2:]]
-                step.attrs = {"transpose_weight": True}
-                return self._absorb(item)
-        if step.kind is K.ADD and len(step.inputs) == 2 and "scales" not in step.attrs:
-            for product, bias in (step.inputs, reversed(step.inputs)):
-                item = self._sole(product)
-                linear = item.steps[0] if item is not None else None
-                if item is None or linear is None or linear.kind is not K.LINEAR or linear.inputs[2] is not None:
-                    continue
-                if bias in self.constants and self._fits(bias, linear):
-                    step.kind, step.attrs = K.LINEAR, linear.attrs
-                    step.inputs = [*linear.inputs[:2], bias]
-                    return self._absorb(item)
-        return ()
-
-    def _fits(self, bias: Any, linear: Step) -> bool:
-        weight = self._type(linear.inputs[1]).shape
-        width = weight[0 if linear.attrs["transpose_weight"] else 1] if weight is not None else None
-        return self._type(bias).shape == (width,)
-
-    def _sole(self, value: Any) -> _Item | None:
-        """The item that makes the value, when it is one operation and nothing else reads it."""
-        producer = value.producer() if isinstance(value, ir.Value) else None
-        item = self.items.get(producer) if producer is not None else None
-        if item is None or len(item.steps) != 1 or len(value.uses()) != 1 or value.is_graph_output():
-            return None
-        return item
-
-    def _absorb(self, item: _Item) -> tuple[ir.Node, ...]:
-        del self.items[item.nodes[-1]]
-        return item.nodes
 
     # ---- backward: what is only shape arithmetic ---------------------------------------------------------------------
 
@@ -267,7 +212,7 @@ class _Import:
             kind = ValueType(tuple(int(extent) for extent in tensor.shape.numpy()), dtype_name(tensor.dtype))
         self.values[value] = self.graph.add_constant(_name(value), kind.shape, kind.dtype, value, role)
 
-    def _present_item(self, item: _Item, name: str) -> None:
+    def _present_item(self, item: Item, name: str) -> None:
         node = item.nodes[-1]
         module = module_path(node)
         results: dict[Step, Value] = {}
@@ -277,7 +222,14 @@ class _Import:
             label = name if step is item.steps[-1] else self.graph.unique_op_name(f"{name}.{step.kind.value}")
             outputs, natives = self._outputs(step, item, label)
             op = self.graph.add_op(
-                step.kind, inputs, outputs, step.attrs, name=label, native=item.nodes, natives=natives, module=module
+                step.kind,
+                inputs,
+                outputs,
+                step.attrs,
+                name=label,
+                native=() if step.virtual else item.nodes,
+                natives=natives,
+                module=module,
             )
             op.provenance = node.metadata_props.get(PROVENANCE_KEY, "")
             for value in op.outputs:
@@ -285,12 +237,13 @@ class _Import:
                     self.values[value.native] = value
             if op.outputs:
                 results[step] = op.outputs[0]
-            group.append(op)
+            if not step.virtual:
+                group.append(op)
         if len(group) > 1:
             for op in group:
                 op.group = group
 
-    def _outputs(self, step: Step, item: _Item, label: str) -> tuple[list[tuple[str, ValueType]], list[Any]]:
+    def _outputs(self, step: Step, item: Item, label: str) -> tuple[list[tuple[str, ValueType]], list[Any]]:
         if not step.outputs:
             return [(self.graph.unique_name(f"{_name(item.outputs[0])}.{step.kind.value}"), step.type)], [None]
         outputs: list[tuple[str, ValueType]] = []

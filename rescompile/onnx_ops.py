@@ -95,7 +95,8 @@ class Step:
 
     `inputs`: native values, literals, or earlier steps of the same node (their first output). `outputs`: which of the
     node's outputs the step produces, empty for an inner step, whose result has `type`. `extents`: what the reader knows
-    of an output's shape beyond the model's own declaration.
+    of an output's shape beyond the model's own declaration. `virtual`: an operation that no native node computes,
+    because the nodes of the next step do it on the way.
     """
 
     kind: K
@@ -103,6 +104,7 @@ class Step:
     attrs: Attrs = field(default_factory=dict)
     outputs: tuple[int, ...] = ()
     extents: PartialShape | None = None
+    virtual: bool = False
     type: ValueType = field(default_factory=lambda: ValueType(None, None))
 
 

@@ -521,6 +521,93 @@ def test_a_group_becomes_separate_nodes_when_one_of_its_operations_is_edited() -
     np.testing.assert_array_equal(graph.run(feeds)["y"], 2 * feeds["x"][:, 2])
 
 
+def keys(*, twice: bool = False, reshaped: bool = False) -> OnnxGraph:
+    """softmax(q·kᵀ / 2)·v with heads; the keys' heads come forward and turn in one Transpose, or in a flat shape"""
+    if reshaped:
+        turn = [
+            helper.make_node("Reshape", ["k", "flat"], ["k3"]),
+            helper.make_node("Transpose", ["k3"], ["k3t"], perm=[0, 2, 1]),
+            helper.make_node("Reshape", ["k3t", "deep"], ["kt"]),
+        ]
+        k: tuple[int, ...] = (2, 4, 5, 8)
+    else:
+        turn = [helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 2, 3, 1], name="turn")]
+        k = (2, 5, 4, 8)
+    nodes = [
+        *turn,
+        helper.make_node("MatMul", ["q", "kt"], ["scores"]),
+        helper.make_node("Mul", ["scores", "half"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    constants = {"half": np.float32(0.5), "flat": np.asarray([8, 5, 8]), "deep": np.asarray([2, 4, 8, 5])}
+    outputs = ["y"]
+    if twice:
+        nodes.append(helper.make_node("Relu", ["kt"], ["z"]))
+        outputs.append("z")
+    return graph_of(model_of(nodes, {"q": (2, 4, 5, 8), "k": k, "v": (2, 4, 5, 8)}, outputs, constants))
+
+
+QKV = {"q": floats(2, 4, 5, 8), "k": floats(2, 5, 4, 8), "v": floats(2, 4, 5, 8)}
+
+
+def attended(q: Array, k: Array, v: Array) -> Array:
+    scores = np.exp(0.5 * q @ k.transpose(0, 1, 3, 2))
+    return scores / scores.sum(-1, keepdims=True) @ v
+
+
+def test_keys_whose_heads_come_forward_as_they_turn_make_an_attention() -> None:
+    graph = keys()
+    assert kinds(graph) == [K.PERMUTE, K.ATTENTION]
+    assert graph.ops[0].native == ()
+    assert graph.ops[1].operand("k") is graph.ops[0].output
+    assert len(graph.model.graph) == 5
+
+
+def test_keys_that_turn_in_a_flat_shape_make_an_attention() -> None:
+    graph = keys(reshaped=True)
+    assert kinds(graph) == [K.ATTENTION]
+    assert graph.ops[0].operand("k") is graph.value("k")
+    feeds = {**QKV, "k": floats(2, 4, 5, 8)}
+    np.testing.assert_allclose(graph.run(feeds)["y"], attended(**feeds), rtol=1e-5, atol=1e-6)
+
+
+def test_turned_keys_that_others_read_stay_an_operation() -> None:
+    graph = keys(twice=True)
+    assert kinds(graph)[:2] == [K.PERMUTE, K.MATMUL]
+    assert graph.op("turn").attr("perm") == (0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("target", ["heads", "attention"])
+def test_an_operation_that_no_node_computes_is_written_when_it_is_edited(target: str) -> None:
+    graph = keys()
+    heads, attention = graph.ops
+    double = graph.insert(K.ADD, [graph.value("k")] * 2, [("double", graph.value("k").type)])
+    if target == "heads":
+        graph.set_operand(heads, 0, double.output)
+        expected = attended(QKV["q"], 2 * QKV["k"].transpose(0, 2, 1, 3), QKV["v"])
+    else:
+        graph.erase(double)
+        negated = graph.insert(K.NEG, [heads.output], [("negated", heads.output.type)])
+        graph.set_operand(attention, 1, negated.output)
+        expected = attended(QKV["q"], -QKV["k"].transpose(0, 2, 1, 3), QKV["v"])
+    graph.commit()
+    check(graph)
+    np.testing.assert_allclose(graph.run(QKV)["y"], expected, rtol=1e-5, atol=1e-6)
+    assert graph_of(in_memory_proto(graph.model)).op("y").kind in (K.ATTENTION, K.MATMUL)
+
+
+def test_writing_an_operation_that_no_node_computes_reaches_its_readers() -> None:
+    graph = keys()
+    heads = graph.ops[0]
+    made = graph.fuse([heads], K.PERMUTE, heads.inputs, heads.outputs, heads.attrs)
+    graph.set_operand(made, 0, graph.insert(K.NEG, [graph.value("k")], [("n", graph.value("k").type)]).output)
+    graph.commit()
+    check(graph)
+    expected = attended(QKV["q"], -QKV["k"].transpose(0, 2, 1, 3), QKV["v"])
+    np.testing.assert_allclose(graph.run(QKV)["y"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_symbolic_extents_pass_convolutions_and_meet_again() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "a"], ["p"], pads=[1, 1, 1, 1], strides=[2, 2]),
