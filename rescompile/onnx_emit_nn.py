@@ -68,7 +68,7 @@ def _resize(b: Builder, r: Request) -> ir.Value:
     x, target = r.arg(0), target_of(r)
     mode, attrs = _RESIZE[r.attr("mode")]
     if mode != "nearest":
-        where = "align_corners" if r.attr("align_corners") else "pytorch_half_pixel"
+        where = "align_corners" if r.attr("align_corners") else "half_pixel"
         attrs = {**attrs, "coordinate_transformation_mode": where}
     if b.opset >= 11:
         # Optional inputs: left out from opset 13 on, empty before.

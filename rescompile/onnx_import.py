@@ -248,14 +248,18 @@ class _Import:
             return [(self.graph.unique_name(f"{_name(item.outputs[0])}.{step.kind.value}"), step.type)], [None]
         outputs: list[tuple[str, ValueType]] = []
         natives: list[Any] = []
+        named = [index for index, value in enumerate(item.outputs) if value.name]
+        last = named[-1] if named else 0
         for position, index in enumerate(step.outputs):
             value = item.outputs[index] if index < len(item.outputs) else None
             if value is not None and value.name:
                 outputs.append((value.name, self.facts.type(value)))
                 natives.append(value)
-            elif step.kind.spec.outputs > position:  # the kind has it although the node leaves it out
-                first = self.facts.type(item.outputs[step.outputs[0]])
-                outputs.append((self.graph.unique_name(f"{label}.{position}"), first))
+            elif step.kind.spec.outputs > position or (step.kind is K.RECURRENT and position < last):
+                # The kind has this output although the node leaves it out.
+                first = item.outputs[step.outputs[0]]
+                kind = self.facts.type(first) if first.name else ValueType(None, None)
+                outputs.append((self.graph.unique_name(f"{label}.{position}"), kind))
                 natives.append(None)
         return outputs, natives
 

@@ -157,10 +157,10 @@ def _resize(s: Site) -> Reading:
         scales = s.attr("scales") if s.opset < 9 else None if array is None else [float(scale) for scale in array]
     elif s.vector(3) is None:
         return STATIC_ONLY.format("size")
-    if scales is None and out is not None and is_static(shape[2:]) and is_static(out[2:]):  # type: ignore[arg-type]
-        scales = [1.0, 1.0, *(int(b) / int(a) for a, b in zip(shape[2:], out[2:], strict=True))]  # type: ignore[arg-type]
     if scales is None and not sized:
         return STATIC_ONLY.format("scale")
+    if sized and out is not None and is_static(shape[2:]) and all(isinstance(extent, int) for extent in out[2:]):
+        scales = [1.0, 1.0, *(int(b or 0) / int(a) for a, b in zip(shape[2:], out[2:], strict=True))]
     if scales is not None:
         if any(scale != 1 for scale in scales[:2]):
             return "it resizes batch or channels"
@@ -171,6 +171,8 @@ def _resize(s: Site) -> Reading:
             return "its output is not the input's extent times the scale"
     if not _samples_as_torch(mode, where, rounding, scales, s.attr("cubic_coeff_a", -0.75)):
         return f"{mode} with {where} and {rounding} has no counterpart"
+    if where == "pytorch_half_pixel" and out is not None and 1 in out[2:]:
+        return "it samples an extent of 1 at the beginning, not in the middle"
     return s.one(K.INTERPOLATE, s.inputs(1), mode=mode, align_corners=where == "align_corners")
 
 

@@ -608,6 +608,19 @@ def test_writing_an_operation_that_no_node_computes_reaches_its_readers() -> Non
     np.testing.assert_allclose(graph.run(QKV)["y"], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_recurrent_operation_of_which_only_the_last_state_is_wanted() -> None:
+    nodes = [helper.make_node("GRU", ["x", "W", "R"], ["", "h"], hidden_size=3, name="gru")]
+    proto = model_of(nodes, {"x": (5, 2, 4)}, ["h"], {"W": floats(1, 9, 4), "R": floats(1, 9, 3)}, opset=14)
+    graph = graph_of(proto)
+    op = graph.op("gru")
+    assert [value.name for value in op.outputs][1] == "h"
+    feeds = {"x": floats(5, 2, 4)}
+    expected = graph.run(feeds)
+    graph.fuse([op], K.RECURRENT, op.inputs, op.outputs, op.attrs)
+    graph.commit()
+    same(expected, graph.run(feeds))
+
+
 def test_symbolic_extents_pass_convolutions_and_meet_again() -> None:
     nodes = [
         helper.make_node("Conv", ["x", "a"], ["p"], pads=[1, 1, 1, 1], strides=[2, 2]),

@@ -346,6 +346,32 @@ CASES: list[Case] = [
     case("CumSum", SEQUENCE, Const.scalar(-1, "int32"), reads=K.CUMSUM, at=(11, 14), expect={"axis": 2}),
     case("TopK", SEQUENCE, reads=K.TOPK, at=(7,), k=3, outputs=2),
     case("TopK", SEQUENCE, Const.of(3), reads=K.TOPK, at=(10, 11), axis=1, outputs=2),
+    case(
+        "LSTM",
+        fed(5, 2, 4),
+        Const.random(2, 12, 4),
+        Const.random(2, 12, 3),
+        None,
+        None,
+        Const.random(2, 2, 3),
+        reads=K.RECURRENT,
+        at=(7, 14, 22),
+        direction="bidirectional",
+        hidden_size=3,
+        outputs=3,
+        expect={"mode": "lstm"},
+    ),
+    case(
+        "RNN",
+        fed(5, 2, 4),
+        Const.random(1, 3, 4),
+        Const.random(1, 3, 3),
+        reads=K.RECURRENT,
+        at=(14,),
+        activations=["Relu"],
+        hidden_size=3,
+        expect={"mode": "rnn_relu"},
+    ),
     # out of nothing
     case(
         "Range",
@@ -451,6 +477,13 @@ class Refused:
 
 
 REFUSED = [
+    Refused(
+        "GRU",
+        (fed(5, 2, 4), Const.random(1, 9, 4), Const.random(1, 9, 3)),
+        14,
+        "activations",
+        {"activations": ["Relu", "Tanh"], "hidden_size": 3},
+    ),
     Refused("Div", (INTS, Const.of(2)), 14, "integer division"),
     Refused("Mod", (SMALL, POSITIVE), 13, "fmod", {"fmod": 1}),
     Refused("Reshape", (SMALL, fed(1, dtype="int64", low=12, high=13)), 13, "computed at run time"),
