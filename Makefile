@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(VENV)/bin/python examples/demo.py
+	$(VENV)/bin/python -m examples.demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

@@ -40,9 +40,11 @@ def _captured(model: str, specs: list[InputSpec]) -> Graph:
     module, examples = load_attribute(model)
     dynamic: list[dict[int, str]] = []
     if specs:
-        from rescompile.fx_inputs import example_tensors
+        from rescompile.fx_inputs import check_runs, example_tensors
 
         examples = example_tensors(specs)
+        if hasattr(module, "forward"):  # an exported program has no forward of its own
+            check_runs(module, examples, model)
         dynamic = [{axis: dim for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs]
     elif examples is None and not hasattr(module, "graph"):  # graphs and exported programs know their own
         takes = _required(module)
