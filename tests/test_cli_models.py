@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,16 @@ def test_an_artifact_runs_on_given_inputs_and_agrees_with_torch(run: Run, user_m
         assert json.loads(text)["outputs"][0]["type"] == "f32[2,4,8,8]"
         outputs.append(next(iter(np.load(out).values())))
     np.testing.assert_allclose(outputs[0], outputs[1], rtol=0, atol=1e-5 * np.abs(outputs[1]).max())
+
+
+def test_an_artifact_runs_where_neither_torch_nor_onnx_is(run: Run, residual_onnx: Path, tmp_path: Path) -> None:
+    artifact = tmp_path / "block.rescompile"
+    assert run("compile", residual_onnx, "-o", artifact)[0] == 0
+    absent = "import sys; sys.modules.update(dict.fromkeys(('torch', 'onnx', 'onnx_ir', 'onnxruntime')))"
+    script = f"{absent}; from rescompile.cli import main; main(['run', {str(artifact)!r}, '--json'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["outputs"][0]["type"] == "f32[2,4,8,8]"
 
 
 def test_wrong_arrays_for_an_artifact_are_one_sentence(run: Run, residual_onnx: Path, tmp_path: Path) -> None:
