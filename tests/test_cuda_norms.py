@@ -1,4 +1,4 @@
-"""The CUDA kernels of add + norm: their generated source on the CPU against torch, their machine code by the assembler."""
+"""The CUDA kernels over rows: their generated source on the CPU against torch, and what the assembler says of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import simulated_gpu
 
 tvm = pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import add_norm, rows, softmax  # noqa: E402
+from rescompile.backends.cuda import add_norm, rows  # noqa: E402
 from rescompile.backends.cuda.cubin import Cubin, compilers, to_cubin  # noqa: E402
 from rescompile.backends.cuda.executable import cuda_source  # noqa: E402
 from rescompile.backends.cuda.targets import cuda_target  # noqa: E402

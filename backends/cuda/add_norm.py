@@ -3,8 +3,8 @@
     s = x + residual;  y = (s − mean(s)) / sqrt(var(s) + eps) · weight + bias      (layer)
     s = x + residual;  y = s / sqrt(mean(s²) + eps) · weight                       (rms)
 
-The sum is rounded to the buffers' type, as the graph's own add rounds it, and that is what is normalised. Statistics are
-in float32 and take two passes over registers (the variance is of the centred values), which cost no traffic.
+The sum is rounded to the buffers' type, as the graph's own add rounds it, and that is what is normalised. Statistics
+are in float32 and take two passes over registers (the variance is of the centred values), which cost no traffic.
 """
 
 from __future__ import annotations

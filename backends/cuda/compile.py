@@ -68,7 +68,9 @@ def compile_cuda(
 
 def _described(region: Region, cubin: Cubin | None) -> dict[str, object]:
     """A region's entry, with what its kernel takes of a multiprocessor."""
-    usage = next((kernel for kernel in cubin.usage if kernel.kernel == f"{region.name}_kernel"), None) if cubin else None
+    usage = (
+        next((kernel for kernel in cubin.usage if kernel.kernel == f"{region.name}_kernel"), None) if cubin else None
+    )
     return {**asdict(region), **({"usage": asdict(usage)} if usage else {})}
 
 

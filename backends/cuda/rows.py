@@ -109,7 +109,7 @@ class Row:
         return self.tile.chunks * self.tile.vector
 
     def read(self, name: str, into: Expr, slot: int, chunk: int) -> None:
-        """into[slot] = the thread's access of a chunk, of the row or of a vector that all rows share; zeros past its end"""
+        """into[slot] = the thread's access of a chunk, of its row or of what all rows share; zeros past the end"""
         tile, source, column = self.tile, self.buffers[name], self._column(chunk)
         lead = [] if len(source.shape) == 1 else [self.row]
 

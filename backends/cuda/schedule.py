@@ -14,6 +14,7 @@ from rescompile.backends.cuda.targets import THREADS_PER_BLOCK
 from rescompile.backends.cuda.tensor_core import TensorCoreProduct
 from rescompile.errors import RescompileError
 
+
 class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
     """dlight's rule for products, in registers and shared memory. It looks for tensor cores by the target's number."""
 
@@ -22,8 +23,9 @@ class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
         return super().apply(func, tvm.target.Target(plain), _)
 
 
-# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them; it
-# comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes all.
+# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them. It
+# comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes
+# everything.
 RULES: tuple[Any, ...] = (
     TensorCoreProduct(),
     _Matmul(),
@@ -39,7 +41,7 @@ _NOT_MINE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, Attribut
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A module whose functions all run on the GPU, and the rule that scheduled each: `own` for those that came bound."""
+    """A module whose functions all run on the GPU, and the rule that scheduled each: `own` for what came bound."""
 
     module: tvm.IRModule
     rules: dict[str, str]
@@ -96,7 +98,9 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
         label = type(rule).__name__.lstrip("_")
         try:
             found = rule.apply(function, target, False)
-        except (s_tir.ScheduleError if isinstance(rule, TensorCoreProduct) else _NOT_MINE) as error:
+        except _NOT_MINE as error:
+            if isinstance(rule, TensorCoreProduct) and not isinstance(error, s_tir.ScheduleError):
+                raise
             refused.append(f"{label}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'refused'}")
             continue
         if found is None:
@@ -127,4 +131,3 @@ def _attributes(function: tirx.PrimFunc) -> dict[str, Any]:
 def _host_only(function: tirx.PrimFunc) -> bool:
     """Whether the function is one of those that Relax runs on the processor, such as arithmetic in shapes."""
     return bool(function.attrs and function.attrs.get("tirx.is_host_func"))
-

@@ -1,6 +1,6 @@
 """CUDA kernels of softmax over rows, for classifiers and inside attention.
 
-    y = exp(x − max(x)) / sum of exp(x − max(x))          or its logarithm, x − max(x) − log(sum of exp(x − max(x)))
+y = exp(x − max(x)) / sum of exp(x − max(x))          or its logarithm, x − max(x) − log(sum of exp(x − max(x)))
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def arguments(spec: RowSoftmax) -> list[Argument]:
 def prim_func(spec: RowSoftmax, name: str) -> tvm.tirx.PrimFunc:
     """The kernel, its threads bound."""
     wider = "float32" if "float32" in (spec.dtype, spec.out_dtype) else spec.dtype
-    return row_function(
-        name, arguments(spec), spec.rows, row_tile(spec.width, wider), lambda row: _emit(spec, row)
-    )
+    return row_function(name, arguments(spec), spec.rows, row_tile(spec.width, wider), lambda row: _emit(spec, row))
 
 
 def _emit(spec: RowSoftmax, row: Row) -> None:

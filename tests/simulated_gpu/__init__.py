@@ -24,7 +24,9 @@ import numpy as np
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);')
+_KERNEL = re.compile(
+    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
+)
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
 
@@ -58,7 +60,9 @@ def launch(
         function = getattr(ctypes.CDLL(file.name), f"launch_{name}")
     values: list[Any] = [ctypes.c_void_p(array.ctypes.data) for array in arrays]
     values += [ctypes.c_int64(scalar) for scalar in scalars]
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values))
+    pointers = (ctypes.c_void_p * len(values))(
+        *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
+    )
     function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
 
 
@@ -69,7 +73,7 @@ def parameters(source: str, name: str) -> list[str]:
 
 
 def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any]]]) -> dict[str, list[Any]]:
-    """Outputs of the artifacts `NAME.zip` in a folder, given inputs by name, run in a process with the simulated GPU."""
+    """Outputs of the artifacts `NAME.zip` in a folder for inputs by name, from a process with the simulated GPU."""
     for name, inputs in programs.items():
         _store(folder / f"{name}.inputs", list(inputs.values()))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
