@@ -49,7 +49,7 @@ class Manifest:
     system: str = field(default_factory=lambda: platform.system().lower())
     rescompile: str = ""
     tvm: str = ""
-    cpu: str = ""  # LLVM's name of the processor
+    cpu: str = ""  # LLVM's name of the processor, or the compute capability of the GPU
     schema: int = SCHEMA
     sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
     compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
@@ -119,7 +119,7 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
-    """Code, weights and manifest of a program. RescompileError when the file is not one that runs here."""
+    """Code (None where it is for a GPU and there is none), weights, manifest. RescompileError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
@@ -135,7 +135,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code), weights, manifest
+    return _loaded(code, manifest), weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -177,9 +177,15 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _loaded(code: bytes) -> Any:
+def _loaded(code: bytes, manifest: Manifest) -> Any:
+    """The code, mapped; None for a GPU program on a machine without CUDA, where it can be read but not run."""
     import tvm
 
+    if manifest.device == "cuda":
+        from rescompile.backends.cuda.executable import ready_to_load
+
+        if not ready_to_load(manifest.compiler, manifest.cpu):
+            return None
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
     library = Path(folder) / f"program{_SUFFIX}"

@@ -67,10 +67,9 @@ def _emit(spec: NormSpec, row: Row) -> None:
         def add(i: Expr) -> None:
             store(held, (wide(held[i]) + wide(staged[i])).astype(spec.dtype), i)
 
-        for chunk in range(row.tile.chunks):
-            unrolled(vector, lambda i, first=chunk * vector: add(first + i))
-            if spec.sum_output:
-                row.write("sum", held, chunk, chunk)
+        unrolled(row.elements, add)
+        if spec.sum_output:
+            row.each(lambda chunk: row.write("sum", held, chunk, chunk))
     inverse = const(1.0 / spec.width)
     mean = named(row.reduce(lambda i: wide(held[i]))[0] * inverse) if spec.kind == "layer" else None
 
@@ -79,7 +78,8 @@ def _emit(spec: NormSpec, row: Row) -> None:
 
     power = row.reduce(lambda i: centred(i) * centred(i))
     scale = named(T.rsqrt(power[0] * inverse + const(spec.eps)))
-    affine = {name: local(vector, spec.dtype) for name in ("weight", "bias") if name in row.buffers}
+    names = [name for name in ("weight", "bias") if name in row.buffers]
+    affine = {name: local(vector, spec.dtype) for name in names}
     row.each(lambda chunk: _norm(spec, row, centred, scale, staged, affine, chunk))
 
 

@@ -148,7 +148,7 @@ class Row:
 
     def reduce(self, term: Callable[[Expr], Expr], *, largest: bool = False) -> Expr:
         """The sum, or the largest, of term(i) over the elements of the row, known to all of its threads."""
-        start = const(np.finfo(np.float32).min if largest else 0.0)
+        start = const(float(np.finfo(np.float32).min) if largest else 0.0)
         total = local(1)
         store(total, start, 0)
         for chunk in range(self.tile.chunks):
