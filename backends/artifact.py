@@ -50,8 +50,7 @@ class Manifest:
     system: str = field(default_factory=lambda: platform.system().lower())
     rescompile: str = ""
     tvm: str = ""
-    cpu: str = ""  # LLVM's name of the processor
-    extensions: list[str] = field(default_factory=list)  # vector extensions that the code uses
+    cpu: str = ""  # LLVM's name of the processor, or the compute capability of the GPU
     schema: int = SCHEMA
     sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
     compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
@@ -120,7 +119,7 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
 
 
 def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
-    """Code, weights and manifest of a program. RescompileError when the file is not one that runs here."""
+    """Code (None where it is for a GPU and there is none), weights, manifest. RescompileError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
@@ -185,16 +184,8 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
-def _extensions() -> set[str]:
-    """What this processor can do, by Linux's names; empty where that cannot be asked."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {word for line in lines if line.startswith("flags") for word in line.partition(":")[2].split()}
-
-
 def _loaded(code: bytes, manifest: Manifest) -> Any:
+    """The code, mapped; None for a GPU program on a machine without CUDA, where it can be read but not run."""
     import tvm
     import tvm_ffi
 
@@ -205,6 +196,11 @@ def _loaded(code: bytes, manifest: Manifest) -> Any:
             "run it on a machine that has one, or compile the model for cpu."
         )
 
+    if manifest.device == "cuda":
+        from rescompile.backends.cuda.executable import ready_to_load
+
+        if not ready_to_load(manifest.compiler, manifest.cpu):
+            return None
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
     library = Path(folder) / f"program{_SUFFIX}"

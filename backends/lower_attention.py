@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import relax
@@ -17,7 +18,7 @@ from rescompile.kinds import OpKind
 R = relax.op
 
 # Stands for minus infinity, so that a row in which everything is masked has no NaN (as torch's kernels have none).
-_MASKED = -1e30
+MASKED = -1e30
 
 
 def attention(e: Emitter, op: Op) -> None:
@@ -96,7 +97,23 @@ def _mask(
     return given, kind, (shape[0], shape[1], shape[2], shape[3])
 
 
-def attention_in_relax(e: Emitter, op: Op) -> Expr:
+def softmax_in_relax(e: Emitter, op: Op, scores: Expr, dtype: str) -> Expr:
+    """Softmax over the last dimension; with a mask, a row in which everything is masked gives zeros."""
+    masked = op.operand("mask") is not None
+    low = e.scalar(MASKED, e.dtype(scores))
+    top = e.emit(R.max(scores, -1, True))
+    weights = e.emit(R.exp(e.emit(R.subtract(scores, top))))
+    if masked:
+        weights = e.emit(R.where(e.emit(R.less_equal(scores, low)), e.scalar(0, e.dtype(scores)), weights))
+    total = e.emit(R.sum(weights, -1, True))
+    if masked:
+        total = e.emit(R.maximum(total, e.scalar(1e-30, e.dtype(scores))))
+    return e.cast(e.emit(R.divide(weights, total)), dtype)
+
+
+def attention_in_relax(
+    e: Emitter, op: Op, normalise: Callable[[Emitter, Op, Expr, str], Expr] = softmax_in_relax
+) -> Expr:
     """The same in Relax operations; key heads are repeated where there are fewer than query heads."""
     q, k, v = (e.get(value) for value in op.operands[:3])
     dtype = e.dtype(q)
@@ -106,7 +123,7 @@ def attention_in_relax(e: Emitter, op: Op) -> Expr:
     axes = [*range(rank - 2), rank - 1, rank - 2]
     scores = widened(e, matmul_of(e, q, e.emit(R.permute_dims(k, axes))))
     scores = e.emit(R.multiply(scores, e.scalar(op.attr("scale"), e.dtype(scores))))
-    low = e.scalar(_MASKED, e.dtype(scores))
+    low = e.scalar(MASKED, e.dtype(scores))
     mask = op.operand("mask")
     if mask is not None:
         given = e.get(mask)
@@ -119,14 +136,7 @@ def attention_in_relax(e: Emitter, op: Op) -> Expr:
         across = e.reshape(e.emit(R.arange(0, columns, 1, "int64")), [1, columns])
         down = e.reshape(e.emit(R.arange(0, rows, 1, "int64")), [rows, 1])
         scores = e.emit(R.where(e.emit(R.less_equal(across, down)), scores, low))
-    top = e.emit(R.max(scores, -1, True))
-    weights = e.emit(R.exp(e.emit(R.subtract(scores, top))))
-    if mask is not None:
-        weights = e.emit(R.where(e.emit(R.less_equal(scores, low)), e.scalar(0, e.dtype(scores)), weights))
-    total = e.emit(R.sum(weights, -1, True))
-    if mask is not None:
-        total = e.emit(R.maximum(total, e.scalar(1e-30, e.dtype(scores))))
-    weights = e.cast(e.emit(R.divide(weights, total)), dtype)
+    weights = normalise(e, op, scores, dtype)
     return e.cast(matmul_of(e, weights, v), dtype)
 
 

@@ -111,6 +111,11 @@ class Program:
 
     def save(self, path: str | Path) -> Path:
         """Write the program into one file, whole or not at all."""
+        if self._executable is None:
+            raise RescompileError(
+                f"The program is compiled for {self.manifest.target} and was loaded on a machine without CUDA, which "
+                f"does not keep its code: copy the file that it was loaded from."
+            )
         return artifact.write(Path(path), self._executable, self._weights, self.manifest)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The CUDA kernels of add + norm: generated source run on the CPU against torch, machine code by the assembler."""
+"""The CUDA kernels over rows: their generated source on the CPU against torch, and what the assembler says of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import simulated_gpu
 
 tvm = pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import add_norm  # noqa: E402
+from rescompile.backends.cuda import add_norm, rows  # noqa: E402
 from rescompile.backends.cuda.cubin import Cubin, compilers, to_cubin  # noqa: E402
 from rescompile.backends.cuda.executable import cuda_source  # noqa: E402
 from rescompile.backends.cuda.targets import cuda_target  # noqa: E402
@@ -86,7 +86,7 @@ def _launched(spec: NormSpec, name: str, simulated: tuple[str, bytes]) -> dict[s
     buffers = {**given, "y": torch.full_like(given["x"], torch.nan), "sum": torch.full_like(given["x"], torch.nan)}
     names = simulated_gpu.parameters(source, f"{name}_kernel")
     arrays = [buffers[part].view(torch.uint8).numpy() for part in names if part in buffers]
-    tile = add_norm.row_tile(spec.width, spec.dtype)
+    tile = rows.row_tile(spec.width, spec.dtype)
     dims = (-(-ROWS // tile.rows), 1, 1, tile.threads, tile.rows, 1)
     simulated_gpu.launch(library, f"{name}_kernel", arrays, [ROWS] if spec.rows is None else [], dims)
     return buffers
@@ -120,22 +120,22 @@ def test_one_warp_needs_no_barrier_and_a_block_does() -> None:
 @pytest.mark.parametrize(
     ("width", "dtype", "expected"),
     [
-        (32, "float16", add_norm.RowTile(vector=8, threads=4, chunks=1, rows=32)),
-        (768, "float16", add_norm.RowTile(vector=8, threads=32, chunks=3, rows=4)),
-        (768, "float32", add_norm.RowTile(vector=4, threads=32, chunks=6, rows=4)),
-        (4096, "bfloat16", add_norm.RowTile(vector=8, threads=256, chunks=2, rows=1)),
-        (16384, "float32", add_norm.RowTile(vector=4, threads=1024, chunks=4, rows=1)),
-        (77, "float16", add_norm.RowTile(vector=1, threads=32, chunks=3, rows=4)),
+        (32, "float16", rows.RowTile(vector=8, threads=4, chunks=1, rows=32)),
+        (768, "float16", rows.RowTile(vector=8, threads=32, chunks=3, rows=4)),
+        (768, "float32", rows.RowTile(vector=4, threads=32, chunks=6, rows=4)),
+        (4096, "bfloat16", rows.RowTile(vector=8, threads=256, chunks=2, rows=1)),
+        (16384, "float32", rows.RowTile(vector=4, threads=1024, chunks=4, rows=1)),
+        (77, "float16", rows.RowTile(vector=1, threads=32, chunks=3, rows=4)),
     ],
 )
-def test_tile_follows_the_width(width: int, dtype: str, expected: add_norm.RowTile) -> None:
-    assert add_norm.row_tile(width, dtype) == expected
+def test_tile_follows_the_width(width: int, dtype: str, expected: rows.RowTile) -> None:
+    assert rows.row_tile(width, dtype) == expected
 
 
 @pytest.mark.parametrize("width", [1, 2, 31, 33, 127, 1000, 1024, 1025, 2047, 4097, 10000, 16383, 16384])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tile_covers_the_row_within_the_limits(width: int, dtype: str) -> None:
-    tile = add_norm.row_tile(width, dtype)
+    tile = rows.row_tile(width, dtype)
     assert tile.span * tile.chunks >= width
     assert tile.threads * tile.rows <= 1024
     assert tile.vector * tile.chunks <= 32  # elements that a thread holds in registers

@@ -1,1 +1,1 @@
-"""NVIDIA GPUs: targets, kernels, schedules for everything else, cubins, artifacts. No GPU is needed to compile."""
+"""NVIDIA GPUs: targets, own kernels, schedules for everything else, cubins, artifacts. Compiling needs no GPU."""

@@ -13,7 +13,7 @@ from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda import intrinsics
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
-from rescompile.backends.cuda.executable import CudaExecutable, cuda_source
+from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
@@ -57,7 +57,8 @@ def compile_cuda(
     if contest is not None:
         module = contest.replaced(module, {}, lambda one: schedule(tvm.IRModule({"main": one}), target.tvm)["main"])
     scheduled = schedule_with_rules(module, target.tvm)
-    executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=lowering.build_passes())
+    with cross_compiling():
+        executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=lowering.build_passes())
     source = cuda_source(executable.mod)
     tell("assembling", 2, 3)
     cubin = to_cubin(source, target.arch) if source else Cubin(b"", (), "")
@@ -77,11 +78,12 @@ def compile_cuda(
         tvm=artifact.tvm_version(),
         sources={SOURCE: source},
         compiler=cubin.compiler if cubin else "",
+        cpu=target.arch,
         regions=[_described(region, cubin) for region in regions],
         note=" ".join([_note(cubin), *(contest.report.notes if contest is not None else ())]).strip(),
     )
     tell("assembling", 3, 3)
-    return Program(CudaExecutable(executable.mod, cubin.data if cubin else None), lowered.weights, manifest)
+    return Program(CudaExecutable(executable.mod, source, cubin.data if cubin else None), lowered.weights, manifest)
 
 
 def _described(region: Region, cubin: Cubin | None) -> dict[str, object]:

@@ -8,19 +8,25 @@ with its length before it. Here `cuda` and the source become `cubin` and the mac
 
 from __future__ import annotations
 
+import os
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tvm
 import tvm_ffi
 
+from rescompile.backends.cuda.cubin import to_cubin
+from rescompile.backends.link import link
 from rescompile.errors import RescompileError
 
 _LENGTH = struct.Struct("<Q")
-_HOST_CODE = "_lib"  # stands in the import tree for what is linked beside it
+_HOST_CODE = b"_lib"  # stands in the import tree for what is linked beside it
+_KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"  # read by TVM, each time that it has generated GPU code
+_UNEXPECTED = "TVM packs GPU code in a form that is not that of version 0.27: install the version that is pinned."
 
 
 def cuda_modules(module: Any) -> Iterator[Any]:
@@ -42,42 +48,76 @@ def cuda_source(module: Any) -> str:
     return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
 
 
+@contextmanager
+def cross_compiling() -> Iterator[None]:
+    """Let TVM keep CUDA source as it is also where a GPU is: it would have it compiled at once, in its own way."""
+    before = os.environ.get(_KEEP_SOURCE)
+    os.environ[_KEEP_SOURCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_KEEP_SOURCE]
+        else:
+            os.environ[_KEEP_SOURCE] = before
+
+
+def ready_to_load(compiler: str, arch: str) -> bool:
+    """Whether TVM's CUDA runtime is here. Where no `compiler` has made machine code, it is given ours."""
+    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
+        return False
+    if not compiler:
+
+        def compiled(source: str) -> bytes:
+            made = to_cubin(source, arch)
+            if made is None:
+                raise RescompileError(
+                    "The program holds CUDA source, and neither nvcc nor NVRTC is here to compile it: "
+                    "pip install nvidia-cuda-nvrtc."
+                )
+            return made.data
+
+        tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
+    return True
+
+
 class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
     """An executable for a GPU: exported with `cubin` in it, and run by way of that export."""
 
-    def __init__(self, module: Any, cubin: bytes | None) -> None:
+    def __init__(self, module: Any, source: str, cubin: bytes | None) -> None:
         super().__init__(module)
-        self.cubin = cubin
-        self._jitted_mod: Any = None
+        self.source, self.cubin = source, cubin
+        self._loaded: Any = None
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        pack = self._pack if self.cubin else None
+        source, cubin = self.source.encode(), self.cubin
+        pack = (lambda module, *options: _packed(source, cubin, module, *options)) if cubin else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 
-    def jit(self, **kwargs: Any) -> Any:
+    def jit(self, **_: Any) -> Any:
         """The exported library, loaded into this process."""
-        if self._jitted_mod is None:
+        if self._loaded is None:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "program.so"
-                self.export_library(str(path), **kwargs)
-                self._jitted_mod = tvm.runtime.load_module(str(path))
-        return self._jitted_mod
-
-    def _pack(self, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
-        """The imports of `module` as an object file, GPU code as machine code."""
-        packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy().tobytes()
-        assert self.cubin is not None
-        blob = with_cubin(packed, self.cubin)
-        host = next(part for part in (module, *_imports(module)) if part.kind == "llvm")
-        target = host.get_function("_get_target_string")()
-        made = tvm_ffi.get_global_func("codegen.codegen_blob")(blob, is_system_lib, target, prefix)
-        path = Path(workspace) / f"{prefix}devc.o"
-        made.write_to_file(str(path))
-        return str(path)
+                link(self, path)
+                self._loaded = tvm.runtime.load_module(str(path))
+        return self._loaded
 
 
-def with_cubin(packed: bytes, cubin: bytes) -> bytes:
+def _packed(source: bytes, cubin: bytes, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
+    """The imports of `module` as an object file, GPU code as machine code."""
+    packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy().tobytes()
+    host = next(part for part in (module, *_imports(module)) if part.kind == "llvm")
+    target = host.get_function("_get_target_string")()
+    blob = with_cubin(packed, source, cubin)
+    made = tvm_ffi.get_global_func("codegen.codegen_blob")(blob, is_system_lib, target, prefix)
+    path = Path(workspace) / f"{prefix}devc.o"
+    made.write_to_file(str(path))
+    return str(path)
+
+
+def with_cubin(packed: bytes, source: bytes, cubin: bytes) -> bytes:
     """Imports as TVM packs them, with the machine code in the place of the CUDA source."""
     blob = packed[_LENGTH.size :]
     modules, position = _import_tree(blob)
@@ -86,32 +126,21 @@ def with_cubin(packed: bytes, cubin: bytes) -> bytes:
     for _ in range(modules):
         kind, position = _string(blob, position)
         out.append(_said(kind))
-        if kind == _HOST_CODE.encode():
+        if kind == _HOST_CODE:
             continue
         content, position = _string(blob, position)
         if kind == b"cuda":
-            content = _as_cubin(content, cubin)
+            before = len(_said(b"cuda")), len(content) - len(_said(source))
+            if content[: before[0]] != _said(b"cuda") or content[before[1] :] != _said(source):
+                raise RescompileError(_UNEXPECTED)
+            # What lies between are the functions, in a form of their own, which stays.
+            content = _said(b"cubin") + content[before[0] : before[1]] + _said(cubin)
             replaced += 1
         out.append(_said(content))
     if position != len(blob) or replaced != 1:
-        raise RescompileError(
-            f"The program has {replaced} modules of GPU code where one was expected: report the model that did this."
-        )
+        raise RescompileError(_UNEXPECTED)
     body = b"".join(out)
     return _LENGTH.pack(len(body)) + body
-
-
-def _as_cubin(content: bytes, cubin: bytes) -> bytes:
-    form, start = _string(content, 0)
-    if form != b"cuda":
-        return content  # made on a machine with a driver, where TVM has compiled it already
-    # `functions` in between has a form of its own, and stays: so the code is found from its end, by its length.
-    end = next(
-        at
-        for at in range(start, len(content) - _LENGTH.size + 1)
-        if _LENGTH.unpack_from(content, at)[0] == len(content) - at - _LENGTH.size and content[at + 8 :].isascii()
-    )
-    return _said(b"cubin") + content[start:end] + _said(cubin)
 
 
 def _import_tree(blob: bytes) -> tuple[int, int]:

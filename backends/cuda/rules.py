@@ -1,8 +1,8 @@
 """How operations are lowered for a GPU where it is not as for a processor.
 
-Norms are calls of our kernels. Products read weights as [out, in], as torch keeps them, and convolutions run channels
-last: both operands then lie along the summed axis, which is what tensor cores and 128-bit accesses want. What is done
-to a weight alone is done when compiling.
+Norms and softmax are calls of our kernels. Products read weights as [out, in], as torch keeps them, and convolutions
+run channels last: both operands then lie along the summed axis, which is what tensor cores and 128-bit accesses want.
+What is done to a weight alone is done when compiling.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from typing import Any, TypeAlias
 import numpy as np
 from tvm import relax
 
-from rescompile.backends.cuda import add_norm
+from rescompile.backends.cuda import add_norm, softmax
+from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
+from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.emitter import Emitter, Expr, numpy_dtype
 from rescompile.backends.fallback import NARROW
-from rescompile.backends.kernels import NormSpec, Spec
+from rescompile.backends.kernels import Argument, NormSpec, Spec
 from rescompile.backends.layouts import CHANNELS_LAST
+from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
 from rescompile.backends.lower_conv import conv_in_relax
 from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value
 from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
 from rescompile.backends.lower_norm import norm_by_kernel
-from rescompile.backends.lower_reduce import product
-from rescompile.backends.reports import Region
+from rescompile.backends.lower_reduce import REDUCTIONS, product
+from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
 from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
@@ -41,6 +44,7 @@ class CudaEmitter(Emitter):
     def __init__(self, graph: WorkingGraph) -> None:
         super().__init__(graph)
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
+        self._kernels: dict[NormSpec | RowSoftmax, Expr] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -72,22 +76,54 @@ class CudaEmitter(Emitter):
         """Call the kernel of a norm with buffers by name; the outputs. `rows` is the dynamic row count."""
         if not isinstance(spec, NormSpec):
             return super().call(op, spec, given, rows)
-        if spec not in self._functions:
-            name = f"{'add_' if spec.residual else ''}{spec.kind}_norm_{len(self._functions)}"
-            self._functions[spec] = self.bb.add_func(add_norm.prim_func(spec, name), name)
-            tile = add_norm.row_tile(spec.width, spec.dtype)
-            self.regions[name] = Region(name, "norm", spec=str(spec), tile=str(tile))
-        function = self._functions[spec]
+        name = f"{'add_' if spec.residual else ''}{spec.kind}_norm"
+        return self.call_rows(op, spec, name, add_norm, spec.dtype, given, rows)
+
+    def softmax(self, op: Op, x: Expr, out_dtype: str, *, log: bool = False, floor: float | None = None) -> Expr | None:
+        """Softmax over the last dimension, None where there is no kernel for it."""
+        shape = self.shape(x)
+        lead = product(shape[:-1])
+        if not isinstance(shape[-1], int):
+            return None
+        rows = lead if isinstance(lead, int) else None
+        spec = RowSoftmax(rows, shape[-1], self.dtype(x), out_dtype, log, floor)
+        if not softmax.takes(spec):
+            return None
+        return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
+
+    def call_rows(
+        self,
+        op: Op,
+        spec: NormSpec | RowSoftmax,
+        stem: str,
+        kernel: Any,
+        dtype: str,
+        given: Mapping[str, Expr],
+        rows: Extent | None,
+    ) -> list[Expr]:
+        """Call a kernel over rows: `kernel` is its module."""
+        buffers = kernel.arguments(spec)
+        if spec not in self._kernels:
+            name = f"{stem}_{len(self._kernels)}"
+            self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
+            static = spec.rows is not None
+            self.regions[name] = Region(
+                name,
+                "softmax" if isinstance(spec, RowSoftmax) else "norm",
+                spec=str(spec),
+                tile=str(row_tile(spec.width, dtype)),
+                bytes=bytes_of(buffers) if static else None,
+            )
+        function = self._kernels[spec]
         region = self.regions[function.name_hint]
         region.ops.append(op.name)
         region.calls += 1
 
-        def extents(argument: Any) -> list[Extent]:
+        def extents(argument: Argument) -> list[Extent]:
             return [rows if extent is None else extent for extent in argument.shape]
 
-        arguments = add_norm.arguments(spec)
-        operands = [self.reshape(given[part.name], extents(part)) for part in arguments if not part.output]
-        types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in arguments if part.output]
+        operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
+        types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
         result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
         if len(types) == 1:
             return [result]
@@ -145,6 +181,29 @@ _CONVOLUTIONS: dict[int, tuple[Any, str, str]] = {
 }
 
 
+def attention(e: Emitter, op: Op) -> None:
+    """y = softmax(scale·q·kᵀ + mask)·v: two products, and one pass over the scores between them"""
+    e.bind(op.output, attention_in_relax(e, op, _attention_weights))
+
+
+def _attention_weights(e: Emitter, op: Op, scores: Expr, dtype: str) -> Expr:
+    floor = MASKED if op.operand("mask") is not None else None
+    made = e.softmax(op, scores, dtype, floor=floor) if isinstance(e, CudaEmitter) else None
+    return softmax_in_relax(e, op, scores, dtype) if made is None else made
+
+
+def row_softmax(e: Emitter, op: Op) -> None:
+    """y = exp(x − max) / sum of exp(x − max) along `axis`; its logarithm with `log`"""
+    x = e.get(op.operands[0])
+    last = op.attr("axis") % len(e.shape(x)) == len(e.shape(x)) - 1
+    dtype = str(op.output.dtype or e.dtype(x))
+    made = e.softmax(op, x, dtype, log=bool(op.attr("log"))) if last and isinstance(e, CudaEmitter) else None
+    if made is None:
+        REDUCTIONS[OpKind.SOFTMAX](e, op)
+    else:
+        e.bind(op.output, made)
+
+
 def layer_norm(e: Emitter, op: Op) -> None:
     """y = N(x)·weight + bias over the dimensions from `axis` to the last"""
     x = e.get(op.operands[0])
@@ -169,7 +228,7 @@ def joined_norm(e: Emitter, op: Op) -> None:
 
 def _kernel_takes(e: Emitter, x: Expr, axis: int) -> bool:
     width = product(e.shape(x)[axis:])
-    return isinstance(width, int) and width <= add_norm.WIDEST and e.dtype(x) in add_norm.DTYPES
+    return isinstance(width, int) and width <= WIDEST and e.dtype(x) in DTYPES
 
 
 def _static(shape: Sequence[Extent]) -> list[int]:
@@ -182,6 +241,8 @@ CUDA_RULES = {
     OpKind.FUSED_LINEAR: linear,
     OpKind.CONV: conv,
     OpKind.FUSED_CONV: conv,
+    OpKind.ATTENTION: attention,
+    OpKind.SOFTMAX: row_softmax,
     OpKind.LAYER_NORM: layer_norm,
     OpKind.RMS_NORM: layer_norm,
     OpKind.ADD_NORM: joined_norm,

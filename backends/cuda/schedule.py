@@ -23,9 +23,9 @@ class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
         return super().apply(func, tvm.target.Target(plain), _)
 
 
-# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them; it
+# From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them. It
 # comes after our own rule for tensor cores, as its own would parse TVM's whole library of intrinsics. Fallback takes
-# all.
+# everything.
 RULES: tuple[Any, ...] = (
     TensorCoreProduct(),
     _Matmul(),
@@ -99,7 +99,9 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
         refusals = (s_tir.ScheduleError,) if isinstance(rule, TensorCoreProduct) else _NOT_MINE
         try:
             found = rule.apply(function, target, False)
-        except refusals as error:
+        except _NOT_MINE as error:
+            if isinstance(rule, TensorCoreProduct) and not isinstance(error, s_tir.ScheduleError):
+                raise
             refused.append(f"{label}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'refused'}")
             continue
         if found is None:

@@ -13,7 +13,7 @@ from rescompile.errors import RescompileError, nearest
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits of a compute capability (CUDA C++ Programming Guide, "Technical Specifications")."""
+    """Limits of a compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
     name: str
     product: str

@@ -130,8 +130,7 @@ def multiply_impl(a: T.handle, b: T.handle, c: T.handle) -> None:
 def intrinsics(dtype: str, sum_last: tuple[bool, bool]) -> dict[str, str]:
     """Names of the tensor intrinsics for operands of float16 or bfloat16, sums in float32.
 
-    `sum_last` says of a and of b whether the summed axis is the last of its tile: a[i, k] or a[k, i], b[j, k] or
-    b[k, j].
+    `sum_last` says of a and of b whether the summed axis is the last one: a[i, k] or a[k, i], b[j, k] or b[k, j].
     Keys: load_a, load_b, fill, multiply, store.
     """
     a_last, b_last = sum_last

@@ -73,7 +73,7 @@ def parameters(source: str, name: str) -> list[str]:
 
 
 def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any]]]) -> dict[str, list[Any]]:
-    """Outputs of the artifacts `NAME.zip` in a folder, given inputs by name, run in a process with that GPU."""
+    """Outputs of the artifacts `NAME.zip` in a folder for inputs by name, from a process with the simulated GPU."""
     for name, inputs in programs.items():
         _store(folder / f"{name}.inputs", list(inputs.values()))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,4 +1,4 @@
-"""python child.py LIBCUDA LIBCUDART FOLDER NAME...: run each artifact on the simulated GPU, arrays in files."""
+"""python child.py LIBCUDA LIBCUDART FOLDER NAME...: run artifacts on the simulated GPU, numbers in files."""
 
 from __future__ import annotations
 

@@ -1,0 +1,249 @@
+"""What kernels over rows share: how a row is cut, 128-bit reads and writes with their tails, sums over a row's threads.
+
+A row is read once and stays in registers. Up to 1,024 elements it belongs to one warp, or to a part of one, and nothing
+but shuffles is needed; a wider row belongs to a thread block, whose warps meet in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from rescompile.backends.kernels import Argument
+
+Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
+
+DTYPES = ("float32", "float16", "bfloat16")
+WIDEST = 16384  # a wider row does not fit into a block's registers
+
+_WARP = 32
+_THREADS = 128  # of a block in which each warp, or part of one, has a row of its own
+_ACCESS = 16  # bytes: the widest load and store
+_PER_THREAD = 16  # elements that a thread of a block-wide row holds
+_ONE_WARP = 1024  # the widest row that one warp holds: 32 elements a thread
+_EVERY_LANE = 0xFFFFFFFF
+_OPAQUE = 8  # Relax's op pattern "opaque": never fused into, never fused away
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How a row is cut: `vector` elements an access, `threads` a row, `chunks` accesses a thread, `rows` a block."""
+
+    vector: int
+    threads: int
+    chunks: int
+    rows: int
+
+    @property
+    def span(self) -> int:
+        """Elements that the threads of a row read at once."""
+        return self.vector * self.threads
+
+
+def row_tile(width: int, dtype: str) -> RowTile:
+    """The tile for rows of `width` elements, `dtype` being the widest type that is read or written."""
+    vector = _ACCESS // _bytes(dtype)
+    while width % vector:
+        vector //= 2
+    accesses = width // vector
+    if width <= _ONE_WARP:
+        threads = 1
+        while threads < min(accesses, _WARP):
+            threads *= 2
+        return RowTile(vector, threads, -(-accesses // threads), _THREADS // threads)
+    warps = min(-(-width // (_WARP * _PER_THREAD)), -(-accesses // _WARP))
+    threads = _WARP * warps
+    return RowTile(vector, threads, -(-accesses // threads), 1)
+
+
+def row_function(
+    name: str, arguments: Sequence[Argument], rows: int | None, tile: RowTile, body: Callable[[Row], None]
+) -> tvm.tirx.PrimFunc:
+    """A kernel, its threads bound, whose `body` emits the work of one thread; `rows` None is read at run time."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True), ExitStack() as threads:
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
+        count = tvm.tirx.Var("rows", "int64") if rows is None else rows
+        buffers = {}
+        for argument in arguments:
+            shape = [count if extent is None else extent for extent in argument.shape]
+            buffers[argument.name] = T.arg(argument.name, T.buffer(shape, argument.dtype))
+        block = threads.enter_context(T.launch_thread("blockIdx.x", (count + tile.rows - 1) // tile.rows))
+        inner = threads.enter_context(T.launch_thread("threadIdx.y", tile.rows))
+        lane = threads.enter_context(T.launch_thread("threadIdx.x", tile.threads))
+        width = next(argument.shape[-1] for argument in arguments)
+        dtypes = {argument.name: argument.dtype for argument in arguments}
+        body(Row(tile, int(width or 0), buffers, dtypes, count, block * tile.rows + inner, lane))
+    return builder.get()
+
+
+class Row:
+    """One thread's part of one row."""
+
+    def __init__(
+        self,
+        tile: RowTile,
+        width: int,
+        buffers: dict[str, Expr],
+        dtypes: dict[str, str],
+        rows: Expr,
+        row: Expr,
+        lane: Expr,
+    ) -> None:
+        self.tile, self.width, self.buffers, self.dtypes, self.lane = tile, width, buffers, dtypes, lane
+        exact = tile.rows == 1 or (isinstance(rows, int) and rows % tile.rows == 0)
+        # Rows past the end compute on the last one and write nothing: every lane takes part in every shuffle.
+        self.row = row if exact else tvm.tirx.min(row, rows - 1)
+        self.inside = None if exact else row < rows
+
+    @property
+    def elements(self) -> int:
+        """Elements that a thread holds."""
+        return self.tile.chunks * self.tile.vector
+
+    def read(self, name: str, into: Expr, slot: int, chunk: int) -> None:
+        """into[slot] = the thread's access of a chunk, of its row or of what all rows share; zeros past the end"""
+        tile, source, column = self.tile, self.buffers[name], self._column(chunk)
+        lead = [] if len(source.shape) == 1 else [self.row]
+
+        def load() -> None:
+            vector(tile.vector, lambda i: store(into, source[*lead, column + i], slot * tile.vector + i))
+
+        if not self._ragged(chunk):
+            load()
+            return
+        zero = tvm.tirx.const(0, self.dtypes[name])
+        with T.If(column < self.width):
+            with T.Then():
+                load()
+            with T.Else():
+                unrolled(tile.vector, lambda i: store(into, zero, slot * tile.vector + i))
+
+    def write(self, name: str, source: Expr, slot: int, chunk: int) -> None:
+        """The thread's access of a chunk = source[slot]; nothing past the row's end."""
+        tile, target, column = self.tile, self.buffers[name], self._column(chunk)
+        with ExitStack() as guards:
+            if self.inside is not None:
+                guards.enter_context(T.If(self.inside))
+                guards.enter_context(T.Then())
+            if self._ragged(chunk):
+                guards.enter_context(T.If(column < self.width))
+                guards.enter_context(T.Then())
+            vector(
+                tile.vector,
+                lambda i: T.buffer_store(target, source[slot * tile.vector + i], [self.row, column + i]),
+            )
+
+    def each(self, body: Callable[[int], None]) -> None:
+        """body(chunk) for every chunk."""
+        for chunk in range(self.tile.chunks):
+            body(chunk)
+
+    def reduce(self, term: Callable[[Expr], Expr], *, largest: bool = False) -> Expr:
+        """The sum, or the largest, of term(i) over the elements of the row, known to all of its threads."""
+        start = const(float(np.finfo(np.float32).min) if largest else 0.0)
+        total = local(1)
+        store(total, start, 0)
+        for chunk in range(self.tile.chunks):
+            here = self._column(chunk) < self.width if self._ragged(chunk) else None
+
+            def add(i: Expr, first: int = chunk * self.tile.vector, here: Expr = here) -> None:
+                value = term(first + i)
+                value = value if here is None else T.Select(here, value, start)
+                store(total, _joined(total[0], value, largest), 0)
+
+            unrolled(self.tile.vector, add)
+        _shuffle(total, min(self.tile.threads, _WARP), largest)
+        if self.tile.threads > _WARP:
+            self._across_warps(total, start, largest)
+        return total
+
+    def _column(self, chunk: int) -> Expr:
+        return self.lane * self.tile.vector + chunk * self.tile.span
+
+    def _ragged(self, chunk: int) -> bool:
+        """Whether some threads of the row have nothing to do in this chunk."""
+        return (chunk + 1) * self.tile.span > self.width
+
+    def _across_warps(self, total: Expr, start: Expr, largest: bool) -> None:
+        warps = self.tile.threads // _WARP
+        partial = T.alloc_buffer((warps,), "float32", scope="shared")
+        lane = self.lane % _WARP
+        with T.If(lane == 0), T.Then():
+            store(partial, total[0], self.lane // _WARP)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        if warps == _WARP:
+            store(total, partial[lane], 0)
+        else:
+            with T.If(lane < warps):
+                with T.Then():
+                    store(total, partial[lane], 0)
+                with T.Else():
+                    store(total, start, 0)
+        _shuffle(total, _WARP, largest)
+
+
+def local(size: int, dtype: str = "float32") -> Expr:
+    """Registers of one thread."""
+    return T.alloc_buffer((size,), dtype, scope="local")
+
+
+def named(value: Expr) -> Expr:
+    """A float32 computed once: a buffer of one element."""
+    buffer = local(1)
+    store(buffer, value, 0)
+    return buffer
+
+
+def vector(count: int, body: Callable[[Expr], None]) -> None:
+    """One access of `count` elements."""
+    if count == 1:
+        body(0)
+        return
+    with T.vectorized(0, count) as i:
+        body(i)
+
+
+def unrolled(count: int, body: Callable[[Expr], None]) -> None:
+    """body(i) for i in range(count), without a loop."""
+    with T.unroll(0, count) as i:
+        body(i)
+
+
+def store(buffer: Expr, value: Expr, index: Expr) -> None:
+    """buffer[index] = value"""
+    T.buffer_store(buffer, value, [index])
+
+
+def wide(value: Expr) -> Expr:
+    """The value as float32."""
+    return value.astype("float32")
+
+
+def const(number: float) -> Expr:
+    """A float32 literal, rounded here: a longer one makes compilers warn."""
+    return tvm.tirx.const(float(np.float32(number)), "float32")
+
+
+def _joined(a: Expr, b: Expr, largest: bool) -> Expr:
+    return tvm.tirx.max(a, b) if largest else a + b
+
+
+def _shuffle(total: Expr, lanes: int, largest: bool) -> None:
+    """Sum, or largest, over groups of `lanes` neighbouring lanes, in all of them: a butterfly."""
+    step = lanes // 2
+    while step:
+        other = T.tvm_warp_shuffle_xor(tvm.tirx.const(_EVERY_LANE, "uint32"), total[0], step, _WARP, _WARP)
+        store(total, _joined(total[0], other, largest), 0)
+        step //= 2
+
+
+def _bytes(dtype: str) -> int:
+    return int(dtype.removeprefix("bfloat").removeprefix("float")) // 8
