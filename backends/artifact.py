@@ -51,6 +51,7 @@ class Manifest:
     rescompile: str = ""
     tvm: str = ""
     cpu: str = ""  # LLVM's name of the processor, or the compute capability of the GPU
+    extensions: list[str] = field(default_factory=list)  # vector extensions that the code uses
     schema: int = SCHEMA
     sources: dict[str, str] = field(default_factory=dict)  # generated GPU source
     compiler: str = ""  # that made GPU code of it; empty where there was none, and the machine that runs it needs one
@@ -184,17 +185,18 @@ def _check(path: Path, manifest: Manifest) -> None:
         )
 
 
+def _extensions() -> set[str]:
+    """What this processor can do, by Linux's names; empty where that cannot be asked."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {word for line in lines if line.startswith("flags") for word in line.partition(":")[2].split()}
+
+
 def _loaded(code: bytes, manifest: Manifest) -> Any:
     """The code, mapped; None for a GPU program on a machine without CUDA, where it can be read but not run."""
     import tvm
-    import tvm_ffi
-
-    loader = f"ffi.Module.load_from_bytes.{manifest.device}"
-    if manifest.device != "cpu" and tvm_ffi.get_global_func(loader, allow_missing=True) is None:
-        raise RescompileError(
-            f"The program is compiled for {manifest.target}, and TVM's runtime finds no {manifest.device} driver here: "
-            "run it on a machine that has one, or compile the model for cpu."
-        )
 
     if manifest.device == "cuda":
         from rescompile.backends.cuda.executable import ready_to_load

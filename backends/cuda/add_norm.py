@@ -79,7 +79,7 @@ def _emit(spec: NormSpec, row: Row) -> None:
     power = row.reduce(lambda i: centred(i) * centred(i))
     scale = named(T.rsqrt(power[0] * inverse + const(spec.eps)))
     names = [name for name in ("weight", "bias") if name in row.buffers]
-    affine = {name: local(vector, spec.dtype) for name in names}
+    affine: dict[str, Any] = {name: local(vector, spec.dtype) for name in names}
     row.each(lambda chunk: _norm(spec, row, centred, scale, staged, affine, chunk))
 
 

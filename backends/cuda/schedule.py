@@ -96,7 +96,6 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
     refused = []
     for rule in RULES:
         label = type(rule).__name__.lstrip("_")
-        refusals = (s_tir.ScheduleError,) if isinstance(rule, TensorCoreProduct) else _NOT_MINE
         try:
             found = rule.apply(function, target, False)
         except _NOT_MINE as error:
