@@ -10,6 +10,7 @@ are in float32 and take two passes over registers (the variance is of the centre
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import tvm
 from tvm.tirx.script.builder import ir as T
