@@ -7,10 +7,12 @@ from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
+from rescompile.passes.insert_shortcuts import InsertShortcuts
 from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "canonicalise": Canonicalise,
+    "insert-shortcuts": InsertShortcuts,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

@@ -13,7 +13,7 @@ def catalogue() -> list[dict[str, Any]]:
     """Every pass, as plain data."""
     entries = []
     for name, cls in PASSES.items():
-        preserves = getattr(cls.preserves, "value", cls.preserves)
+        preserves = getattr(cls().preserves, "value", cls().preserves)
         options = [{"name": key, "type": kind, "default": default} for key, kind, default in describe_options(cls)]
         entries.append(
             {"name": name, "preserves": str(preserves), "summary": _summary(cls), "options": options},

@@ -27,7 +27,16 @@ from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
-from rescompile.fx_tree import add_tensor, copy_module, device_of, owner_of, remove_tensor, to_numpy, to_torch
+from rescompile.fx_tree import (
+    add_tensor,
+    copy_module,
+    device_of,
+    owner_of,
+    remove_tensor,
+    replace_tensor,
+    to_numpy,
+    to_torch,
+)
 from rescompile.fx_types import Dims
 from rescompile.fx_view import Item, Native
 from rescompile.graph import Graph, Op, Value
@@ -132,6 +141,16 @@ class FxGraph(Graph):
         add_tensor(self.module, value.name, data, trainable=trainable)
         value.native = Attr(value.name)
         self.native.targets[value.name] = value
+
+    def native_add_literal(self, value: Value, number: float) -> None:
+        """Numbers stand in nodes as they are."""
+        value.native = number
+
+    def native_set_data(self, value: Value, data: np.ndarray[Any, Any]) -> None:
+        """Another tensor under all the names that the old one had."""
+        self._edit()
+        for target in [target for target, tied in self.native.targets.items() if tied is value]:
+            replace_tensor(self.module, target, data)
 
     def native_drop(self, value: Value) -> None:
         """Remove the tensor, under all its names, unless something outside the view reads it."""

@@ -130,6 +130,17 @@ def add_tensor(root: nn.Module, path: str, data: np.ndarray[Any, Any], *, traina
     return tensor
 
 
+def replace_tensor(root: nn.Module, path: str, data: np.ndarray[Any, Any]) -> None:
+    """Another tensor at a dotted path, a parameter or a buffer as the old one was."""
+    module, leaf = owner_of(root, path)
+    old = getattr(module, leaf)
+    tensor = to_torch(data).to(old.device)
+    if isinstance(old, nn.Parameter):
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        return
+    module._buffers[leaf] = tensor
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's tensors are; the CPU for a module without any."""
     tensors = (tensor for group in (module.parameters(), module.buffers()) for tensor in group)

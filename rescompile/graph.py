@@ -221,6 +221,20 @@ class Graph:
         self.native_add_parameter(value, data, trainable)
         return value
 
+    def add_literal(self, name: str, number: float, dtype: str) -> Value:
+        """A new number, without dimensions."""
+        if self.has_name(name):
+            raise GraphError(f"The model already has something named '{name}': choose another name.")
+        value = self._register(Value(name, (), dtype, Role.CONSTANT))
+        self.native_add_literal(value, number)
+        return value
+
+    def set_data(self, value: Value, data: np.ndarray[Any, Any]) -> None:
+        """Give a parameter other contents, of its own shape and dtype. Clones made before keep theirs."""
+        if value.role is not Role.PARAMETER or value.shape != data.shape:
+            raise GraphError(f"'{value.name}' does not take contents of shape {list(data.shape)}: it is {value.shape}.")
+        self.native_set_data(value, data)
+
     def set_operand(self, op: Op, index: int, value: Value) -> None:
         """Let operand `index` of `op` be `value`."""
         old = op.inputs[index]
@@ -396,6 +410,14 @@ class Graph:
 
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
         """Register a new tensor and set `value.native`."""
+        value.native = data
+
+    def native_add_literal(self, value: Value, number: float) -> None:
+        """Make the number known and set `value.native`."""
+        value.native = np.asarray(number)
+
+    def native_set_data(self, value: Value, data: np.ndarray[Any, Any]) -> None:
+        """Replace the tensor, not its contents: other graphs may share it."""
         value.native = data
 
     def native_drop(self, value: Value) -> None:

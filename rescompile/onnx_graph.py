@@ -19,7 +19,7 @@ from rescompile.onnx_functions import call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
-from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within
+from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within, numpy_dtype
 from rescompile.onnx_run import Session
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
 
@@ -137,6 +137,18 @@ class OnnxGraph(Graph):
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
         """A new initializer."""
         value.native = self.native.initializer(value.name, data)
+        self._session = None
+
+    def native_add_literal(self, value: Value, number: float) -> None:
+        """A new initializer."""
+        value.native = self.native.initializer(
+            value.name, np.asarray(number, dtype=numpy_dtype(value.dtype or "float32"))
+        )
+        self._session = None
+
+    def native_set_data(self, value: Value, data: np.ndarray[Any, Any]) -> None:
+        """Another tensor for the initializer."""
+        value.native.const_value = onnx_ir.tensor(data, name=value.name)
         self._session = None
 
     def native_drop(self, value: Value) -> None:

@@ -73,7 +73,34 @@ class ReplaceUses(msgspec.Struct, frozen=True, tag="replace_uses", tag_field="ed
 
 
 class AddParameter(msgspec.Struct, frozen=True, tag="add_parameter", tag_field="edit"):
-    """A new parameter, computed from others by a recipe of `rescompile.recipes`."""
+    """A new parameter, computed from others by a recipe of `rescompile.recipes`; a buffer where not `trainable`."""
+
+    name: str
+    recipe: str
+    operands: tuple[str | None, ...] = ()
+    attrs: dict[str, Any] = {}
+    trainable: bool = True
+
+    def apply(self, graph: Graph, provenance: str) -> None:
+        """Edit `graph`."""
+        data = _computed(graph, self.recipe, self.operands, self.attrs)
+        graph.add_parameter(self.name, data, trainable=self.trainable)
+
+
+class AddLiteral(msgspec.Struct, frozen=True, tag="add_literal", tag_field="edit"):
+    """A number, as a tensor without dimensions that no training changes."""
+
+    name: str
+    number: float
+    dtype: str
+
+    def apply(self, graph: Graph, provenance: str) -> None:
+        """Edit `graph`."""
+        graph.add_literal(self.name, self.number, self.dtype)
+
+
+class SetParameter(msgspec.Struct, frozen=True, tag="set_parameter", tag_field="edit"):
+    """New contents for a parameter, computed from its own and others' by a recipe; its name stays."""
 
     name: str
     recipe: str
@@ -82,11 +109,7 @@ class AddParameter(msgspec.Struct, frozen=True, tag="add_parameter", tag_field="
 
     def apply(self, graph: Graph, provenance: str) -> None:
         """Edit `graph`."""
-        if self.recipe not in RECIPES:
-            raise RescompileError(f"There is no parameter recipe '{self.recipe}'{nearest(self.recipe, RECIPES)}.")
-        operands = [None if value is None else graph.data(value) for value in _values(graph, self.operands)]
-        data = RECIPES[self.recipe](operands, _attrs(self.attrs))
-        graph.add_parameter(self.name, np.ascontiguousarray(data))
+        graph.set_data(graph.value(self.name), _computed(graph, self.recipe, self.operands, self.attrs))
 
 
 class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
@@ -106,7 +129,7 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
         graph.fuse(ops, _kind(self.kind), inputs, outputs, _attrs(self.attrs), provenance=provenance)
 
 
-Edit: TypeAlias = Insert | Erase | SetOperand | ReplaceUses | AddParameter | Fuse
+Edit: TypeAlias = Insert | Erase | SetOperand | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -192,7 +215,11 @@ class Pass(Protocol):
     """A rewrite rule with its options: a frozen dataclass whose fields are the options."""
 
     name: ClassVar[str]
-    preserves: ClassVar[Preserves]
+
+    @property
+    def preserves(self) -> Preserves:
+        """What the pass keeps: the values that the model computes, or its interface."""
+        ...
 
     def plan(self, graph: Graph) -> Plan:
         """What the pass would do to `graph`, which it does not change."""
@@ -204,7 +231,11 @@ class Pipeline(Protocol):
     """A pass that is several others in order, each planned on the graph that the one before leaves."""
 
     name: ClassVar[str]
-    preserves: ClassVar[Preserves]
+
+    @property
+    def preserves(self) -> Preserves:
+        """What all of its stages keep."""
+        ...
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
@@ -260,6 +291,15 @@ class FreshNames:
 
 # A rule: what to do about one join. The value is the operand that the shortcut ends in, None where none is known.
 Decide: TypeAlias = Callable[[Graph, Op, Value | None], Rewrite | Refusal]
+
+
+def _computed(graph: Graph, recipe: str, operands: Sequence[str | None], attrs: dict[str, Any]) -> np.ndarray[Any, Any]:
+    if recipe not in RECIPES:
+        raise RescompileError(f"There is no parameter recipe '{recipe}'{nearest(recipe, RECIPES)}.")
+    data = [None if value is None else graph.data(value) for value in _values(graph, operands)]
+    result = RECIPES[recipe](data, _attrs(attrs))
+    # Of a number numpy would make a vector of one element.
+    return result if result.ndim == 0 else np.ascontiguousarray(result)
 
 
 def _values(graph: Graph, labels: Sequence[str | None]) -> list[Value | None]:

@@ -1,7 +1,7 @@
 """How passes compute new parameters from old ones: a table of named functions, so that a plan stays small and readable.
 
 Each takes the operands' contents (None where absent) and the recipe's attributes, computes in float64, and returns an
-array in the dtype of its first operand.
+array in the dtype of its first operand, or, where it has none, of the shape and dtype that the attributes say.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+
+from rescompile.values import numpy_dtype
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -43,7 +45,39 @@ def _norm_factor(gamma: Array | None, variance: Array | None, eps: float) -> Arr
     return factor if gamma is None else factor * gamma.astype(np.float64)
 
 
+def scaled(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """`factor` times the first operand."""
+    (weight,) = operands
+    assert weight is not None
+    product: Array = weight.astype(np.float64) * attrs["factor"]
+    return product.astype(weight.dtype)
+
+
+def constant(_: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """`value` everywhere."""
+    return np.full(tuple(attrs["shape"]), attrs["value"], numpy_dtype(attrs["dtype"]))
+
+
+def kaiming_normal(_: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """N(0, gain²/fan_in), drawn from `seed` (He et al. 2015, section 2.2: gain √2 before a rectifier)."""
+    random = np.random.default_rng(attrs["seed"])
+    spread = attrs["gain"] / np.sqrt(attrs["fan_in"])
+    drawn: Array = random.standard_normal(tuple(attrs["shape"])) * spread
+    return drawn.astype(numpy_dtype(attrs["dtype"]))
+
+
+def select_last(_: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """[0 | I]: a 1×1 contraction that hands on the last of its input channels. Shape [out, in, 1, ...]."""
+    shape = tuple(attrs["shape"])
+    matrix = np.eye(shape[0], shape[1], shape[1] - shape[0])
+    return matrix.reshape(shape).astype(numpy_dtype(attrs["dtype"]))
+
+
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
     "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
+    "scaled": scaled,
+    "constant": constant,
+    "kaiming_normal": kaiming_normal,
+    "select_last": select_last,
 }

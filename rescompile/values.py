@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
+import ml_dtypes
+import numpy as np
+
 from rescompile.errors import GraphError
 from rescompile.kinds import OpKind, Trait
 
 Dim: TypeAlias = int | str  # an extent, or the name of a symbolic one
 Shape: TypeAlias = tuple[Dim, ...]
 Attrs: TypeAlias = dict[str, Any]
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype of that name, bfloat16 included."""
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 class Role(Enum):

@@ -19,6 +19,7 @@ import numpy as np
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph, Value
 from rescompile.kinds import OpKind, Trait
+from rescompile.values import numpy_dtype
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Inputs: TypeAlias = dict[str, Array]
@@ -125,11 +126,6 @@ def make_inputs(
         else:
             arrays[value.name] = rng.integers(0, index_bound(value), shape).astype(dtype)
     return arrays
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of that name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def index_bound(value: Value) -> int:

@@ -1,0 +1,175 @@
+"""Where shortcuts go: from which value to which, by number of layers, by name, or by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from rescompile.blocks import Report
+from rescompile.errors import RescompileError, nearest
+from rescompile.graph import Graph, Op, Shape, Value
+from rescompile.passes.layers import Chain, Layer, chains, layers
+from rescompile.plans import Refusal
+
+Join: TypeAlias = Literal["before-activation", "after", "pre-activation"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A shortcut from `fork` to `join`, the value that it is added to. `ops`: the branch, in topological order."""
+
+    fork: Value
+    join: Value
+    ops: tuple[Op, ...]
+    layers: int = 0
+
+    @property
+    def name(self) -> str:
+        """What reports call the place."""
+        return f"{self.fork.name} → {self.join.name}"
+
+
+def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[Place | Refusal]:
+    """Groups of `every` consecutive layers.
+
+    1. The stem and the head stay outside, and so does a layer that holds a residual block.
+    2. A group lies in one chain; a rest shorter than `every` gets none.
+    """
+    if every < 1:
+        raise RescompileError(f"A shortcut skips at least one layer, so every={every} places none: give 1 or more.")
+    for chain, run in _runs(graph, report):
+        for start in range(0, len(run) - every + 1, every):
+            yield _place(chain, run[start : start + every], join)
+        rest = len(run) % every
+        if rest:
+            yield Refusal(run[-rest].name, f"{rest} of {every} layers are left: a rest gets no shortcut")
+
+
+def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refusal]:
+    """Pairs of layers within a stage, the layers that keep one shape and the one that changes to it.
+
+    A stage's odd layer goes with its last pair; a region with branches (an Inception module) is a group of its own.
+    """
+    for chain, run in _runs(graph, report):
+        for stage in _stages(run):
+            groups = [stage[at : at + 2] for at in range(0, len(stage), 2)]
+            if len(groups) > 1 and len(groups[-1]) == 1:
+                groups[-2:] = [groups[-2] + groups[-1]]
+            for group in groups:
+                region = any(len(step.ops) > 1 and step.works for layer in group for step in layer.steps)
+                if len(group) == 1 and not region:
+                    yield Refusal(group[0].name, "the only layer of its stage: a shortcut around it would skip nothing")
+                else:
+                    yield _place(chain, group, join)
+
+
+def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Place | Refusal]:
+    """Places that the caller names as `FORK:JOIN`; a value, operation or module each. RescompileError where none fits."""
+    taken: dict[Value, str] = {}
+    spans: list[tuple[int, int, str]] = []
+    for pair in pairs:
+        fork, join = _ends(graph, pair)
+        ops = _ops_between(fork, join)
+        if not ops:
+            before = bool(_ops_between(join, fork)) or fork is join
+            why = "lies before it" if before else f"does not come from '{fork.name}'"
+            raise RescompileError(
+                f"No shortcut fits '{pair}': '{join.name}' {why}; name a fork that leads to the join."
+            )
+        span = (ops[0].order, ops[-1].order, pair)
+        for low, high, other in spans:
+            if low < span[0] <= high < span[1] or span[0] < low <= span[1] < high:
+                raise RescompileError(f"The requests '{other}' and '{pair}' overlap: nest them or keep them apart.")
+        if join in taken:
+            raise RescompileError(f"The requests '{taken[join]}' and '{pair}' end in one value: keep one of them.")
+        taken[join] = pair
+        spans.append(span)
+        existing = next(
+            (b for b in report if b.fork_value is fork and join.producer in (*b.join_ops, *b.branch_ops)), None
+        )
+        if existing is not None and existing.join_op in (join.producer, *(op for op in join.users)):
+            yield Refusal(pair, f"there is a shortcut already: block {existing.id}, {existing.fork} → {existing.join}")
+            continue
+        yield Place(fork, join, tuple(ops))
+
+
+def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
+    """Consecutive layers between the stem and the head that no block holds."""
+    joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
+    for chain in chains(graph):
+        run: list[Layer] = []
+        for layer in layers(chain, joins):
+            if layer.stem or layer.head or layer.residual:
+                if run:
+                    yield chain, run
+                run = []
+            else:
+                run.append(layer)
+        if run:
+            yield chain, run
+
+
+def _place(chain: Chain, group: Sequence[Layer], join: Join) -> Place:
+    first, last = group[0], group[-1]
+    if join == "pre-activation":
+        fork, end = first.lead, last.work
+    else:
+        fork, end = first.entry, last.inner if join == "before-activation" else last.end
+    return Place(fork, end, tuple(chain.ops_between(fork, end)), len(group))
+
+
+def _stages(run: Sequence[Layer]) -> Iterator[list[Layer]]:
+    stage: list[Layer] = []
+    shape: Shape | None = None
+    for layer in run:
+        if stage and layer.end.shape != shape:
+            yield stage
+            stage = []
+        shape = layer.end.shape
+        stage.append(layer)
+    if stage:
+        yield stage
+
+
+def _ends(graph: Graph, pair: str) -> tuple[Value, Value]:
+    fork, colon, join = pair.rpartition(":")
+    if not colon or not fork or not join:
+        raise RescompileError(f"Cannot read '{pair}': write FORK:JOIN, names of values, operations or modules.")
+    return _find(graph, fork), _find(graph, join)
+
+
+def _find(graph: Graph, name: str) -> Value:
+    """The value of that name, or what the operation or the module of that name hands on."""
+    known: dict[str, Value] = {value.name: value for value in graph.values if not value.constant}
+    modules: dict[str, Value] = {}
+    for op in graph:
+        known.setdefault(op.name, op.output)
+        path = op.module
+        while path:
+            modules[path] = op.output
+            path = path.rpartition(".")[0]
+    found = known.get(name) or modules.get(name)
+    if found is None:
+        hint = nearest(name, [*known, *modules])
+        raise RescompileError(f"There is no value, operation or module '{name}' in the graph{hint}.")
+    return found
+
+
+def _ops_between(fork: Value, join: Value) -> list[Op]:
+    """The operations on the ways from `fork` to `join`, in topological order."""
+    bound = -1 if fork.producer is None else fork.producer.order
+    behind: set[Op] = set()
+    stack = [join]
+    while stack:
+        op = stack.pop().producer
+        if op is not None and op.order > bound and op not in behind:
+            behind.add(op)
+            stack.extend(op.operands)
+    reached: set[Value] = {fork}
+    found = []
+    for op in sorted(behind, key=lambda op: op.order):
+        if not reached.isdisjoint(op.operands):
+            reached.update(op.outputs)
+            found.append(op)
+    return found if join in reached else []

@@ -1,0 +1,92 @@
+"""Edits under construction: new operations and parameters, with names and the shapes that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from rescompile.graph import Graph, Shape, Value
+from rescompile.kinds import OpKind
+from rescompile.plans import (
+    AddLiteral,
+    AddParameter,
+    Edit,
+    FreshNames,
+    Insert,
+    ReplaceUses,
+    SetOperand,
+    SetParameter,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A value that an edit makes."""
+
+    name: str
+    shape: Shape | None
+    dtype: str | None
+
+
+Term: TypeAlias = Value | Made
+
+
+class Sketch:
+    """The edits of one rewrite. `prefix` is what its parameters' names start with."""
+
+    def __init__(self, graph: Graph, fresh: FreshNames, prefix: str, dtype: str, seed: int) -> None:
+        self.graph = graph
+        self.prefix = prefix
+        self.dtype = dtype
+        self.edits: list[Edit] = []
+        self.parameters = 0  # numbers that training changes
+        self._fresh = fresh
+        self._seed = seed
+
+    def parameter(self, leaf: str, shape: tuple[int, ...], recipe: str, trainable: bool = True, **attrs: Any) -> Made:
+        """A new tensor, filled by a recipe of `rescompile.recipes`."""
+        name = self._fresh(f"{self.prefix}.{leaf}")
+        settings = {"shape": shape, "dtype": self.dtype, **attrs}
+        if recipe in ("kaiming_normal",):
+            settings["seed"] = self._seed
+            self._seed += 1
+        self.edits.append(AddParameter(name, recipe, (), settings, trainable))
+        size = 1
+        for extent in shape:
+            size *= extent
+        self.parameters += size * trainable
+        return Made(name, shape, self.dtype)
+
+    def literal(self, number: float) -> Made:
+        """A number that no training changes."""
+        name = self._fresh(f"{self.prefix}.literal")
+        self.edits.append(AddLiteral(name, number, self.dtype))
+        return Made(name, (), self.dtype)
+
+    def rescale(self, parameter: Value, factor: float) -> None:
+        """Multiply an existing parameter by a number."""
+        self.edits.append(SetParameter(parameter.name, "scaled", (parameter.name,), {"factor": factor}))
+
+    def op(self, kind: OpKind, *inputs: Term | None, shape: Shape | None = None, label: str = "", **attrs: Any) -> Made:
+        """A new operation with one output, of the first operand's shape where none is given."""
+        first = next(term for term in inputs if term is not None and term.shape != ())
+        name = self._fresh(f"{self.prefix.replace('.', '_')}_{label or kind.value}")
+        made = Made(name, first.shape if shape is None else shape, self.dtype)
+        operands = tuple(None if term is None else term.name for term in inputs)
+        self.edits.append(Insert(kind.value, operands, ((made.name, made.shape, made.dtype),), attrs))
+        return made
+
+    def stand_in(self, old: Value, new: Made, reading: list[tuple[str, int]]) -> None:
+        """Let every reader of `old` read `new`, but for those operations, by name and operand, that make `new`."""
+        self.edits.append(ReplaceUses(old.name, new.name))
+        self.edits += [SetOperand(op, index, old.name) for op, index in reading]
+
+    def readers_of(self, value: Value) -> list[tuple[str, int]]:
+        """The new operations that read a value, with the operand's index."""
+        inserts = [edit for edit in self.edits if isinstance(edit, Insert)]
+        return [
+            (edit.outputs[0][0], index)
+            for edit in inserts
+            for index, name in enumerate(edit.inputs)
+            if name == value.name
+        ]
