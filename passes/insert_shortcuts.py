@@ -9,13 +9,13 @@ from typing import ClassVar
 from rescompile.blocks import Report
 from rescompile.detection import inspect_graph
 from rescompile.errors import RescompileError
-from rescompile.graph import Graph, Op
+from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.geometry import Geometry, geometry
-from rescompile.passes.mixing import MIXES, Kind, Settings, Start
+from rescompile.passes.geometry import geometry
+from rescompile.passes.mixing import MIXES, Kind, Mixed, Settings, Start
 from rescompile.passes.places import Join, Place, by_count, by_name, by_stage
 from rescompile.passes.shortcut import Match, Norm
-from rescompile.passes.sketch import Sketch
+from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
 
 _HARM = "a projection on every skip trained to 12.2 % error against 6.6 % with identities (He et al. 2016, table 1)"
@@ -63,14 +63,27 @@ class InsertShortcuts:
         fresh = FreshNames(graph)
         found = list(self._places(graph, report))
         places = [place for place in found if isinstance(place, Place)]
-        number = _first_number(graph)
+        joined: dict[Value, Made] = {}  # what stands at a join now
+        first = number = _first_number(graph)
         for place in found:
             if isinstance(place, Refusal):
                 yield place
                 continue
-            decision = self._insert(graph, place, fresh, number, len(places))
-            number += isinstance(decision, Rewrite)
-            yield decision
+            sketch = Sketch(
+                graph, fresh, f"shortcuts.{number}", place.join.dtype or "float32", self.seed + 1000 * number
+            )
+            mixed = self._mixed(sketch, joined.get(place.fork, place.fork), place, len(places))
+            if isinstance(mixed, Refusal):
+                yield mixed
+                continue
+            joined[place.join] = mixed.result
+            sketch.stand_in(place.join, mixed.result)
+            reason = f"{place.layers} layers" if place.layers else "as asked"
+            reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameters"
+            if self.match == "always" and number == first:
+                reason += f"; warning: {_HARM}"
+            number += 1
+            yield Rewrite(place.name, mixed.equation, reason, tuple(sketch.edits))
         if not found:
             yield Refusal(graph.name or "model", _nothing(report))
 
@@ -81,27 +94,16 @@ class InsertShortcuts:
             return by_count(graph, report, self.every, self.join)
         return by_stage(graph, report, self.join)
 
-    def _insert(self, graph: Graph, place: Place, fresh: FreshNames, number: int, depth: int) -> Rewrite | Refusal:
+    def _mixed(self, sketch: Sketch, source: Term, place: Place, depth: int) -> Mixed | Refusal:
         refused = _unfit(place)
         if refused is not None:
             return refused
         lie = geometry(place)
         if isinstance(lie, Refusal):
             return lie
-        dtype = place.join.dtype or "float32"
-        sketch = Sketch(graph, fresh, f"shortcuts.{number}", dtype, self.seed + 1000 * number)
-        mix = MIXES[self.kind]
-        mixed = mix(sketch, place, lie, self._settings(place, lie, depth))
-        if isinstance(mixed, Refusal):
-            return mixed
-        sketch.stand_in(place.join, mixed.result, sketch.readers_of(place.join))
-        reason = f"{place.layers} layers" if place.layers else "as asked"
-        reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameters"
-        if self.match == "always":
-            reason += f"; warning: {_HARM}"
-        return Rewrite(place.name, mixed.equation, reason, tuple(sketch.edits))
+        return MIXES[self.kind](sketch, source, place, lie, self._settings(place, depth))
 
-    def _settings(self, place: Place, lie: Geometry, depth: int) -> Settings:
+    def _settings(self, place: Place, depth: int) -> Settings:
         norm = _closing_norm(place) if self.norm == "auto" else self.norm
         return Settings(self.match, norm, self.start, self.gate_bias, depth)
 

@@ -1,9 +1,9 @@
 """The layers of a network that runs straight ahead.
 
-A *step* leads from one value to one other: a single operation, or a region with one way in and one way out (an Inception
-module, a squeeze-and-excite gate, a residual block). Steps that follow one another make a *chain*. A *layer* is a
-working step with the norm and the activation that follow it. The *stem* is the first layer behind each graph input; the
-*head* is what follows a reduction to a vector (global pooling, flatten, the last token).
+A *step* leads from one value to one other: a single operation, or a region with one way in and one way out (an
+Inception module, a squeeze-and-excite gate, a residual block). Steps that follow one another make a *chain*. A *layer*
+is a working step with the norm and the activation that follow it. The *stem* is the first layer behind each graph
+input; the *head* is what follows a reduction to a vector (global pooling, flatten, the last token).
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class Step:
 class Layer:
     """A working step and what belongs to it.
 
-    `entry` is what the layer reads, `inner` the value before its last activation (`end` where there is none), `end` what
-    it hands on. `lead` is what the working step and the norm and activation in front of it read (pre-activation), and
+    `entry` is what the layer reads, `inner` the value before its last activation (`end` where there is none), `end`
+    what it hands on. `lead` is what the norm and activation in front of the working step read (pre-activation), and
     `work` the working step's result.
     """
 

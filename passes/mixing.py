@@ -51,15 +51,16 @@ class Mixed:
     shortcut: str
 
 
-Mix: TypeAlias = Callable[[Sketch, Place, Geometry, Settings], Mixed | Refusal]
+# The term is what stands at the fork: its value, or what an earlier shortcut that ends there made of it.
+Mix: TypeAlias = Callable[[Sketch, Term, Place, Geometry, Settings], Mixed | Refusal]
 
 
-def add(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
+def add(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
     """y = F(x)  →  y = F(x) + s(x)"""
     start = settings.start
     if start == "highway":
         return Refusal(place.name, "start=highway is for gated connections: give kind=gated too, or another start")
-    skip = matched(sketch, place, lie, settings.match, settings.norm, zero=start == "preserve")
+    skip = matched(sketch, source, place, lie, settings.match, settings.norm, zero=start == "preserve")
     if isinstance(skip, Refusal):
         return skip
     branch: Term = place.join
@@ -95,22 +96,22 @@ def add(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mixe
     return Mixed(total, f"y = F(x)  →  y = {scaled} + {equation}", skip.kind)
 
 
-def gated(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
+def gated(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
     """y = F(x)  →  y = T⊙F(x) + (1 − T)⊙s(x),  T = σ(W·x + b), b < 0: a highway network"""
     if settings.start not in ("preserve", "highway", "residual"):
         return Refusal(place.name, f"start={settings.start} scales a plain sum: a gated connection starts as highway")
-    skip = matched(sketch, place, lie, settings.match, "none")
+    skip = matched(sketch, source, place, lie, settings.match, "none")
     if isinstance(skip, Refusal):
         return skip
     one = sketch.literal(1.0)
     if settings.start == "preserve":
-        logits = project(sketch, place.fork, place, lie, leaf="gate", bias=-settings.gate_bias)
+        logits = project(sketch, source, place, lie, leaf="gate", bias=-settings.gate_bias)
         opening = sketch.parameter("opening", (), "constant", value=0.0)
         carry = sketch.op(K.MUL, sketch.op(K.SIGMOID, logits, label="gate"), opening, label="carry")
         transform = sketch.op(K.ADD, one, carry, label="transform", scales=(1.0, -1.0))
         equation = "y = (1 − C)⊙F(x) + C⊙s(x),  C = g·σ(W·x + b)"
     else:
-        logits = project(sketch, place.fork, place, lie, leaf="gate", bias=settings.gate_bias)
+        logits = project(sketch, source, place, lie, leaf="gate", bias=settings.gate_bias)
         transform = sketch.op(K.SIGMOID, logits, label="transform")
         carry = sketch.op(K.ADD, one, transform, label="carry", scales=(1.0, -1.0))
         equation = "y = T⊙F(x) + (1 − T)⊙s(x),  T = σ(W·x + b)"
@@ -120,14 +121,14 @@ def gated(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mi
     return Mixed(total, f"y = F(x)  →  {equation}", skip.kind)
 
 
-def dense(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
+def dense(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
     """y = F(x)  →  y = W·[s(x), F(x)], W a 1×1 contraction back to the width of F(x)"""
     if settings.start not in ("preserve", "residual"):
         return Refusal(place.name, f"start={settings.start} scales a plain sum: a dense connection has none")
     fork_width, width = (place.fork.shape or ())[lie.channel], (place.join.shape or ())[lie.channel]
     assert isinstance(fork_width, int)  # geometry() refuses symbolic widths
     assert isinstance(width, int)
-    skip = _positions_only(sketch, place, lie, settings)
+    skip = _positions_only(sketch, source, place, lie, settings)
     if isinstance(skip, Refusal):
         return skip
     shape = list(place.join.shape or ())
@@ -139,13 +140,13 @@ def dense(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Mi
     return Mixed(result, "y = F(x)  →  y = W·[s(x), F(x)]", skip.kind)
 
 
-def _positions_only(sketch: Sketch, place: Place, lie: Geometry, settings: Settings) -> Skip | Refusal:
+def _positions_only(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Skip | Refusal:
     """The fork at the join's positions, with its own channels."""
     if lie.same_positions:
-        return Skip(place.fork, "identity")
+        return Skip(source, "identity")
     if settings.match == "none":
         return Refusal(place.name, "the positions differ, and match=none takes none but equal shapes")
-    return resized(sketch, place, lie, settings.match)
+    return resized(sketch, source, place, lie, settings.match)
 
 
 def _layer_scale(depth: int) -> float:

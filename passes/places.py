@@ -65,7 +65,7 @@ def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refus
 
 
 def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Place | Refusal]:
-    """Places that the caller names as `FORK:JOIN`; a value, operation or module each. RescompileError where none fits."""
+    """Places that the caller names, `FORK:JOIN`: a value, operation or module each. RescompileError where none fits."""
     taken: dict[Value, str] = {}
     spans: list[tuple[int, int, str]] = []
     for pair in pairs:

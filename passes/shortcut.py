@@ -28,9 +28,16 @@ class Skip:
 
 
 def matched(
-    sketch: Sketch, place: Place, geometry: Geometry, match: Match, norm: Norm = "none", *, zero: bool = False
+    sketch: Sketch,
+    source: Term,
+    place: Place,
+    geometry: Geometry,
+    match: Match,
+    norm: Norm = "none",
+    *,
+    zero: bool = False,
 ) -> Skip | Refusal:
-    """The fork in the shape of the join. With `zero`, a projection starts as zero.
+    """The source, which is what stands at the fork, in the shape of the join. With `zero`, a projection starts as zero.
 
     pad         zero channels appended, positions by a strided view (He et al. 2015, option A)
     projection  a 1×1 contraction, strided, where shapes differ (option B)
@@ -38,11 +45,10 @@ def matched(
     pool        average pool, then a 1×1 contraction where channels differ (He et al. 2019, ResNet-D)
     none        equal shapes only
     """
-    fork: Term = place.fork
     width, target = _width(place.fork.shape, geometry), _width(place.join.shape, geometry)
     same = geometry.same_positions and width == target
     if same and match != "always":
-        return Skip(fork, "identity")
+        return Skip(source, "identity")
     if match == "none":
         shapes = f"{show(place.fork.shape)} and {show(place.join.shape)}"
         return Refusal(place.name, f"the shapes {shapes} differ, and match=none takes none but equal ones")
@@ -51,18 +57,18 @@ def matched(
             place.name, f"the branch narrows {width} channels to {target}: zeros can only be appended; use a projection"
         )
     if match == "pad" and not any(extent.factor > 1 for extent in geometry.extents):
-        return Skip(_padded(sketch, _strided(sketch, fork, place, geometry), geometry, target - width, place), "pad")
+        return Skip(_padded(sketch, _strided(sketch, source, place, geometry), geometry, target - width, place), "pad")
     if match in ("pad", "pool") or any(extent.factor > 1 for extent in geometry.extents):
-        placed = resized(sketch, place, geometry, match)
+        placed = resized(sketch, source, place, geometry, match)
         if isinstance(placed, Refusal):
             return placed
         if match == "pad":
             return Skip(_padded(sketch, placed.term, geometry, target - width, place), "pad")
         if width == target and match == "pool":
             return placed
-        fork, geometry = placed.term, level(geometry)
+        source, geometry = placed.term, level(geometry)
     normed = norm in ("batch", "layer")
-    projected = project(sketch, fork, place, geometry, zero=zero and not normed)
+    projected = project(sketch, source, place, geometry, zero=zero and not normed)
     if norm == "batch":
         projected = _batch_norm(sketch, projected, geometry, target, zero=zero)
     elif norm == "layer":
@@ -70,21 +76,21 @@ def matched(
     return Skip(projected, "projection", zero)
 
 
-def resized(sketch: Sketch, place: Place, geometry: Geometry, match: Match) -> Skip | Refusal:
-    """The fork at the join's positions, with its own channels: pooled (match=pool), strided, or repeated."""
+def resized(sketch: Sketch, source: Term, place: Place, geometry: Geometry, match: Match) -> Skip | Refusal:
+    """The source at the join's positions, with its own channels: pooled (match=pool), strided, or repeated."""
     if geometry.same_positions:
-        return Skip(place.fork, "identity")
+        return Skip(source, "identity")
     width = _width(place.fork.shape, geometry)
     if any(extent.factor > 1 for extent in geometry.extents):
         if geometry.channel != 1 or not 3 <= len(place.join.shape or ()) <= 5:
             shapes = f"{show(place.fork.shape)} to {show(place.join.shape)}"
             return Refusal(place.name, f"the branch enlarges {shapes}, and only images with channels first are matched")
         shape = _with_width(place.join.shape, geometry, width)
-        return Skip(sketch.op(K.INTERPOLATE, place.fork, shape=shape, mode="nearest"), "pool")
+        return Skip(sketch.op(K.INTERPOLATE, source, shape=shape, mode="nearest"), "pool")
     if match == "pool":
-        pooled = _pooled(sketch, place.fork, place, geometry)
+        pooled = _pooled(sketch, source, place, geometry)
         return pooled if isinstance(pooled, Refusal) else Skip(pooled, "pool")
-    return Skip(_strided(sketch, place.fork, place, geometry), "view")
+    return Skip(_strided(sketch, source, place, geometry), "view")
 
 
 def level(geometry: Geometry) -> Geometry:

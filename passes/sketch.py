@@ -76,17 +76,13 @@ class Sketch:
         self.edits.append(Insert(kind.value, operands, ((made.name, made.shape, made.dtype),), attrs))
         return made
 
-    def stand_in(self, old: Value, new: Made, reading: list[tuple[str, int]]) -> None:
-        """Let every reader of `old` read `new`, but for those operations, by name and operand, that make `new`."""
-        self.edits.append(ReplaceUses(old.name, new.name))
-        self.edits += [SetOperand(op, index, old.name) for op, index in reading]
-
-    def readers_of(self, value: Value) -> list[tuple[str, int]]:
-        """The new operations that read a value, with the operand's index."""
-        inserts = [edit for edit in self.edits if isinstance(edit, Insert)]
-        return [
-            (edit.outputs[0][0], index)
-            for edit in inserts
+    def stand_in(self, old: Value, new: Made) -> None:
+        """Let every reader of `old` read `new`, but for the operations of this sketch."""
+        own = [
+            SetOperand(edit.outputs[0][0], index, old.name)
+            for edit in self.edits
+            if isinstance(edit, Insert)
             for index, name in enumerate(edit.inputs)
-            if name == value.name
+            if name == old.name
         ]
+        self.edits += [ReplaceUses(old.name, new.name), *own]
