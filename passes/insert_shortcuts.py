@@ -9,7 +9,7 @@ from typing import ClassVar
 from rescompile.blocks import Report
 from rescompile.detection import inspect_graph
 from rescompile.errors import RescompileError
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.geometry import geometry
 from rescompile.passes.mixing import MIXES, Kind, Mixed, Settings, Start
@@ -69,9 +69,7 @@ class InsertShortcuts:
             if isinstance(place, Refusal):
                 yield place
                 continue
-            sketch = Sketch(
-                graph, fresh, f"shortcuts.{number}", place.join.dtype or "float32", self.seed + 1000 * number
-            )
+            sketch = Sketch(graph, fresh, f"shortcuts.{number}", place.join.dtype or "float32", self.seed + number)
             mixed = self._mixed(sketch, joined.get(place.fork, place.fork), place, len(places))
             if isinstance(mixed, Refusal):
                 yield mixed
@@ -126,8 +124,11 @@ def _shared_layer(place: Place) -> tuple[Op, Op] | None:
     for op in place.ops:
         if not op.has(Trait.PARAMETRIC) or op.has(Trait.NORM):
             continue
-        for value in op.inputs[1:]:
-            other = None if value is None or not value.constant else next((u for u in value.users if u is not op), None)
+        # What follows the two matrices of a recurrent layer, its first state among them, is no weight.
+        for value in op.inputs[1:3] if op.kind is OpKind.RECURRENT else op.inputs[1:]:
+            if value is None or value.role is not Role.PARAMETER:
+                continue
+            other = next((user for user in value.users if user is not op), None)
             if other is not None:
                 return op, other
     return None

@@ -248,7 +248,7 @@ def _reduces(op: Op) -> bool:
     before, after = op.operands[0].shape, op.outputs[0].shape
     if before is None or after is None or op.kind in _WORKING:
         return False
-    if len(after) < len(before):
+    if len(after) < len(before) and sum(extent != 1 for extent in after) < sum(extent != 1 for extent in before):
         return True
     pooled = op.has(Trait.POOL) or op.has(Trait.REDUCTION)
     return pooled and len(after) > 2 and before != after and all(extent == 1 for extent in after[2:])

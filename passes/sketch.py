@@ -48,8 +48,7 @@ class Sketch:
         name = self._fresh(f"{self.prefix}.{leaf}")
         settings = {"shape": shape, "dtype": self.dtype, **attrs}
         if recipe in ("kaiming_normal",):
-            settings["seed"] = self._seed
-            self._seed += 1
+            settings["seed"] = [self._seed, len(self.edits)]
         self.edits.append(AddParameter(name, recipe, (), settings, trainable))
         size = 1
         for extent in shape:

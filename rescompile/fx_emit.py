@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,6 +118,8 @@ def _slice(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     for axis, start, stop, step in bounds:
         if start is None or stop is None:
             raise GraphError("A slice whose bounds the graph computes cannot be made anew: leave it as it is.")
+        if isinstance(stop, str):  # the extent itself, by its name
+            stop = sys.maxsize
         result = t(aten.slice.Tensor, result, axis, start, stop, step)
     return result
 
