@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.places import Place
+from rescompile.passes.layers import Place
 from rescompile.plans import Refusal
 
 _SAME = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.SOFTMAX, OpKind.RECURRENT)

@@ -12,8 +12,9 @@ from rescompile.errors import RescompileError
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.geometry import geometry
+from rescompile.passes.layers import Place
 from rescompile.passes.mixing import MIXES, Kind, Mixed, Settings, Start
-from rescompile.passes.places import Join, Place, by_count, by_name, by_stage
+from rescompile.passes.places import Join, by_count, by_name, by_stage
 from rescompile.passes.shortcut import Match, Norm
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather

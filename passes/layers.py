@@ -121,6 +121,21 @@ class Layer:
         return next(step for step in self.steps if step.works).op.name
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A shortcut from `fork` to `join`, the value that it is added to. `ops`: the branch, in topological order."""
+
+    fork: Value
+    join: Value
+    ops: tuple[Op, ...]
+    layers: int = 0
+
+    @property
+    def name(self) -> str:
+        """What reports call the place."""
+        return f"{self.fork.name} → {self.join.name}"
+
+
 @dataclass(slots=True, eq=False)
 class Chain:
     """Steps one after the other, and the layers that they make up. `worked`, `head`: what lies before the chain."""
@@ -129,6 +144,14 @@ class Chain:
     steps: list[Step] = field(default_factory=list)
     worked: bool = False
     head: bool = False
+
+    def past_moves(self, value: Value) -> list[Value]:
+        """The value, and those that moves alone make of it."""
+        found = [value]
+        for step in self.steps:
+            if step.entry is found[-1] and step.move:
+                found.append(step.exit)
+        return found
 
     def ops_between(self, fork: Value, join: Value) -> list[Op]:
         """The operations from one value of the chain to a later one."""
@@ -242,16 +265,13 @@ def _reduces_to_vector(step: Step) -> bool:
 
 
 def _reduces(op: Op) -> bool:
-    """Whether positions are pooled, flattened or picked away: the output has none, or fewer dimensions, left."""
-    if not op.operands:
+    """Whether positions are pooled, flattened or picked away: fewer axes are left that hold more than one element."""
+    if not op.operands or op.kind in _WORKING:
         return False
     before, after = op.operands[0].shape, op.outputs[0].shape
-    if before is None or after is None or op.kind in _WORKING:
+    if before is None or after is None:
         return False
-    if len(after) < len(before) and sum(extent != 1 for extent in after) < sum(extent != 1 for extent in before):
-        return True
-    pooled = op.has(Trait.POOL) or op.has(Trait.REDUCTION)
-    return pooled and len(after) > 2 and before != after and all(extent == 1 for extent in after[2:])
+    return sum(extent != 1 for extent in after) < sum(extent != 1 for extent in before)
 
 
 def layers(chain: Chain, blocks: Collection[Op]) -> Iterator[Layer]:

@@ -22,7 +22,7 @@ from typing import Literal, TypeAlias
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 from rescompile.passes.geometry import Extent, Geometry
-from rescompile.passes.places import Place
+from rescompile.passes.layers import Place
 from rescompile.passes.shortcut import Match, Norm, Skip, matched, per_channel, project, resized
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from rescompile.blocks import Report
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
-from rescompile.passes.layers import Chain, Layer, chains, layers
+from rescompile.passes.geometry import Geometry, geometry
+from rescompile.passes.layers import Chain, Layer, Place, chains, layers
 from rescompile.plans import Refusal
 
 Join: TypeAlias = Literal["before-activation", "after", "pre-activation"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """A shortcut from `fork` to `join`, the value that it is added to. `ops`: the branch, in topological order."""
-
-    fork: Value
-    join: Value
-    ops: tuple[Op, ...]
-    layers: int = 0
-
-    @property
-    def name(self) -> str:
-        """What reports call the place."""
-        return f"{self.fork.name} → {self.join.name}"
 
 
 def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[Place | Refusal]:
@@ -116,7 +101,10 @@ def _place(chain: Chain, group: Sequence[Layer], join: Join) -> Place:
         fork, end = first.lead, last.work
     else:
         fork, end = first.entry, last.inner if join == "before-activation" else last.end
-    return Place(fork, end, tuple(chain.ops_between(fork, end)), len(group))
+    # Where layouts differ (an NHWC stream around NCHW convolutions), behind a move at one of the ends they agree.
+    ways = [(fork, stop) for stop in chain.past_moves(end)] + [(start, end) for start in chain.past_moves(fork)[1:]]
+    places = [Place(start, stop, tuple(chain.ops_between(start, stop)), len(group)) for start, stop in ways]
+    return next((place for place in places if isinstance(geometry(place), Geometry)), places[0])
 
 
 def _stages(run: Sequence[Layer]) -> Iterator[list[Layer]]:

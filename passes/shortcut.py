@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from rescompile.graph import Shape
 from rescompile.kinds import OpKind as K
 from rescompile.passes.geometry import Extent, Geometry, show
-from rescompile.passes.places import Place
+from rescompile.passes.layers import Place
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal
 
