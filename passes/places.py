@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Literal, TypeAlias
 
 from rescompile.blocks import Report
@@ -101,8 +102,8 @@ def _place(chain: Chain, group: Sequence[Layer], join: Join) -> Place:
         fork, end = first.lead, last.work
     else:
         fork, end = first.entry, last.inner if join == "before-activation" else last.end
-    # Where layouts differ (an NHWC stream around NCHW convolutions), behind a move at one of the ends they agree.
-    ways = [(fork, stop) for stop in chain.past_moves(end)] + [(start, end) for start in chain.past_moves(fork)[1:]]
+    # Where layouts differ (an NHWC stream around NCHW convolutions), behind some moves at the ends they agree.
+    ways = list(product(chain.past_moves(fork), chain.past_moves(end)))
     places = [Place(start, stop, tuple(chain.ops_between(start, stop)), len(group)) for start, stop in ways]
     return next((place for place in places if isinstance(geometry(place), Geometry)), places[0])
 
