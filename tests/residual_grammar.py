@@ -109,10 +109,8 @@ class _Network:
         """F(x): works and bends, so that no part of it is taken for a shortcut."""
         w = self.w
         y = w.norm(x) if norm in ("pre", "sandwich") else x
-        if not self.images and self.flip():
-            y = self.attend(y, mask=self.flip())
-        else:
-            y = self.act(self.work(y))
+        attended = not self.images and self.flip()
+        y = self.attend(y, mask=self.flip()) if attended else self.act(self.work(y))
         y = self.nested(y, depth)
         if norm == "inner":
             y = w.norm(self.work(y))

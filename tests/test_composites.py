@@ -423,9 +423,8 @@ def test_near_roll_is_left_alone(why: str) -> None:
     b = Builder()
     x = b.input(2, 8, 8)
     axis = 2 if why == "other axis" else 1
-    back, front = b.slice(x, axis, 5, 8), b.slice(b.input(2, 8, 8) if why == "two values" else x, axis, 0, 5)
-    if why in ("gap", "overlap"):
-        front = b.slice(x, 1, 0, 4 if why == "gap" else 6)
+    stop = {"gap": 4, "overlap": 6}.get(why, 5)
+    back, front = b.slice(x, axis, 5, 8), b.slice(b.input(2, 8, 8) if why == "two values" else x, axis, 0, stop)
     y = b.concat(*((front, back) if why == "in order" else (back, front)), axis=1)
     graph = b.output(y, back) if why == "read elsewhere" else b.output(y)
     recognise(graph)

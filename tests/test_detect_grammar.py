@@ -1,4 +1,4 @@
-"""Whatever the grammar generates, detection finds, in every IR, whatever the order, the names and the operands' places."""
+"""What the grammar generates, detection finds, in every IR, whatever the order, the names and the operands' places."""
 
 from __future__ import annotations
 
