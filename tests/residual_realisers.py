@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import fx, nn
 
 from rescompile.fx_graph import FxGraph
 from rescompile.graph import Graph, Role, Value, ValueType
+from rescompile.kinds import Trait
 from rescompile.onnx_files import capture
 from rescompile.onnx_graph import OnnxGraph
 from tests.residual_program import INPUT, NUMBER, PARAM, K, Program, Term
@@ -52,6 +55,7 @@ def in_memory(program: Program) -> Graph:
 def in_fx(program: Program) -> FxGraph:
     """The graph of a module that is written node by node, as an exporter or a tracer would."""
     root, graph = nn.Module(), fx.Graph()
+    reads = Counter(operand for term in program.terms for operand in term.operands)
     values: list[Any] = []
     for term in program.terms:
         if term.kind == INPUT:
@@ -63,11 +67,18 @@ def in_fx(program: Program) -> FxGraph:
             values.append(term.attrs["value"])
             continue
         else:
+            if term.operands and reads[term.operands[0]] == 1 and _is_own(program.terms[term.operands[0]]):
+                term = replace(term, attrs={**term.attrs, "in_place": True})
             value = _FX[K(term.kind)](graph, term, [values[x] for x in term.operands])
         value.meta["val"] = torch.empty(term.shape, dtype=getattr(torch, term.dtype), device="meta")
         values.append(value)
     graph.output(tuple(values[index] for index in program.outputs))
     return FxGraph.read(fx.GraphModule(root, graph))
+
+
+def _is_own(term: Term) -> bool:
+    """Whether the term's tensor is no leaf's, and no view of another's, so that its one reader may write to it."""
+    return isinstance(term.kind, K) and not term.kind.has(Trait.FREE)
 
 
 FxRule = Callable[[fx.Graph, Term, list[Any]], fx.Node]
@@ -102,9 +113,9 @@ def _fx_add(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
     a, b = args
     first, second = term.attrs.get("scales", (1.0, 1.0))
     if (first, second) == (1.0, 1.0):
-        return _fx_plain(aten.add.Tensor, operator.add, torch.add, "add", operator.iadd)(
-            graph, term, args if isinstance(a, fx.Node) else [b, a]
-        )
+        written = [operator.iadd, aten.add_.Tensor] if term.attrs.get("in_place") else []
+        rule = _fx_plain(aten.add.Tensor, operator.add, torch.add, "add", *written)
+        return rule(graph, term, args if isinstance(a, fx.Node) else [b, a])
     if second == 1.0:
         a, b, first, second = b, a, second, first
     if second == -1.0:
@@ -118,6 +129,11 @@ def _fx_mul(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
     if not isinstance(args[0], fx.Node):
         args = args[::-1]
     return _fx_plain(aten.mul.Tensor, operator.mul, torch.mul, "mul")(graph, term, args)
+
+
+def _fx_relu(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
+    written = [aten.relu_.default, torch.relu_] if term.attrs.get("in_place") else []
+    return _fx_plain(aten.relu.default, torch.relu, nn.functional.relu, "relu", *written)(graph, term, args)
 
 
 def _fx_conv(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
@@ -160,7 +176,7 @@ _FX: dict[K, FxRule] = {
     K.CONV: _fx_conv,
     K.BATCH_NORM: _fx_norm,
     K.LAYER_NORM: _fx_norm,
-    K.RELU: _fx_plain(aten.relu.default, torch.relu, nn.functional.relu, "relu"),
+    K.RELU: _fx_relu,
     K.SIGMOID: _fx_plain(aten.sigmoid.default, torch.sigmoid, "sigmoid"),
     K.TANH: _fx_plain(aten.tanh.default, torch.tanh, "tanh"),
     K.GELU: _fx_plain(aten.gelu.default, nn.functional.gelu),

@@ -17,7 +17,10 @@ _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 
 
 def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
-    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start."""
+    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start.
+
+    Blocks are asked about in the order of their joins: a norm that closes one opens none behind it.
+    """
     inside = set(draft.branch_ops)
     first = _entries(judgement, draft)
     last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
@@ -31,9 +34,10 @@ def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value])
     after = _after(judgement, draft.join_value)
     inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
     if after is not None and (not inner or _goes_on(judgement, after, forks)):
+        judgement.closing.add(after)
         return "post", [after]
     before = _before(draft, inside)
-    if before is not None:
+    if before is not None and before not in judgement.closing:
         return "pre", [before]
     return ("inner", inner) if inner else ("none", [])
 
