@@ -30,6 +30,7 @@ class _Network:
     def __init__(self, draw: st.DrawFn, images: bool) -> None:
         self.draw = draw
         self.images = images
+        self.rms = self.flip()
         self.w = Writer()
         self.made: list[Made] = []
         self.closed: set[int] = set()  # joins that a norm follows
@@ -64,6 +65,13 @@ class _Network:
     def act(self, x: int) -> int:
         kind = self.draw(st.sampled_from((K.RELU, K.TANH, K.GELU, K.SIGMOID)))
         return self.w.unary(kind, x)
+
+    def norm(self, x: int) -> int:
+        return self.w.norm(x, rms=self.rms)
+
+    def passed(self, x: int) -> int:
+        """The value itself, or a copy of it (dropout in evaluation)."""
+        return self.w.unary(K.IDENTITY, x) if self.flip() else x
 
     def vector(self, x: int) -> int:
         """A parameter for each channel."""
@@ -108,15 +116,15 @@ class _Network:
     def branch(self, x: int, depth: int, norm: str, width: int | None = None, stride: int = 1) -> int:
         """F(x): works and bends, so that no part of it is taken for a shortcut."""
         w = self.w
-        y = w.norm(x) if norm in ("pre", "sandwich") else x
+        y = self.norm(x) if norm in ("pre", "sandwich") else x
         attended = not self.images and self.flip()
         y = self.attend(y, mask=self.flip()) if attended else self.act(self.work(y))
         y = self.nested(y, depth)
         if norm == "inner":
-            y = w.norm(self.work(y))
+            y = self.norm(self.work(y))
         y = self.act(y)
         y = w.conv(y, width or self.width(x), 3, stride) if self.images else self.work(y, width)
-        return w.norm(y) if norm in ("branch", "sandwich") else y
+        return self.norm(y) if norm in ("branch", "sandwich") else y
 
     def placement(self, norm: str, at: int) -> str | None:
         """Norms that end nested blocks are inside this block's branch."""
@@ -133,7 +141,7 @@ class _Network:
         short = norm == "none" and self.flip()
         y = self.work(x) if short else self.branch(x, depth, norm)
         skip, scales, scale = x, (), None
-        spelling = self.one_of("none", "none", "alpha", "vector", "scalar", "constant", "divisor", "skip")
+        spelling = self.one_of("none", "none", "alpha", "vector", "scalar", "constant", "divisor", "skip", "minus")
         if spelling == "alpha":
             scales, scale = (1.0, 0.5), ("branch", "constant", 0.5)
         elif spelling == "vector":
@@ -148,12 +156,14 @@ class _Network:
             y, scale = w.div(y, w.number(4.0)), ("branch", "constant", 0.25)
         elif spelling == "skip":
             skip, scale = w.mul(x, w.number(2.0)), ("skip", "constant", 2.0)
-        join = w.add(skip, y, scales=scales)
+        elif spelling == "minus":
+            scales = (1.0, -1.0)
+        join = w.add(self.passed(skip), self.passed(y), scales=scales)
         self.record(join, x, "add", at, norm=self.placement(norm, at), scale=scale)
         if norm != "post":
             return join
         self.closed.add(join)
-        return w.norm(join)
+        return self.norm(join)
 
     def _projection(self, x: int, depth: int) -> int:
         """P(x) + F(x)"""
@@ -161,9 +171,9 @@ class _Network:
         norm = self.one_of("pre", "branch", "none")
         y = self.branch(x, depth, norm)
         skip = self.work(x, kernel=1)
-        skip = w.norm(skip) if self.flip() else skip
+        skip = self.norm(skip) if self.flip() else skip
         skip = w.unary(K.RELU, skip) if self.flip() else skip
-        join = w.add(y, skip)
+        join = w.add(self.passed(y), self.passed(skip))
         self.record(join, x, "add", at, shortcut="projection", norm=self.placement(norm, at))
         return join
 
@@ -190,7 +200,7 @@ class _Network:
             skip = w.pool(x, K.MAX_POOL if how == "max pool" else K.AVG_POOL)
         kind = {"concat": "pad", "max pool": "pool", "average pool": "pool"}.get(how, how.split()[-1])
         if kind == "projection" and self.flip():
-            skip = w.norm(skip)
+            skip = self.norm(skip)
         join = w.add(skip, y)
         self.record(join, x, "add", at, shortcut=kind, norm=self.placement(norm, at))
         return self.work(w.unary(K.RELU, join), WIDTH)
@@ -243,7 +253,7 @@ class _Network:
         features, joined = [x], x
         for _ in range(self.draw(st.integers(1, 3))):
             at = len(self.made)
-            y = self.act(w.norm(joined)) if self.flip() else joined
+            y = self.act(self.norm(joined)) if self.flip() else joined
             y = self.act(self.work(y, 4))
             features = [y, *features] if front else [*features, y]
             parts = features if listed else [y, joined] if front else [joined, y]
@@ -273,7 +283,7 @@ class _Network:
         """x + A(n(x)) + F(n(x)), in its spellings"""
         w, at = self.w, len(self.made)
         norm = self.one_of("pre", "none")
-        shared = w.norm(x) if norm == "pre" else x
+        shared = self.norm(x) if norm == "pre" else x
         a, f = (self.branch(shared, 0, "none") for _ in range(2))
         spelling = self.one_of("inner", "outer", "one")
         if spelling == "inner":
@@ -311,8 +321,8 @@ class _Network:
         x = w.unary(K.RELU, x)
         parts = [self.work(x, kernel=3), self.work(x, kernel=1)]
         if self.images:
-            parts = [w.norm(part) for part in parts] if self.flip() else parts
-            parts += [w.norm(x)] if self.flip() else []
+            parts = [self.norm(part) for part in parts] if self.flip() else parts
+            parts += [self.norm(x)] if self.flip() else []
         join = parts[0]
         for part in parts[1:]:
             join = w.add(join, part)

@@ -160,12 +160,16 @@ class Writer:
         attrs: dict[str, Any] = {"stride": (stride,) * 2, "pads": pads, "dilation": (1, 1), "groups": groups}
         return self.term(K.CONV, x, weight, shape=shape, **attrs)
 
-    def norm(self, x: int) -> int:
-        """Batch norm of images, layer norm of tokens."""
+    def norm(self, x: int, rms: bool = False) -> int:
+        """Batch norm of images, layer norm or RMS norm of tokens."""
         shape = self.shape(x)
         if len(shape) == 4:
             return self.term(K.BATCH_NORM, x, *(self.param(shape[1]) for _ in range(4)), shape=shape)
-        return self.term(K.LAYER_NORM, x, self.param(shape[-1]), self.param(shape[-1]), shape=shape)
+        if rms:
+            return self.term(K.RMS_NORM, x, self.param(shape[-1]), shape=shape, axis=len(shape) - 1)
+        return self.term(
+            K.LAYER_NORM, x, self.param(shape[-1]), self.param(shape[-1]), shape=shape, axis=len(shape) - 1
+        )
 
     def pool(self, x: int, kind: OpKind = K.MAX_POOL) -> int:
         batch, width, *spatial = self.shape(x)

@@ -145,6 +145,8 @@ def _fx_conv(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
 def _fx_norm(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
     if term.kind is K.BATCH_NORM:
         return _fx(graph, term, aten.batch_norm.default, *args, False, 0.1, 1e-5, True)
+    if term.kind is K.RMS_NORM:
+        return _fx(graph, term, aten.rms_norm.default, args[0], [term.shape[-1]], args[1], 1e-6)
     return _fx(graph, term, aten.layer_norm.default, args[0], [term.shape[-1]], *args[1:])
 
 
@@ -176,6 +178,7 @@ _FX: dict[K, FxRule] = {
     K.CONV: _fx_conv,
     K.BATCH_NORM: _fx_norm,
     K.LAYER_NORM: _fx_norm,
+    K.RMS_NORM: _fx_norm,
     K.RELU: _fx_relu,
     K.SIGMOID: _fx_plain(aten.sigmoid.default, torch.sigmoid, "sigmoid"),
     K.TANH: _fx_plain(aten.tanh.default, torch.tanh, "tanh"),
@@ -315,6 +318,25 @@ def _onnx_lstm(made: _Onnx, term: Term, operands: list[str]) -> None:
     made.node("Squeeze", [y, made.constant(f"{term.name}_direction", [1])], term.name)
 
 
+def _onnx_token_norm(made: _Onnx, term: Term, operands: list[str]) -> None:
+    """One operator where there is one; half of the layer norms, and the RMS norms, are taken apart."""
+    if term.kind is K.LAYER_NORM and term.spelling % 2:
+        made.node("LayerNormalization", operands, term.name, axis=-1)
+        return
+    stem, x = term.name, operands[0]
+    axes = made.constant(f"{stem}_axes", [-1])
+    if term.kind is K.LAYER_NORM:
+        x = made.node("Sub", [x, made.node("ReduceMean", [x, axes], f"{stem}_mean")], f"{stem}_centred")
+    squared = made.node("Pow", [x, made.constant(f"{stem}_two", 2.0, "float32")], f"{stem}_squared")
+    variance = made.node("ReduceMean", [squared, axes], f"{stem}_variance")
+    shifted = made.node("Add", [variance, made.constant(f"{stem}_eps", 1e-5, "float32")], f"{stem}_shifted")
+    y = made.node("Div", [x, made.node("Sqrt", [shifted], f"{stem}_deviation")], f"{stem}_normalised")
+    names = [stem, f"{stem}_weighted"][: len(operands) - 1][::-1]
+    y = made.node("Mul", [y, operands[1]], names[0])
+    if len(operands) > 2:
+        made.node("Add", [y, operands[2]], names[1])
+
+
 def _onnx_mean(made: _Onnx, term: Term, operands: list[str]) -> None:
     axes = made.constant(f"{term.name}_axes", list(term.attrs["axes"]))
     made.node("ReduceMean", [*operands, axes], term.name, keepdims=int(term.attrs["keepdims"]))
@@ -337,7 +359,8 @@ _ONNX: dict[K, OnnxRule] = {
     K.SOFTMAX: _onnx_plain("Softmax", axis=-1),
     K.CONV: _onnx_conv,
     K.BATCH_NORM: _onnx_plain("BatchNormalization"),
-    K.LAYER_NORM: _onnx_plain("LayerNormalization"),
+    K.LAYER_NORM: _onnx_token_norm,
+    K.RMS_NORM: _onnx_token_norm,
     K.RELU: _onnx_plain("Relu"),
     K.SIGMOID: _onnx_plain("Sigmoid"),
     K.TANH: _onnx_plain("Tanh"),
