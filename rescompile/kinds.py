@@ -61,6 +61,10 @@ class KindSpec:
 class OpKind(Enum):
     """Kinds of operation; the value is the printed name."""
 
+    bits: int  # the kind's traits as a number: combining enum members costs a microsecond
+    # Members are singletons. Enum's own hash is a Python function, and kinds are keys everywhere.
+    __hash__ = object.__hash__
+
     # moves elements
     IDENTITY = "identity"
     CAST = "cast"
@@ -177,8 +181,8 @@ class OpKind(Enum):
 
     def has(self, trait: Trait) -> bool:
         """Whether the kind has all of `trait`."""
-        # The plain integers: combining enum members costs a microsecond, and this is asked for every operation.
-        return KINDS[self].traits._value_ & trait._value_ == trait._value_
+        wanted = trait._value_
+        return self.bits & wanted == wanted
 
 
 def _kind(operands: str, traits: Trait, outputs: int = 1, **attrs: Any) -> KindSpec:
@@ -318,7 +322,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
 }
 del K
-_TRAIT_BITS: dict[OpKind, int] = {kind: spec.traits.value for kind, spec in KINDS.items()}
+for _spelled, _spec in KINDS.items():
+    _spelled.bits = _spec.traits.value
 
 # Activations that a fused kind can carry, by the name its `inner` and `outer` attributes use.
 ACTIVATIONS: dict[str, tuple[OpKind, dict[str, object]] | None] = {

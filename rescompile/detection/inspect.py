@@ -78,7 +78,7 @@ class _Original:
         return self._ops.get(op, op)
 
     def ops(self, ops: Iterable[Op]) -> tuple[Op, ...]:
-        return tuple(dict.fromkeys(self._ops.get(op, op) for op in ops))
+        return tuple(dict.fromkeys(self._ops.get(op, op) for op in ops) if self._ops else dict.fromkeys(ops))
 
     def value(self, value: Value) -> Value:
         return self._values.get(value, value)
@@ -91,10 +91,13 @@ def _judge(graph: Graph) -> Judgement:
     judgement = Judgement(graph)
     for op in graph:
         judgement.reach.extend(op)
-        for rule in _RULES.get(op.kind, ()):
-            if op.kind is OpKind.ADD and (total := completes(op)) is not None:
-                judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
-                break
+        rules = _RULES.get(op.kind)
+        if rules is None:
+            continue
+        if op.kind is OpKind.ADD and (total := completes(op)) is not None:
+            judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
+            continue
+        for rule in rules:
             found = rule(judgement, op)
             if isinstance(found, Draft):
                 judgement.accept(found)
@@ -152,10 +155,10 @@ def _block(
 def _module(draft: Draft) -> str:
     """The innermost module that the branch and the join run in, by the longest common path of theirs."""
     common: list[str] | None = None
-    for op in (*draft.branch_ops, draft.join_op):
-        if not op.module:
+    for module in dict.fromkeys(op.module for op in (*draft.branch_ops, draft.join_op)):
+        if not module:
             continue
-        parts = op.module.split(".")
+        parts = module.split(".")
         if common is None:
             common = parts
             continue
