@@ -137,8 +137,10 @@ def inspect(program: Any, ir: str, path: Path | None = None, verbose: bool = Fal
             graph = onnx_files.load(path)
     else:
         import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        with _stage("export", verbose):
+        # A fused attention is taken apart for some devices only: without, the exporter has no rule for it.
+        with _stage("export", verbose), sdpa_kernel(SDPBackend.MATH):
             exported = torch.onnx.export(program, dynamo=True, verbose=False)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -235,20 +237,26 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if log.exists():
         for line in log.read_text().splitlines():
             record = json.loads(line)
-            known[record["source"], record["name"]] = record
+            key = record["source"], record["name"]
+            known[key] = {**known.get(key, {}), **record}
     wanted = [
         (source, name)
         for source in arguments.source.split(",")
         for name in find_source(source).names(arguments.all)
         if not arguments.only or any(_matches(name, pattern) for pattern in arguments.only.split(","))
     ][: arguments.limit or None]
-    due = wanted if arguments.again else [key for key in wanted if key not in known]
+    due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments.ir.split(","))]
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments), due):
-            known[record["source"], record["name"]] = record
+            key = record["source"], record["name"]
+            known[key] = {**known.get(key, {}), **record}
             print(json.dumps(record), file=file, flush=True)
-            print(_line(record), flush=True)
+            print(_line(known[key]), flush=True)
     return [known[key] for key in wanted if key in known]
+
+
+def _is_done(record: dict[str, Any], irs: list[str]) -> bool:
+    return "build" in record or "export" in record or all(ir in record for ir in irs)
 
 
 def _matches(name: str, pattern: str) -> bool:

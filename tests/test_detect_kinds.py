@@ -135,6 +135,15 @@ def test_pixel_shuffle_on_the_branch_makes_it_long_and_another_reshape_does_not(
     assert kinds(b.output(b.add(x, y))) == ["long" if shuffled else "add"]
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_branch_that_an_enlarged_map_only_weighs_is_not_long(gated: bool) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    small = b.conv(b.op(K.AVG_POOL, x, shape=(1, 8, 4, 4)), 8)
+    y = b.mul(b.conv(x, 8), b.op(K.SIGMOID, up(b, small))) if gated else b.mul(up(b, small), b.param(1, 8, 1, 1))
+    assert kinds(b.output(b.add(x, y))) == ["add" if gated else "long"]
+
+
 def test_global_skip_at_one_resolution_is_not_long() -> None:
     b = Builder()
     x = b.relu(b.input(1, 8, 8, 8))
