@@ -86,6 +86,24 @@ def test_class_token_in_front_of_the_tokens_is_no_dense_block() -> None:
     assert kinds(b.output(token)) == ["add", "add"]
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tokens_beside_tokens_are_positions_and_features_beside_features_are_dense(axis: int, transposed: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    kept = b.slice(x, axis, 0, 2)
+    made = b.linear(b.slice(x, axis, 2, 5 if axis == 1 else 8), 8)
+    joined = b.concat(kept, made, axis=axis)
+    if transposed:
+        joined = b.permute(joined, 0, 2, 1)
+        joined = b.op(K.CONV, joined, b.param(8, int((joined.shape or ())[1]), 1), None, shape=(1, 8, 5), groups=1)
+    else:
+        joined = b.linear(joined, 8)
+    report = inspect_graph(b.output(joined))
+    assert [block.kind for block in report] == (["dense"] if axis == 2 else [])
+    assert [entry.reason.split(":")[0] for entry in report.not_residual] == ([] if axis == 2 else ["positions"])
+
+
 # ---- long ----------------------------------------------------------------------------------------------------------
 
 
