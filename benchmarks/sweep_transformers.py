@@ -97,7 +97,8 @@ def configuration(name: str, narrow: bool = True) -> Any:
         owner = config
         for parent in parents:
             owner = getattr(owner, parent)
-        setattr(owner, field, value)
+        old = getattr(owner, field, None)
+        setattr(owner, field, {**old, **value} if isinstance(value, dict) and isinstance(old, dict) else value)
     return config
 
 
@@ -174,6 +175,7 @@ _NARROW: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"(.*_)?(num_)?(key_value|kv)_(attention_)?heads", lambda old: 1 if old == 1 else 2),
     (r"(.*_)?(num_)?(.*)heads|n_heads?", lambda old: min(old, HEADS)),
     (r"(.*)head_dim|d_kv|dim_head|attention_head_size|rotary_dim|(.*)head_size", lambda old: min(old, 8)),
+    (r"upsample_groups|n_groups|mamba_n_groups", lambda old: min(old, 2) if old < 64 else WIDTH),
     (r"(q|kv|o)_lora_rank", lambda old: min(old, 16)),
     (r".*(intermediate|ffn|mlp|feed_?forward|inner).*(size|dim)|d_ff|dff|dim_ff|.*_linear_units", lambda old: min(old, 64)),
     (r".*(hidden_size|hidden_dim|embed_dim|embedding_size|projection_dim|_width|d_model|n_embd|proj_dim|pooler_output_size)"
@@ -207,12 +209,40 @@ def _shrink(config: Any, narrow: bool) -> None:
         if new is not value and new != value:
             setattr(config, name, new)
     _tokens(config)
-    for total, parts in (("qk_head_dim", ("qk_nope_head_dim", "qk_rope_head_dim")),):
-        if all(isinstance(getattr(config, part, None), int) for part in parts) and total in vars(config):
-            setattr(config, total, sum(getattr(config, part) for part in parts))
+    if narrow:
+        _agree(config, fields)
     heads, shared = getattr(config, "num_attention_heads", None), fields.get("num_key_value_heads")
     if narrow and shared is not None and shared == fields.get("num_attention_heads") and isinstance(heads, int):
         config.num_key_value_heads = heads
+
+
+def _agree(config: Any, fields: dict[str, Any]) -> None:
+    """Sizes that follow from others, and those that a default configuration leaves open."""
+    for field, value in _OPEN.items():
+        if field in vars(config) and getattr(config, field) is None:
+            setattr(config, field, value)
+    if "qk_head_dim" in fields and "qk_nope_head_dim" in fields:
+        config.qk_head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if "mamba_n_heads" in fields and "mamba_d_head" in fields:
+        config.mamba_d_head = config.mamba_expand * config.hidden_size // config.mamba_n_heads
+        if "mamba_d_ssm" in fields:
+            config.mamba_d_ssm = config.mamba_expand * config.hidden_size
+    if "num_heads" in fields and "expand" in fields and "state_size" in fields:
+        config.head_dim = config.expand * config.hidden_size // config.num_heads
+        config.n_groups = min(config.n_groups, config.num_heads)
+
+
+_OPEN = {
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": WIDTH // HEADS,
+    "num_key_value_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "prediction_length": 4,
+}
 
 
 def _kept_layers(fields: dict[str, Any], deep: int | None) -> list[int] | None:
@@ -296,6 +326,10 @@ def _ids(config: Any) -> Iterator[torch.Tensor]:
 
 
 def _pixels(config: Any) -> Iterator[torch.Tensor]:
+    if hasattr(config, "patch_size") and (hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")):
+        yield from _patches(config)
+        size = config.patch_size
+        yield torch.randn(16, _find(config, "in_channels", "in_chans", "num_channels", default=3), size, size)
     channels = _find(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     size = _find(config, "image_size", "img_size", default=64)
@@ -325,12 +359,20 @@ def _waves(config: Any) -> Iterator[torch.Tensor]:
     yield torch.randn(1, 64, _find(config, "num_mel_bins", default=128))
 
 
+def _patches(config: Any) -> Iterator[torch.Tensor]:
+    """Sixteen patches, flattened, of one image of 4 by 4."""
+    size = config.patch_size * config.patch_size * _find(config, "in_channels", "in_chans", "num_channels", default=3)
+    for frames in dict.fromkeys((_find(config, "temporal_patch_size", default=1), 1)):
+        yield torch.randn(16, size * frames)
+
+
 _MAIN: dict[str, Callable[[Any], Iterator[torch.Tensor]]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
     "input_features": _features,
     "input_values": _waves,
     "pixel_values_videos": _pixels,
+    "hidden_states": _patches,
 }
 
 
@@ -353,8 +395,35 @@ def _boxes(config: Any, inputs: Inputs, parameters: Any) -> torch.Tensor | None:
     return torch.arange(4).expand(*inputs["input_ids"].shape, 4).contiguous()
 
 
+def _grid(config: Any, inputs: Inputs, parameters: Any) -> torch.Tensor | None:
+    """Frames, rows and columns of the patches."""
+    main = next(iter(inputs.values()))
+    return torch.tensor([[1, 4, 4]]) if main.shape[0] == 16 else None
+
+
+def _everything(main: str) -> Callable[[Any, Inputs, Any], torch.Tensor | None]:
+    """A mask, all true, over a main input's positions, where the model requires one."""
+
+    def make(config: Any, inputs: Inputs, parameters: Any) -> torch.Tensor | None:
+        return None if main not in inputs else torch.ones(inputs[main].shape[:2], dtype=torch.bool)
+
+    return make
+
+
+def _required(name: str, make: Callable[[Any, Inputs, Any], torch.Tensor | None]) -> Any:
+    def guarded(config: Any, inputs: Inputs, parameters: Any) -> torch.Tensor | None:
+        return make(config, inputs, parameters) if parameters[name].default is inspect.Parameter.empty else None
+
+    return guarded
+
+
 _COMPANIONS: dict[str, Callable[[Any, Inputs, Any], torch.Tensor | None]] = {
     "decoder_input_ids": _decoder_ids,
     "pixel_values": _pixel_companion,
     "bbox": _boxes,
+    "grid_thw": _required("grid_thw", _grid),
+    "image_grid_thw": _required("image_grid_thw", _grid),
+    "merge_sizes": _required("merge_sizes", lambda *_: torch.tensor([1])),
+    "input_features_mask": _required("input_features_mask", _everything("input_features")),
+    "pixel_position_ids": _required("pixel_position_ids", lambda *_: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]),
 }
