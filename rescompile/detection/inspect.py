@@ -13,6 +13,8 @@ from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
+from rescompile.detection.scatters import residual_scatter
+from rescompile.detection.selections import selection, unknown
 from rescompile.detection.sums import residual_sum
 from rescompile.detection.unfused import has_fused, unfuse
 from rescompile.graph import Graph, Op, Value
@@ -24,11 +26,16 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
     OpKind.ADD: (gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
+    OpKind.SCATTER: (residual_scatter,),
+    OpKind.MAXIMUM: (selection,),
+    OpKind.MINIMUM: (selection,),
+    OpKind.WHERE: (selection,),
+    OpKind.OPAQUE: (unknown,),
 }
 
 
 def inspect_graph(graph: Graph) -> Report:
-    """The residual blocks of a committed graph, and a reason for every add and concat that ends none.
+    """The residual blocks of a committed graph, and a reason for every join that ends none.
 
     Time is near-linear in the number of operations. The graph does not change; blocks refer to its operations.
     """
