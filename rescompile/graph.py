@@ -375,6 +375,12 @@ class Graph:
         """Contents of a parameter or literal."""
         return np.asarray(value.native)
 
+    def native_evaluate(
+        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
+    ) -> list[np.ndarray[Any, Any]]:
+        """What an operation that no kind describes gives for these operands."""
+        raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
+
     def native_emit(self, op: Op) -> None:
         """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
 
