@@ -219,6 +219,11 @@ class FxGraph(Graph):
         """The tensors of what the module's graph returned, in the order of the graph's outputs."""
         return [torch.as_tensor(t) for t in _pick(self.module.graph.output_node().args[0], result)]
 
+    def reads(self, node: fx.Node, attr: Attr) -> bool:
+        """Whether a node reads that tensor of the module tree, by whichever of its names."""
+        targets = self.native.targets
+        return node.op == "get_attr" and targets.get(str(node.target)) is targets.get(attr.target)
+
     def functionalise(self) -> None:
         """Let every native operation in place compute a new tensor, as the view shows it."""
         self._edit()

@@ -117,7 +117,9 @@ class FxTwin(Twin):
             elif isinstance(native, Item):
                 places.setdefault(native.node, []).append((value, native.index))
             elif isinstance(native, Attr):
-                watched.show(value, self.tensor(value))
+                getter = next((n for n in copy.module.graph.nodes if copy.reads(n, native)), None)
+                if getter is not None:
+                    places.setdefault(getter, []).append((value, None))
         device = device_of(copy.module)
         arguments = copy.arguments({name: _as_tensor(data).to(device) for name, data in inputs.items()})
         try:
