@@ -13,8 +13,8 @@ from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.geometry import geometry
 from rescompile.passes.layers import Place
-from rescompile.passes.mixing import MIXES, Kind, Mixed, Settings, Start
-from rescompile.passes.places import Join, by_count, by_name, by_stage
+from rescompile.passes.mixing import MIXES, Combine, Kind, Mixed, Settings, Start
+from rescompile.passes.places import Join, by_count, by_name, by_resolution, by_stage
 from rescompile.passes.shortcut import Match, Norm
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
@@ -27,7 +27,7 @@ class InsertShortcuts:
     """y = F(x)  →  y = F(x) + s(x), with s the identity where shapes are equal and matched to them where not
 
     1. Where: every `every` layers; or the places that `between` names, as FORK:JOIN; or, with neither, pairs of layers
-       within a stage. The first layer behind an input and all from a reduction to a vector on stay outside, and so does
+       within a stage. With kind=long, from each resolution on the way down to the same on the way up. The first layer behind an input and all from a reduction to a vector on stay outside, and so does
        what lies in a residual block already.
     2. The join comes before the last activation of the skipped layers (He et al. 2015), after it, or, with
        `pre-activation`, between two bare contractions (He et al. 2016).
@@ -46,6 +46,7 @@ class InsertShortcuts:
     join: Join = "before-activation"
     norm: Norm = "auto"
     gate_bias: float = -2.0
+    combine: Combine = "concat"
     seed: int = 0
 
     @property
@@ -89,6 +90,8 @@ class InsertShortcuts:
     def _places(self, graph: Graph, report: Report) -> Iterator[Place | Refusal]:
         if self.between:
             return by_name(graph, report, self.between)
+        if self.kind == "long":
+            return by_resolution(graph, report)
         if self.every is not None:
             return by_count(graph, report, self.every, self.join)
         return by_stage(graph, report, self.join)
@@ -104,7 +107,7 @@ class InsertShortcuts:
 
     def _settings(self, place: Place, depth: int) -> Settings:
         norm = _closing_norm(place) if self.norm == "auto" else self.norm
-        return Settings(self.match, norm, self.start, self.gate_bias, depth)
+        return Settings(self.match, norm, self.start, self.gate_bias, self.combine, depth)
 
 
 def _unfit(place: Place) -> Refusal | None:

@@ -27,7 +27,8 @@ from rescompile.passes.shortcut import Match, Norm, Skip, matched, per_channel, 
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal
 
-Kind: TypeAlias = Literal["add", "gated", "dense"]
+Kind: TypeAlias = Literal["add", "gated", "dense", "long"]
+Combine: TypeAlias = Literal["concat", "add"]
 Start: TypeAlias = Literal["preserve", "residual", "rezero", "skipinit", "layerscale", "fixup", "highway"]
 
 
@@ -39,6 +40,7 @@ class Settings:
     norm: Norm
     start: Start
     gate_bias: float
+    combine: Combine
     depth: int
 
 
@@ -170,4 +172,9 @@ def _fixup(sketch: Sketch, place: Place, depth: int) -> Refusal | None:
     return None
 
 
-MIXES: dict[Kind, Mix] = {"add": add, "gated": gated, "dense": dense}
+def long(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:
+    """u  →  u + s(x) or W·[s(x), u], from the way down to the way up (Ronneberger et al. 2015 concatenate)"""
+    return (dense if settings.combine == "concat" else add)(sketch, source, place, lie, settings)
+
+
+MIXES: dict[Kind, Mix] = {"add": add, "gated": gated, "dense": dense, "long": long}

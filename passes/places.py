@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
 from rescompile.blocks import Report
@@ -78,6 +78,40 @@ def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Plac
             yield Refusal(pair, f"there is a shortcut already: block {existing.id}, {existing.fork} → {existing.join}")
             continue
         yield Place(fork, join, tuple(ops))
+
+
+def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
+    """Long skips, from the last value of each resolution on the way down to the first of the same on the way up.
+
+    1. Something between them lowers the resolution and something raises it again; the skip is not around a stem.
+    2. The join is what the layer behind the rise reads, so that a transposed convolution's activation comes first.
+    """
+    joins = {op for block in report for op in block.join_ops}
+    for chain in chains(graph):
+        earlier: dict[Shape, Layer] = {}  # the last layer that ended at each resolution
+        for before, after in pairwise(layers(chain, joins)):
+            start, end, there = (_positions(value) for value in (before.entry, before.end, after.entry))
+            if before.head or after.head or start is None or end is None or there is None:
+                continue
+            rises = _larger(there, end) or (there == end and _larger(end, start))
+            source = earlier.get(there) if rises else None
+            if source is not None and (source.residual or after.residual):
+                yield Refusal(after.name, "a residual block holds one of the two ends already")
+            elif source is not None:
+                ops = tuple(chain.ops_between(source.end, after.entry))
+                yield Place(source.end, after.entry, ops)
+            earlier[end] = before
+
+
+def _positions(value: Value) -> Shape | None:
+    """Extents of an image without batch and channels."""
+    return None if value.shape is None or len(value.shape) < 3 else value.shape[2:]
+
+
+def _larger(one: Shape, other: Shape) -> bool:
+    return one != other and all(
+        isinstance(a, int) and isinstance(b, int) and a >= b for a, b in zip(one, other, strict=False)
+    )
 
 
 def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
