@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rescompile.graph import Op, Shape, Value
+from rescompile.graph import Dim, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.layers import Place
 from rescompile.plans import Refusal
@@ -122,7 +122,7 @@ def _track(place: Place) -> Geometry | None:
         value = below
     rank = len(place.fork.shape or ())
     axes: list[int] = list(range(rank))  # the fork's axis that each axis of the value is
-    extents = [Extent()] * rank
+    extents: list[Extent | None] = [Extent()] * rank  # None where shortened and lengthened: the shapes tell
     channel: int | None = None
     for op, below in reversed(way):
         if op.kind is OpKind.PERMUTE:
@@ -139,15 +139,15 @@ def _track(place: Place) -> Geometry | None:
         for axis, step in enumerate(changes):
             if axis == mixed:
                 continue
-            after = extents[axes[axis]].then(step)
-            if after is None:
-                return None
-            extents[axes[axis]] = after
+            before = extents[axes[axis]]
+            extents[axes[axis]] = None if before is None else before.then(step)
     if axes != list(range(rank)):
         return None
     if channel is None:
         channel = rank - 1 if rank < 3 else 1
-    return Geometry(channel, tuple(extents))
+    ends = zip(place.fork.shape or (), place.join.shape or (), strict=True)
+    known = [extent or _resize(*end) for extent, end in zip(extents, ends, strict=True)]
+    return None if None in known else Geometry(channel, tuple(extent for extent in known if extent is not None))
 
 
 def _main_operand(op: Op, inside: set[Op], fork: Value) -> Value | None:
@@ -207,16 +207,16 @@ def _windows(op: Op, kernel: tuple[int, ...]) -> list[Extent]:
 
 def _resized(before: Shape, after: Shape) -> list[Extent] | None:
     """Enlarged by a whole factor, or cut down to a divisor, along each spatial axis."""
-    found = [Extent(), Extent()]
-    for old, new in zip(before[2:], after[2:], strict=True):
-        if old == new:
-            found.append(Extent())
-        elif not isinstance(old, int) or not isinstance(new, int) or not old or not new:
-            return None
-        elif new % old == 0:
-            found.append(Extent(factor=new // old))
-        elif old % new == 0:
-            found.append(Extent(old // new, old // new - 1))
-        else:
-            return None
-    return found
+    found = [_resize(old, new) for old, new in zip(before[2:], after[2:], strict=True)]
+    return None if None in found else [Extent(), Extent(), *(extent for extent in found if extent is not None)]
+
+
+def _resize(old: Dim, new: Dim) -> Extent | None:
+    """From one extent to another that is as large, a multiple or a divisor; None for any other."""
+    if old == new:
+        return Extent()
+    if not isinstance(old, int) or not isinstance(new, int) or not old or not new:
+        return None
+    if new % old == 0:
+        return Extent(factor=new // old)
+    return Extent(old // new, old // new - 1) if old % new == 0 else None

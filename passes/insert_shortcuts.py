@@ -27,8 +27,8 @@ class InsertShortcuts:
     """y = F(x)  →  y = F(x) + s(x), with s the identity where shapes are equal and matched to them where not
 
     1. Where: every `every` layers; or the places that `between` names, as FORK:JOIN; or, with neither, pairs of layers
-       within a stage. With kind=long, from each resolution on the way down to the same on the way up. The first layer behind an input and all from a reduction to a vector on stay outside, and so does
-       what lies in a residual block already.
+       within a stage; with kind=long, from each resolution on the way down to the same one on the way up. The first
+       layer behind an input, all from a reduction to a vector on, and what lies in a residual block stay outside.
     2. The join comes before the last activation of the skipped layers (He et al. 2015), after it, or, with
        `pre-activation`, between two bare contractions (He et al. 2016).
     3. Fork and join hold floating-point numbers, and no layer between them shares its weights with another.
