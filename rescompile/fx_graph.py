@@ -24,6 +24,7 @@ from rescompile.errors import GraphError
 from rescompile.fx_bodies import read_bodies
 from rescompile.fx_emit import EMITTERS, emit
 from rescompile.fx_functional import make_functional
+from rescompile.fx_modes import new_norm
 from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Reader
@@ -93,6 +94,13 @@ class FxGraph(Graph):
     def native_bodies(self, op: Op) -> tuple[Body, ...]:
         """The graphs that the operation's node runs."""
         return read_bodies(self, op)
+
+    def insert(self, *arguments: Any, **options: Any) -> Op:
+        """A new operation, native node included; a batch norm among them follows `train()` and `eval()`."""
+        op = super().insert(*arguments, **options)
+        for node in op.native:
+            new_norm(node, self.training)
+        return op
 
     def native_emit(self, op: Op) -> None:
         """Nodes for `op`, before the node that it replaces or else behind its last operand."""

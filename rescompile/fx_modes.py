@@ -109,6 +109,13 @@ def _set_argument(node: fx.Node, place: str, value: Any) -> None:
         node.update_kwarg(place, value)
 
 
+def new_norm(node: fx.Node, training: bool) -> None:
+    """Let a batch norm that no capture has seen follow the mode, where it keeps running statistics."""
+    if node.target is _BATCH_NORM and node.args[3] is not None:
+        record(node, "modes", [["training", False, True]])
+        node.update_arg(5, training)
+
+
 def carry_over(module: nn.Module, old: Sequence[fx.Node], new: Sequence[fx.Node]) -> None:
     """What kinds do not say, from the nodes of an operation to those that it is made anew of."""
     source = next((node for node in old if node.op in ("call_module", "call_function", "call_method")), None)
