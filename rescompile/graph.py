@@ -375,9 +375,7 @@ class Graph:
         """Contents of a parameter or literal."""
         return np.asarray(value.native)
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
+    def native_evaluate(self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
         """What an operation that no kind describes gives for these operands."""
         raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
 
