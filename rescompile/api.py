@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
     from rescompile.differences import GraphDiff
+    from rescompile.exploring import Exploration, Training
     from rescompile.gradients import GradientFlow
 
 PassLike: TypeAlias = str | Pass | Pipeline
@@ -132,6 +133,29 @@ def diff(before: Any, after: Any, *, names: tuple[str, str] = ("A", "B")) -> Gra
     from rescompile.differences import diff_graphs
 
     return diff_graphs(capture(before), capture(after), names)
+
+
+def explore(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    candidates: Passes = (),
+    inputs: Any = None,
+    training: Training | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Exploration:
+    """Try placements of shortcuts: what each costs, how far gradients reach, and, with `training`, how it trains.
+
+    `candidates`: passes, `insert-shortcuts` over several numbers of layers, joins and kinds where none are given;
+    `inputs`: data for the one backward pass, random where there is none.
+    """
+    from rescompile.exploring import EVERY, JOINS, KINDS, grid
+    from rescompile.exploring import explore as explore_graph
+
+    chosen = resolve(candidates or grid(EVERY, JOINS, KINDS))
+    graph = capture(model, example_inputs)
+    return explore_graph(graph, chosen, inputs=inputs, training=training, seed=seed, progress=progress)
 
 
 def compile(

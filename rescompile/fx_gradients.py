@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,12 +39,7 @@ def measure(graph: Graph, report: Report, inputs: Inputs | None = None, seed: in
 
     RescompileError when the graph cannot be run in torch, or when no gradient leads from its outputs to its blocks.
     """
-    extents: dict[str, int] = {}
-    if inputs is None:
-        extents = _extents(graph)
-        data, arrays = f"random inputs, seed {seed}", _random_inputs(graph, seed, extents)
-    else:
-        data, arrays = "the given inputs", _named(graph, inputs)
+    arrays, data, extents = example_arrays(graph, inputs, seed)
     own = set(graph.values)
     blocks = [block for block in report.blocks if block.fork_value in own and join_of(block) in own]
     if not blocks:
@@ -57,6 +53,14 @@ def measure(graph: Graph, report: Report, inputs: Inputs | None = None, seed: in
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def example_arrays(graph: Graph, inputs: Inputs | None, seed: int) -> tuple[dict[str, Data], str, dict[str, int]]:
+    """Inputs by name, in words what they are, and what symbolic extents count as in random ones."""
+    if inputs is not None:
+        return _named(graph, inputs), "the given inputs", {}
+    extents = _extents(graph)
+    return _random_inputs(graph, seed, extents), f"random inputs, seed {seed}", extents
 
 
 def _extents(graph: Graph) -> dict[str, int]:
@@ -132,7 +136,7 @@ class _Run:
         module.requires_grad_(False)
         for value, tensor in self.trained.items():
             tensor.requires_grad_()
-            tensor.register_post_accumulate_grad_hook(self._taker(value))
+            tensor.register_post_accumulate_grad_hook(self._taker(value))  # type: ignore[no-untyped-call]
 
     def _taker(self, value: Value) -> Callable[[Tensor], None]:
         def take(tensor: Tensor) -> None:
@@ -155,7 +159,11 @@ class _Run:
         for total in self.waiting.get(value, ()):
             total.add(value, tensor)
         if value in self.ends and tensor.requires_grad and value not in self.trained:
-            tensor.register_hook(lambda gradient: self.norms.__setitem__(value, _norm(gradient)))
+            note = partial(self._note, value)
+            tensor.register_hook(note)  # type: ignore[no-untyped-call]
+
+    def _note(self, value: Value, gradient: Tensor) -> None:
+        self.norms[value] = _norm(gradient)
 
     def backward(self, outputs: Sequence[tuple[str, Tensor]], positions: Sequence[int], seed: int) -> tuple[str, ...]:
         """Names of the outputs that the gradient came from."""
@@ -206,7 +214,8 @@ def _signal(tensor: Any) -> Signal:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).cpu()
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)
+    return norm.cpu()
 
 
 def _cotangent(tensor: Tensor, name: str, seed: int) -> Tensor:

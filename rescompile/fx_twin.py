@@ -359,13 +359,14 @@ def _bind(graph: Graph, inputs: Mapping[str, Data], device: torch.device) -> lis
             raise GraphError(f"The model's input '{value.name}' is missing: it takes {', '.join(names)}.")
         tensor = _as_tensor(inputs[value.name]).to(device)
         given = str(tensor.dtype)[6:]
+        shape = tuple(tensor.shape)
         fits = value.shape is None or (
-            len(value.shape) == tensor.ndim
-            and all(isinstance(dim, str) or dim == extent for dim, extent in zip(value.shape, tensor.shape, strict=True))
+            len(value.shape) == len(shape)
+            and all(isinstance(dim, str) or dim == extent for dim, extent in zip(value.shape, shape, strict=True))
         )
         if not fits or value.dtype not in (None, given):
             wanted = f"{value.dtype or ''}{'' if value.shape is None else list(value.shape)}"
-            raise GraphError(f"Input '{value.name}' is {given}{list(tensor.shape)} and the model takes {wanted}.")
+            raise GraphError(f"Input '{value.name}' is {given}{list(shape)} and the model takes {wanted}.")
         bound.append((value, tensor))
     return bound
 

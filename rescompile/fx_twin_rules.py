@@ -91,10 +91,15 @@ def _slice(t: Any, x: list[Any], attrs: Attrs) -> Any:
             raise GraphError("a slice ends at an extent that is not known")
         return known
 
-    starts, stops = ([number(bound) for bound in attrs[key]] for key in ("starts", "stops"))
-    if any(step < 0 for step in attrs["steps"]):
-        raise GraphError("a slice that runs backwards has no torch form")
-    return EMITTERS[K.SLICE](t, x, {**attrs, "starts": starts, "stops": stops})
+    result = x[0]
+    for axis, start, stop, step in zip(*(attrs[key] for key in ("axes", "starts", "stops", "steps")), strict=True):
+        first, last = number(start), number(stop)
+        if step > 0:
+            result = t(aten.slice.Tensor, result, axis, first, last, step)
+        else:
+            places = range(*slice(first, last, step).indices(result.shape[axis]))
+            result = t(aten.index_select.default, result, axis, torch.tensor(list(places), device=t.device))
+    return result
 
 
 def _topk(t: Any, x: list[Any], attrs: Attrs) -> Any:

@@ -398,9 +398,7 @@ class Graph:
         """The graphs inside the native nodes of an opaque operation, read anew on each call."""
         return ()
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
+    def native_evaluate(self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
         """What an operation that no kind describes gives for these operands."""
         raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
 

@@ -134,9 +134,7 @@ class OnnxGraph(Graph):
         except (OSError, ValueError) as error:
             raise GraphError(f"The contents of '{value.name}' cannot be read: {error}") from error
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
+    def native_evaluate(self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
         """The outputs of the operation's one node, computed by the runtime alone."""
         if len(op.native) != 1:
             raise GraphError(f"'{op.name}' stands for several nodes, which are not computed one by one.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rescompile.errors import RescompileError
 from rescompile.gradients import GradientFlow
+
+if TYPE_CHECKING:
+    from rescompile.exploring import Exploration
 
 _FORMATS = ("png", "svg")
 
@@ -34,7 +38,7 @@ def draw(flow: GradientFlow, format_: str) -> bytes:
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     signals, gradients = figure.subplots(2, 1, sharex=True)
-    places = range(len(flow.blocks))
+    places = [block.block.id for block in flow]
     for name in ("fork", "join", "branch", "skip"):
         _line(signals, places, [_variance(getattr(block, name)) for block in flow], name)
     for name, label in (("fork", "∂L/∂fork"), ("join", "∂L/∂join"), ("parameter", "∂L/∂θ of the branch")):
@@ -59,12 +63,42 @@ def draw(flow: GradientFlow, format_: str) -> bytes:
     return buffer.getvalue()
 
 
+def save_exploration(exploration: Exploration, path: str | os.PathLike[str]) -> None:
+    """Write the picture of an exploration to a file: loss, or gradient flow, against what each placement adds."""
+    format_ = format_of(path)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    tried = [candidate for candidate in exploration.candidates if not candidate.reason]
+    trained = any(candidate.loss is not None for candidate in tried)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (key, label) in zip(panels, (("flops", "added FLOPs"), ("parameters", "added parameters")), strict=True):
+        for candidate in tried:
+            height = candidate.loss if trained else candidate.ratio
+            if height is None:
+                continue
+            across = candidate.added.get(key, 0)
+            axes.scatter([across], [height], marker="x" if candidate.pruned else "o")
+            name = candidate.spec.removeprefix("insert-shortcuts")
+            axes.annotate(name, (across, height), fontsize="x-small", textcoords="offset points", xytext=(3, 3))
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("loss" if trained else "gradient, first layer over last")
+    if not trained:
+        panels[0].set_yscale("log")
+    figure.suptitle(f"{exploration.model or 'model'}: placements of shortcuts", fontsize="medium")
+    metadata: dict[str, Any] = {"Date": None} if format_ == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "rescompile"}):
+        figure.savefig(path, format=format_, metadata=metadata, dpi=120)
+
+
 def _variance(signal: Any) -> float | None:
     return None if signal is None else signal.variance
 
 
 def _line(axes: Any, places: Any, numbers: list[float | None], label: str) -> None:
     """A line with gaps where a block has no number, or one that a logarithm has no place for."""
-    heights = [number if number is not None and number > 0 else float("nan") for number in numbers]
-    if any(height == height for height in heights):
+    heights = [number if number is not None and number > 0 else math.nan for number in numbers]
+    if not all(math.isnan(height) for height in heights):
         axes.plot(places, heights, marker=".", linewidth=1, label=label)
