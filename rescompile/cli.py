@@ -319,6 +319,53 @@ def bench(
     _print_result(result, as_json)
 
 
+@app.command()
+def explore(
+    model: Model,
+    every: Annotated[str, typer.Option("--every", metavar="N,...", help="layers that a shortcut skips")] = "1,2,3",
+    joins: Annotated[
+        str, typer.Option("--join", metavar="JOIN,...", help="where the skip joins")
+    ] = "before-activation,after,pre-activation",
+    kinds: Annotated[
+        str, typer.Option("--kind", metavar="KIND,...", help="of add, gated, dense, long")
+    ] = "add,gated,dense",
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", metavar="SPEC", help="a candidate of your own, in place of the above")
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option("--train", metavar="MODULE:FUNCTION", help="function(model, report, steps) returns a loss"),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="how long each candidate trains")] = 100,
+    storage: Annotated[
+        str | None, typer.Option("--storage", metavar="URL", help="database of the study; STUDY.db here otherwise")
+    ] = None,
+    study: Annotated[str, typer.Option("--study", help="name of the study in the database")] = "rescompile",
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="draw it, as .png or .svg")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of new weights and random inputs")] = 0,
+    inputs: Inputs = None,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Try placements of shortcuts in MODEL: costs, gradient flow and, with --train, losses side by side."""
+    from rescompile.cli_explore import run_explore, training_of
+
+    training = None if train is None else training_of(train, steps, storage, study, seed)
+    graph = _load(model, inputs, trust)
+    with stage("Exploring"):
+        found = run_explore(
+            graph,
+            every=every,
+            joins=joins,
+            kinds=kinds,
+            passes=passes or [],
+            training=training,
+            plot=plot,
+            seed=seed,
+        )
+    _print_result(found, as_json)
+
+
 @app.command("passes")
 def passes_(as_json: Json = False) -> None:
     """List the passes, their options, what they preserve."""

@@ -178,7 +178,7 @@ def _added(before: Costs, after: Costs) -> dict[str, int]:
 
 
 def _rank(candidate: Candidate) -> tuple[Any, ...]:
-    """Trained before untrained, pruned last among them; then by loss, then by how far the ratio is from 1, then cost."""
+    """The pruned come last; then by loss, then by how far the gradient ratio is from 1, then by bytes."""
     ratio = candidate.ratio
     uneven = abs(math.log10(ratio)) if ratio is not None and 0 < ratio < math.inf else math.inf
     loss = math.inf if candidate.loss is None or math.isnan(candidate.loss) else candidate.loss

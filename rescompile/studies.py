@@ -70,7 +70,7 @@ def _results(study: Any, steps: int) -> dict[str, tuple[float, int, bool]]:
     results: dict[str, tuple[float, int, bool]] = {}
     for trial in study.trials:
         name = trial.params.get(_NAME)
-        if name is None or not trial.state.is_finished() or trial.value is None and not trial.intermediate_values:
+        if name is None or not trial.state.is_finished() or (trial.value is None and not trial.intermediate_values):
             continue
         pruned = trial.state.name == "PRUNED"
         last = max(trial.intermediate_values, default=steps)
