@@ -64,7 +64,7 @@ def _inspect(graph: Graph) -> Report:
         for op, refusal in refused.items()
         if op not in joins
     )
-    return Report(graph.name, graph.ir, len(graph), parameter_count(graph), tuple(blocks), not_residual)
+    return Report(graph.name, graph.ir, len(graph), parameter_count(graph), tuple(blocks), not_residual, graph)
 
 
 class _Original:
@@ -146,6 +146,7 @@ def _block(
         shape=draft.join_value.shape,
         module=_module(draft),
         fused=join_op.has(Trait.FUSED),
+        branch_count=max(1, len(draft.branches)) if draft.kind in ("parallel", "branches") else 1,
     )
 
 
