@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,6 +90,7 @@ def inspect(
     why: Annotated[
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
+    costs: Annotated[bool, typer.Option("--costs", help="show what every branch and shortcut costs")] = False,
 ) -> None:
     """Show the residual structure of MODEL."""
     from rescompile.cli_files import check_writable, write_text
@@ -99,15 +101,11 @@ def inspect(
     from rescompile import api
 
     with stage("Looking for residual blocks"):
-        report = api.inspect(graph)
+        report = replace(api.inspect(graph), show_costs=costs)
     if html is not None:
         write_text(html, html_page(report, model))
     if why is not None:
-        explanation = api.explain(graph, report, why)
-        if as_json:
-            say_json({"node": why, "explanation": explanation})
-        else:
-            say(explanation)
+        _print_result(api.explain(graph, report, why), as_json)
     else:
         _print_result(report, as_json)
 

@@ -55,8 +55,8 @@ def meaning_lines(report: Report) -> list[str]:
     depth = report.depth
     if depth is not None:
         lines.append(
-            f"depth {depth.nominal} working operations ({depth.layers} layers), "
-            f"{depth.shortest} ({depth.shortest_layers}) on the shortest way"
+            f"the longest way takes {depth.nominal} working operations ({depth.layers} layers), "
+            f"the shortest {depth.shortest} ({depth.shortest_layers})"
         )
     if report.overhead is not None:
         lines.append(overhead_line(report.overhead))

@@ -1,8 +1,9 @@
 """How deep a graph is: by the longest way from an input to an output, and by the shortest, through all the skips.
 
-Both are exact, by dynamic programming over the operations. The longest way may enter a branch from outside (an encoder's
-memory); the shortest follows the residual stream: it crosses a block through its shortcut or its branch, never by an
-attention mask that enters the last block only. A projection counts what it holds, so a skip with one is not free.
+Both are exact, by dynamic programming over the operations. The longest way may enter a branch from outside (by an
+encoder's memory); the shortest follows the residual stream: it crosses a block through its shortcut or its branch, and
+never enters one past its fork, as an attention mask does. A projection counts what it holds: a skip with one is not
+free.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ def _crossings(members: Members, measure: _Measure) -> dict[int, dict[Value, int
     for block in members.blocks:  # nested ones first
         inside = {*block.branch_ops, *block.shortcut_ops, *members.mix.get(block.id, ()), *block.join_ops}
         found = {block.fork_value: 0}
+        skip = block.join_op.inputs[block.skip_index]
+        if skip is not None and skip.producer not in inside:
+            found[skip] = 0  # a part of the fork: features that every concatenation of a dense block lists anew
         for op in sorted(inside, key=_order):
             _advance(op, found, members, across, measure)
         across[block.id] = {value: found[value] for value in block.join_op.outputs if value in found}
@@ -119,7 +123,7 @@ def _advance(
 
 
 def _steps(op: Op, output: Value, cost: bool) -> list[tuple[Value, int]]:
-    """What leads to an output, with the operations that the step counts as: of a fused join, the skip passes for free."""
+    """What leads to an output, and what each step counts as: through a fused join, the skip passes for free."""
     weight = int(cost)
     if not op.has(Trait.FUSED):
         return [(value, weight) for value in op.operands]

@@ -89,6 +89,12 @@ def _sign(block: Block) -> str:
 def _activation(block: Block) -> str:
     """The activation that alone reads the sum, or its norm."""
     value = block.join_value
+    if block.join_op.kind is OpKind.CONCAT and any(
+        user.kind is OpKind.CONCAT and user is not block.join_op
+        for operand in block.join_op.operands
+        for user, _ in operand.uses
+    ):
+        return ""  # the features go on as they are, in the next concatenation
     if value is None:
         outer = block.join_op.attrs.get("outer", "none")
         return "" if outer == "none" else str(outer)
