@@ -8,16 +8,18 @@ from math import comb, log2
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
 from benchmarks.detection import nested, one_fork
 from rescompile.blocks import Report
 from rescompile.costs import graph_costs, op_cost, trained_parameters
-from rescompile.detection import inspect_graph
+from rescompile.detection import Explainer, inspect_graph
 from rescompile.graph import Graph, Op, Value
 from rescompile.structure.depth import is_layer
 from rescompile.structure.equations import block_equation
 from rescompile.structure.overhead import PathCost
 from tests.graphs import Builder, K, attention, mlp, residual_mlp, resnet_block, transformer_layer
+from tests.test_detect_properties import residual_graphs
 
 
 def resnet18() -> Graph:
@@ -437,6 +439,26 @@ def test_a_fused_join_pays_for_reading_the_skip() -> None:
     assert (report.depth.layers, report.depth.shortest_layers) == (2, 0)
 
 
+def test_the_norm_of_a_fused_join_is_no_overhead() -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    normed = b.layer_norm(x)
+    for _ in range(2):
+        op = b.ops(
+            K.ADD_NORM, x, b.linear(normed, 8), b.param(8), b.param(8), shapes=[x.shape, x.shape], norm="layer", axis=2
+        )
+        normed, x = op.outputs
+    report = inspect_graph(b.output(b.linear(normed, 4)))
+    # Reading the skip and writing the sum; nothing reads the second sum.
+    assert [shortcut for _, shortcut in priced(report).values()] == [PathCost(0, 40, 320), PathCost(0, 40, 160)]
+    # The first block's branch holds a norm and a linear; the second's the norm of the fused operation and a linear.
+    first, second = (branch for branch, _ in priced(report).values())
+    assert (first.parameters, second.parameters) == (88, 88)
+    assert first.flops == second.flops
+    assert report.overhead is not None
+    assert report.overhead.skips.parameters == 0
+
+
 def test_an_operation_in_the_branches_of_two_nested_blocks_counts_once_in_the_outer_one() -> None:
     b = Builder()
     x = b.relu(b.input(2, 8))
@@ -488,3 +510,48 @@ def test_table_with_costs_has_their_columns() -> None:
     assert "branch: params" in text
     assert "shortcut: params" in text
     assert max(map(len, text.splitlines())) <= 140
+
+
+# ---- random graphs -------------------------------------------------------------------------------------------------
+
+
+def polynomial(report: Report, parent: int | None) -> list[int]:
+    """How many ways take k of the branches inside `parent`, for each k."""
+    product = [1]
+    for block in report.children.get(parent, []):
+        factor = [1, *polynomial(report, block.id)]
+        product = [int(count) for count in np.convolve(np.array(product, object), np.array(factor, object))]
+    return product
+
+
+def shortest_way(graph: Graph) -> int:
+    """Over all edges: where nothing enters a branch from outside, the same as along the stream."""
+    found = dict.fromkeys(graph.inputs, 0)
+    for op in graph:
+        steps = [found[value] for value in op.operands if value in found]
+        if steps:
+            found.update((value, min(steps) + is_layer(op)) for value in op.outputs)
+    return found[graph.outputs[0]]
+
+
+@given(residual_graphs())
+@settings(max_examples=100, deadline=None)
+def test_meaning_of_random_graphs_is_what_counting_one_by_one_gives(generated: tuple[Graph, object]) -> None:
+    graph, _ = generated
+    report = inspect_graph(graph)
+    counts = polynomial(report, None)
+    assert report.lengths.log2_count == pytest.approx(log2(sum(counts)), abs=1e-9)
+    shares = [report.lengths.share(length, length) for length in range(len(counts))]
+    assert shares == pytest.approx([count / sum(counts) for count in counts], abs=2e-12)
+    assert report.depth is not None
+    assert (report.depth.layers, report.depth.shortest_layers) == (longest_way(graph), shortest_way(graph))
+    assert sorted(block for chain in report.chains for block in chain.blocks) == list(range(len(report)))
+    for block in report:
+        branch, shortcut = priced(report)[block.id]
+        inside = [inner for inner in report if inner is not block and report.members.within(inner, block)]
+        mixed = {op for inner in inside for op in report.members.mix.get(inner.id, ())}
+        assert branch == counted(graph, {*report.all_branch_ops(block), *mixed})
+        sums = block.join_ops if block.kind == "gated" else (block.join_op,)
+        assert shortcut == counted(graph, {*block.shortcut_ops, *sums, *report.members.mix.get(block.id, ())})
+    explainer = Explainer(graph, report)
+    assert all(explainer.why(op.name).findings for op in graph)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rescompile.blocks import Block
 
 _NO_SKIP = ("branches",)
+_BEHIND = "behind"  # neither branch nor shortcut: what follows the sum
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,9 @@ def block_costs(graph: Graph, members: Members, extents: Mapping[str, int] | Non
                 shortcuts[block.id] += own
         if any(side == SHORTCUT and block.kind not in _NO_SKIP for block, side in parts):
             skips += own
-        branches.add(own, (_node(block, side) for block, side in parts))
+        # A fused operation may also be the next block's norm: that block does not pay for this one's sum.
+        around = parts if joined is None else [part for part in parts if members.within(joined, part[0])]
+        branches.add(own, (_node(block, side) for block, side in around))
         if own != whole:
             branches.add(whole - own, (_node(block, _rest_side(op, block, side)) for block, side in parts))
     skips += _add_parameters(graph, members, branches, shortcuts)
@@ -113,9 +116,10 @@ def block_costs(graph: Graph, members: Members, extents: Mapping[str, int] | Non
 def overhead_line(overhead: Overhead) -> str:
     """The overhead of the skips in one sentence."""
     shares = overhead.shares
+    symbols = ", ".join(f"{name} = {extent}" for name, extent in overhead.total.symbols)
     return (
         f"skips cost {shares['parameters']:.2%} of the parameters, {shares['flops']:.2%} of the FLOPs, "
-        f"{shares['bytes']:.2%} of the bytes moved"
+        f"{shares['bytes']:.2%} of the bytes moved" + (f", with {symbols}" if symbols else "")
     )
 
 
@@ -138,7 +142,7 @@ def _rest_side(op: Op, block: Block, side: str) -> str:
     """Who pays for what a join does besides adding the skip: the branch, but for a norm behind the sum."""
     if block.join_op is not op or side != SHORTCUT:
         return side
-    return SHORTCUT if op.kind is OpKind.ADD_NORM else BRANCH
+    return _BEHIND if op.kind is OpKind.ADD_NORM else BRANCH
 
 
 def _node(block: Block, side: str) -> int | None:
