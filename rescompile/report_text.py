@@ -43,9 +43,12 @@ def meaning_lines(report: Report) -> list[str]:
     """What the structure means, line by line."""
     lines = recursion_lines(report.chains, report.blocks)
     lengths = report.lengths
-    low, high = lengths.central()
-    ways = f"{round(2**lengths.log2_count):,}" if lengths.log2_count < 20 else f"2^{lengths.log2_count:.6g}"
-    lines.append(f"{ways} ways through {lengths.mean:.4g} branches on average; 95 % of them through {low} to {high}")
+    if lengths.log2_count:
+        low, high = lengths.central()
+        ways = f"{round(2**lengths.log2_count):,}" if lengths.log2_count < 20 else f"2^{lengths.log2_count:.6g}"
+        lines.append(
+            f"{ways} ways through {lengths.mean:.4g} branches on average; 95 % of them through {low} to {high}"
+        )
     if report.dense_connections:
         total = sum(report.dense_connections)
         parts = " + ".join(map(str, report.dense_connections[:8])) + (

@@ -264,6 +264,9 @@ def test_equations_of_other_kinds() -> None:
     x = b.relu(b.input(2, 8))
     assert equations(b.output(b.add(x, b.linear(x, 8), scales=(1.0, -1.0)))) == ["x − F(x)"]
     b = Builder()
+    x = b.relu(b.input(2, 8))
+    assert equations(b.output(b.add(x, b.linear(x, 8), scales=(0.75, 0.25)))) == ["0.75·x + 0.25·F(x)"]
+    b = Builder()
     x = b.input(1, 5, 8)
     n = b.layer_norm(x)
     assert equations(b.output(b.add(x, attention(b, n), mlp(b, n)))) == ["x + A(N(x)) + F(N(x))"]

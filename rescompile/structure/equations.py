@@ -45,9 +45,8 @@ def _joined(block: Block) -> str:
         return " + ".join(branches)
     if block.kind == "gated":
         return f"T(x)·{branches[0]} + (1 − T(x))·{skip}"
-    if block.scale is not None and block.scale.on == "skip":
-        skip = f"{_factor(block.scale.type, block.scale.factor)}{skip}"
     join = block.join_op
+    skip = f"{_factor(block, 'skip')}{skip}"
     if join.kind is OpKind.CONCAT:
         return f"[{skip}, {', '.join(branches)}]"
     if join.kind is not OpKind.ADD and not join.has(Trait.FUSED):
@@ -68,15 +67,31 @@ def _branch(block: Block, letter: str, read: str) -> str:
         text = f"N({text})"
     if block.kind == "stochastic":
         text = f"b·{text}"
-    if block.scale is not None and block.scale.on == "branch":
-        text = f"{_factor(block.scale.type, block.scale.factor)}{text}"
-    return text
+    return f"{_factor(block, 'branch')}{text}"
 
 
-def _factor(type_: str, factor: float | str) -> str:
-    if type_ == "vector":
+def _factor(block: Block, on: str) -> str:
+    """The factor of the branch or the skip, "" for none; a sum may have one on each of the two."""
+    own = _sum_factors(block)
+    if any(factor not in (None, 1.0) for factor in own.values()):
+        factor = own[on]
+        return "" if factor in (None, 1.0) else f"{factor:g}·"
+    scale = block.scale
+    if scale is None or scale.on != on:
+        return ""
+    if scale.type == "vector":
         return "λ⊙"
-    return f"{factor:g}·" if isinstance(factor, float) else "α·"
+    return f"{scale.factor:g}·" if isinstance(scale.factor, float) else "α·"
+
+
+def _sum_factors(block: Block) -> dict[str, float | None]:
+    """What the join itself multiplies its operands by, without signs; None where its terms differ."""
+    op = block.join_op
+    if op.kind is not OpKind.ADD:
+        return {"skip": None, "branch": None}
+    skip = abs(op.scales[block.skip_index])
+    others = {abs(scale) for index, scale in enumerate(op.scales) if index != block.skip_index}
+    return {"skip": skip, "branch": others.pop() if len(others) == 1 else None}
 
 
 def _sign(block: Block) -> str:
@@ -198,7 +213,7 @@ def chains(graph: Graph, members: Members) -> tuple[Chain, ...]:
             number=index,
             parent=group[0].parent,
             runs=_runs(streams, group),
-            reads=_reads(streams, number, group, index),
+            reads=_reads(streams, members, number, group),
             head=_head(streams, members, group[-1], ends),
             **_start(streams, members, group[0], before[group[0].id]),
         )
@@ -263,10 +278,16 @@ def _runs(streams: dict[Value, _Stream], group: Sequence[Block]) -> tuple[tuple[
     return tuple(map(tuple, runs))
 
 
-def _reads(streams: dict[Value, _Stream], number: dict[int, int], group: Sequence[Block], own: int) -> tuple[int, ...]:
+def _reads(
+    streams: dict[Value, _Stream], members: Members, number: dict[int, int], group: Sequence[Block]
+) -> tuple[int, ...]:
     entering = (streams.get(value) for block in group for value in block.outside)
     found = {number[stream.block.id] for stream in entering if stream is not None and stream.block is not None}
-    return tuple(sorted(found - {own}))
+    around: Block | None = group[0]
+    while found and around is not None:  # what a branch holds besides is the stream of the block around it
+        found.discard(number[around.id])
+        around = None if around.parent is None else members.by_id[around.parent]
+    return tuple(sorted(found))
 
 
 def _head(streams: dict[Value, _Stream], members: Members, last: Block, ends: dict[int, bool]) -> bool:
