@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -76,6 +76,7 @@ class Block:
     shape: Shape | None = None
     module: str = ""
     fused: bool = False
+    path: str = ""  # of the graph, inside an operation of the model's graph, that all names are of; "" for the latter
     branch_count: int = 1  # how many branches a `parallel` block, or a sum of `branches`, has
 
     @property
@@ -119,20 +120,25 @@ class Block:
             "shape": None if self.shape is None else list(self.shape),
             "module": self.module,
             "fused": self.fused,
+            "path": self.path,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class NotResidual:
-    """A join that is no residual one, and why. `meet`: the nearest value that its operands both come from."""
+    """A join that is no residual one, and why. `meet`: the nearest value that its operands both come from.
+
+    `path`: of the graph that the join is in, as `Block.path`.
+    """
 
     join: str
     reason: str
     meet: str | None = None
+    path: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """As in `inspect --json`, schema 1."""
-        return {"join": self.join, "reason": self.reason}
+        return {"join": self.join, "reason": self.reason, "path": self.path}
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ class Report:
     parameters: int
     blocks: tuple[Block, ...]
     not_residual: tuple[NotResidual, ...] = field(default=())
+    bodies: Mapping[str, Graph] = field(default_factory=dict)  # the graphs that operations hold, by path
     graph: Graph | None = field(default=None, repr=False, compare=False)
     show_costs: bool = field(default=False, repr=False, compare=False)  # whether the printed table has costs
 
@@ -174,7 +181,8 @@ class Report:
     def all_branch_ops(self, block: Block) -> list[Op]:
         """The branch's operations with those of the blocks nested in it, in topological order.
 
-        For many blocks at once ask `members` instead: the lists of n blocks nested in one another are n² long.
+        Blocks inside an operation of the branch are of other graphs: that operation stands for them. For many blocks at
+        once ask `members` instead: the lists of n blocks nested in one another are n² long.
         """
         found: dict[Op, None] = {}
         pending = [block]
@@ -183,7 +191,7 @@ class Report:
             found.update((op, None) for op in inner.branch_ops)
             if inner is not block:
                 found.update((op, None) for op in (*inner.shortcut_ops, *inner.join_ops))
-            pending.extend(self.children.get(inner.id, ()))
+            pending.extend(nested for nested in self.children.get(inner.id, ()) if nested.path == block.path)
         return sorted(found, key=lambda op: op.order)
 
     @cached_property
@@ -203,14 +211,14 @@ class Report:
         """The blocks as recursions y = head(Rₙ(…R₀(stem(x)))); none for a report without its graph."""
         from rescompile.structure.equations import chains
 
-        return () if self.graph is None else chains(self.graph, self.members)
+        return () if self.graph is None else chains(self.graph, self.members, self.bodies.values())
 
     @cached_property
     def overhead(self) -> Overhead | None:
         """What branches and shortcuts cost; None for a report without its graph."""
         from rescompile.structure.overhead import block_costs
 
-        return None if self.graph is None else block_costs(self.graph, self.members)
+        return None if self.graph is None else block_costs(self.graph, self.members, self.bodies.values())
 
     @cached_property
     def dense_connections(self) -> tuple[int, ...]:

@@ -71,7 +71,8 @@ def _table(report: Report) -> Table:
     priced = report.overhead if report.show_costs else None
     middle = ("scale", *_STRUCTURE) if priced is None else _COSTS
     right = {"", "ops", *_COSTS[1:]}
-    for title in ("", "kind", "shortcut", "norm", *middle, "module"):
+    inside = ["path"] if any(block.path for block in report.blocks) else []
+    for title in ("", "kind", "shortcut", "norm", *middle, "module", *inside):
         table.add_column(title, justify="right" if title in right else "left", no_wrap=title != "module")
     depth: dict[int, int] = {}
     for block in reversed(report.blocks):
@@ -80,7 +81,8 @@ def _table(report: Report) -> Table:
         number = f"{'·' * min(depth[block.id], 8)}{block.id}"
         costs = None if priced is None else priced.blocks[block.id]
         cells = _structure_cells(block) if costs is None else _cost_cells(block, costs)
-        table.add_row(*map(Text, (number, block.kind, block.shortcut, block.norm, *cells, block.module)))
+        path = [block.path] if inside else []
+        table.add_row(*map(Text, (number, block.kind, block.shortcut, block.norm, *cells, block.module, *path)))
     return table
 
 

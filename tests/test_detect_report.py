@@ -54,6 +54,7 @@ def test_json_has_the_fields_of_schema_1() -> None:
         "shape",
         "module",
         "fused",
+        "path",
         "equation",
         "costs",
     ]

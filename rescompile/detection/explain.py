@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.detection.surroundings import Surroundings, constant_readers, operand_name
 from rescompile.errors import GraphError, nearest
 from rescompile.graph import Graph, Op, Role, Value
-from rescompile.structure.members import BRANCH, JOIN, MIX, NORM, SHORTCUT, SUM, Membership
+from rescompile.structure.members import BRANCH, JOIN, MIX, NORM, SHORTCUT, SUM, Membership, skip_of
 
 _LISTED = 4
 
@@ -18,8 +18,9 @@ _LISTED = 4
 def explain(graph: Graph, report: Report, node_name: str) -> str:
     """Which block the node belongs to and in which role, or why it, as a join, ends none, and where it lies.
 
-    `node_name`: the name of an operation, of a value, or of a native node that an operation covers. GraphError with the
-    nearest name when there is none.
+    `node_name`: the name of an operation, of a value, or of a native node that an operation covers; with the path in
+    front of it where it is inside an operation (`If_3/then_branch/Add_1`) and the name alone is not unique. GraphError
+    with the nearest name when there is none.
     """
     return str(Explainer(graph, report).why(node_name))
 
@@ -29,8 +30,9 @@ class Finding:
     """One thing that a node is: its role, in which block, and for a refused join the rule and where its paths meet.
 
     `role`: fork, join, sum, mix, branch, shortcut, norm, scale, outside (enters a branch past the fork), refused (a
-    join that ends no block), stem (before the first block), between (two blocks), head (behind the last one), beside
-    (past all blocks), unread, input, parameter or constant. `of`: the operation whose parameter it is.
+    join that ends no block), holds (a graph with blocks of its own), stem (before the first block), between (two
+    blocks), head (behind the last one), beside (past all blocks), unread, input, parameter or constant. `of`: the
+    operation whose parameter it is.
     """
 
     role: str
@@ -76,45 +78,36 @@ class Explainer:
     graph: Graph
     report: Report
     surroundings: Surroundings = field(init=False)
-    _refused: dict[str, NotResidual] = field(init=False)
 
     def __post_init__(self) -> None:
         self.surroundings = Surroundings(self.graph, self.report)
-        self._refused = {join.join: join for join in self.report.not_residual}
 
     def why(self, name: str) -> Explanation:
         """What the node is. GraphError with the nearest name when there is none."""
-        op, value = self._find(name)
-        if op is None and value is not None:
-            op = value.producer
-        if op is None:
-            return Explanation(name, tuple(self._of_leaf(value)) if value is not None else ())
-        findings = self._of_op(op)
-        if name != op.name:
+        path, bare, found = _locate(self.graph, self.report, name)
+        if isinstance(found, Value):
+            return Explanation(name, tuple(self._of_leaf(found)))
+        findings = self._of_op(found, path)
+        if bare != found.name:
             first = findings[0]
-            what = f"'{name}' belongs to '{op.name}' ({op.kind.value}). "
-            findings[0] = Finding(first.role, what + first.text, first.block, first.rule, first.meet, first.of)
+            what = f"'{bare}' belongs to '{found.name}' ({found.kind.value}). "
+            findings[0] = replace(first, text=what + first.text)
         return Explanation(name, tuple(findings))
-
-    def _find(self, name: str) -> tuple[Op | None, Value | None]:
-        if self.graph.has_name(name):
-            op = next((op for op in self.graph if op.name == name), None)
-            return op, None if op is not None else self.graph.value(name)
-        for op in self.graph:
-            if any(getattr(node, "name", None) == name for node in op.native):
-                return op, None
-        known = [op.name for op in self.graph] + [value.name for value in self.graph.values]
-        raise GraphError(f"There is no operation or value '{name}' in the graph{nearest(name, known)}.")
 
     # ---- operations ------------------------------------------------------------------------------------------------
 
-    def _of_op(self, op: Op) -> list[Finding]:
+    def _of_op(self, op: Op, path: str) -> list[Finding]:
         members = self.report.members.of(op)
         findings = [self._part(op, member) for member in members]
-        refused = self._refused.get(op.name)
+        refused = self.surroundings.refused.get(op)
         if refused is not None:
             findings.append(_refusal(op, refused))
         findings += self._forks(op)
+        own = f"{path}/{op.name}" if path else op.name
+        inside = [block for block in self.report if block.path == own or block.path.startswith(f"{own}/")]
+        if inside:
+            where = ", ".join(dict.fromkeys(block.path for block in inside))
+            findings.append(Finding("holds", f"'{op.name}' holds {_listed(inside)}, in {where}.", inside[0].id))
         for value in op.outputs:
             blocks = self.surroundings.outside.get(value, ())
             if blocks:
@@ -215,8 +208,7 @@ def _refusal(op: Op, refused: NotResidual) -> Finding:
 
 
 def _join_text(op: Op, block: Block) -> str:
-    skip = op.inputs[block.skip_index]
-    skipped = block.fork if skip is None else skip.name
+    skipped = skip_of(block).name
     outside = ", ".join(f"'{value.name}'" for value in block.outside)
     return (
         f"'{op.name}' is the join of {_block_text(block)}: operand {block.skip_index}, '{skipped}', is the "
@@ -232,10 +224,49 @@ def _join_text(op: Op, block: Block) -> str:
 
 
 def _block_text(block: Block) -> str:
-    return f"block {block.id} ({block.kind}, {block.fork} → {block.join})"
+    inside = f" in {block.path}" if block.path else ""
+    return f"block {block.id} ({block.kind}, {block.fork} → {block.join}{inside})"
 
 
 def _listed(blocks: Sequence[Block]) -> str:
     names = ", ".join(str(block.id) for block in blocks[:8])
     more = f" and {len(blocks) - 8} more" if len(blocks) > 8 else ""
     return f"block{'s' if len(blocks) > 1 else ''} {names}{more}"
+
+
+def _locate(graph: Graph, report: Report, name: str) -> tuple[str, str, Op | Value]:
+    """Path, bare name and what it names: in the graph, else by its path, else wherever the bare name is unique."""
+    if graph.has_name(name) and (found := _find(graph, name)) is not None:
+        return "", name, found
+    places: list[tuple[str, str, Op | Value]] = []
+    for path, body in report.bodies.items():
+        bare = name.removeprefix(f"{path}/")
+        if (found := _find(body, bare)) is None:
+            continue
+        if bare != name:
+            return path, bare, found
+        places.append((path, bare, found))
+    if len(places) == 1:
+        return places[0]
+    if places:
+        choices = ", ".join(f"'{path}/{name}'" for path, _, _ in places[:4])
+        raise GraphError(f"There are {len(places)} operations or values '{name}' inside others: say which, {choices}.")
+    for path, body in (("", graph), *report.bodies.items()):
+        for op in body:
+            if any(getattr(node, "name", None) == name for node in op.native):
+                return path, name, op
+    known = [member.name for member in (*graph, *graph.values)]
+    for path, body in report.bodies.items():
+        known += [f"{path}/{member.name}" for member in (*body, *body.values)]
+    raise GraphError(f"There is no operation or value '{name}' in the graph{nearest(name, known)}.")
+
+
+def _find(graph: Graph, name: str) -> Op | Value | None:
+    """The operation of that name or behind the value of that name, else the value; None when there is neither."""
+    if not graph.has_name(name):
+        return None
+    found = next((op for op in graph if op.name == name), None)
+    if found is not None:
+        return found
+    value = graph.value(name)
+    return value if value.producer is None else value.producer

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from rescompile.blocks import Block, Report
+from rescompile.blocks import Block, NotResidual, Report
 from rescompile.graph import Graph, Op, Value
 from rescompile.structure.members import NORM
 
@@ -38,8 +38,14 @@ class Surroundings:
 
     def __init__(self, graph: Graph, report: Report) -> None:
         self._report = report
-        self._outputs = frozenset(graph.outputs)
-        self._refused = {join.join: join.reason.split(":")[0] for join in report.not_residual}
+        graphs = [graph, *report.bodies.values()]
+        self._outputs = frozenset(value for each in graphs for value in each.outputs)
+        named = {path: {op.name: op for op in body} for path, body in (("", graph), *report.bodies.items())}
+        self.refused: dict[Op, NotResidual] = {}
+        for join in report.not_residual:
+            op = named.get(join.path, {}).get(join.join)
+            if op is not None:
+                self.refused[op] = join
         self.forks: dict[Value, list[Block]] = {}
         self.outside: dict[Value, list[Block]] = {}
         for block in report:
@@ -57,10 +63,10 @@ class Surroundings:
 
     def _place(self, values: Sequence[Value], behind: list[Block], op: Op | None) -> Place:
         ahead = self._ahead(values)
-        own = op is not None and op.name in self._refused
+        own = op is not None and op in self.refused
         through = ""
         if ahead.refused is not None and not own:
-            reason = self._refused[ahead.refused.name]
+            reason = self.refused[ahead.refused].reason.split(":")[0]
             through = f", by way of the join '{ahead.refused.name}', which ends no block ({reason})"
         if ahead.forks:
             first = min(ahead.forks, key=_id)
@@ -104,7 +110,7 @@ class Surroundings:
                 entered.update((part.block, None) for part in parts)
                 if parts:
                     continue
-                if ahead.refused is None and op.name in self._refused:
+                if ahead.refused is None and op in self.refused:
                     ahead.refused = op
                 fresh = [output for output in op.outputs if output not in seen]
                 seen.update(fresh)

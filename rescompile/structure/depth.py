@@ -15,7 +15,7 @@ from operator import attrgetter
 from rescompile.detection.paths import works
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.structure.members import Members
+from rescompile.structure.members import Members, skip_of
 
 _CONTRACTION = Trait.WORK | Trait.PARAMETRIC | Trait.LINEAR_IN_INPUT
 _order = attrgetter("order")
@@ -97,8 +97,8 @@ def _crossings(members: Members, measure: _Measure) -> dict[int, dict[Value, int
     for block in members.blocks:  # nested ones first
         inside = {*block.branch_ops, *block.shortcut_ops, *members.mix.get(block.id, ()), *block.join_ops}
         found = {block.fork_value: 0}
-        skip = block.join_op.inputs[block.skip_index]
-        if skip is not None and skip.producer not in inside:
+        skip = skip_of(block)
+        if skip.producer not in inside:
             found[skip] = 0  # a part of the fork: features that every concatenation of a dense block lists anew
         for op in sorted(inside, key=_order):
             _advance(op, found, members, across, measure)

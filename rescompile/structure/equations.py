@@ -5,7 +5,7 @@ Letters: F what the branch does, N a norm, P a projection, T a gate, λ a vector
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def _factor(block: Block, on: str) -> str:
 def _sum_factors(block: Block) -> dict[str, float | None]:
     """What the join itself multiplies its operands by, without signs; None where its terms differ."""
     op = block.join_op
-    if op.kind is not OpKind.ADD:
+    if op.kind is not OpKind.ADD or block.skip_index >= len(op.inputs):
         return {"skip": None, "branch": None}
     skip = abs(op.scales[block.skip_index])
     others = {abs(scale) for index, scale in enumerate(op.scales) if index != block.skip_index}
@@ -117,7 +117,7 @@ def _activation(block: Block) -> str:
     while len(value.uses) == 1:
         op = next(iter(value.uses))[0]
         if op.has(Trait.ACTIVATION):
-            return op.kind.value
+            return str(op.kind.value)
         if op not in norms and op.kind not in _PASSED:
             return ""
         value = op.outputs[0]
@@ -141,6 +141,7 @@ class Chain:
     runs: tuple[tuple[int, ...], ...]
     head: bool
     reads: tuple[int, ...] = ()
+    path: str = ""  # of the graph that the chain is in, as of its blocks
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -175,6 +176,7 @@ class Chain:
             "runs": [list(run) for run in self.runs],
             "head": self.head,
             "reads": list(self.reads),
+            "path": self.path,
             "equation": self.equation,
         }
 
@@ -188,9 +190,12 @@ class _Stream:
     start: str
 
 
-def chains(graph: Graph, members: Members) -> tuple[Chain, ...]:
-    """The blocks of a committed graph as chains, in the order of their first blocks."""
-    streams = _streams(graph, members)
+def chains(graph: Graph, members: Members, bodies: Iterable[Graph] = ()) -> tuple[Chain, ...]:
+    """The blocks of a committed graph, and of the graphs that its operations hold, in the order of their first ones."""
+    graphs = list(dict.fromkeys([graph, *bodies]))
+    streams: dict[Value, _Stream] = {}
+    for each in graphs:
+        streams |= _streams(each, members)
     groups: list[list[Block]] = []
     number: dict[int, int] = {}  # by block: its chain
     before: dict[int, Block | None] = {}
@@ -205,13 +210,14 @@ def chains(graph: Graph, members: Members) -> tuple[Chain, ...]:
             groups.append([])
         groups[number[block.id]].append(block)
     ends: dict[int, bool] = {}
-    for stream in (streams.get(value) for value in graph.outputs):
+    for stream in (streams.get(value) for each in graphs for value in each.outputs):
         if stream is not None and stream.block is not None:
             ends[stream.block.id] = ends.get(stream.block.id, False) or stream.worked
     return tuple(
         Chain(
             number=index,
             parent=group[0].parent,
+            path=group[0].path,
             runs=_runs(streams, group),
             reads=_reads(streams, members, number, group),
             head=_head(streams, members, group[-1], ends),
@@ -313,7 +319,8 @@ def recursion_lines(found: Sequence[Chain], blocks: Sequence[Block]) -> list[str
     for chain in (*own, *(chain for chain in found if chain.parent is not None)):
         title = titles.get(chain.number, f"F{chain.parent}(x)")
         reads = ", ".join(titles[number] for number in chain.reads if number in titles)
-        lines.append(f"{title} = {chain.equation}" + (f", reading {reads}" if reads else ""))
+        inside = f", in {chain.path}" if chain.path else ""
+        lines.append(f"{title} = {chain.equation}" + (f", reading {reads}" if reads else "") + inside)
     shown = lines[:_CHAINS]
     if len(lines) > _CHAINS:
         shown.append(f"... and {len(lines) - _CHAINS} more chains inside branches")

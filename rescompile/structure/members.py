@@ -118,3 +118,10 @@ def _mix_ops(block: Block, known: dict[Op, str]) -> tuple[Op, ...]:
         found[op] = None
         pending.extend(op.operands)
     return tuple(sorted(found, key=lambda op: op.order))
+
+
+def skip_of(block: Block) -> Value:
+    """The join's operand that the shortcut ends in; the fork, where a call that holds the join stands for it."""
+    inputs = block.join_op.inputs
+    value = inputs[block.skip_index] if block.skip_index < len(inputs) else None
+    return block.fork_value if value is None else value

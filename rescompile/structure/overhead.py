@@ -10,14 +10,14 @@ for the skips only where no branch, and nothing outside blocks, reads it too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 from rescompile.costs import Costs, graph_costs, op_cost, tensor_size, trained_parameters
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.structure.members import BRANCH, NORM, SHORTCUT, SUM, Members
+from rescompile.structure.members import BRANCH, NORM, SHORTCUT, SUM, Members, skip_of
 
 if TYPE_CHECKING:
     from rescompile.blocks import Block
@@ -83,13 +83,19 @@ class Overhead:
         }
 
 
-def block_costs(graph: Graph, members: Members, extents: Mapping[str, int] | None = None) -> Overhead:
-    """Costs of every branch and shortcut on one call. `extents`: what symbolic extents count as (1 otherwise)."""
+def block_costs(
+    graph: Graph, members: Members, bodies: Iterable[Graph] = (), extents: Mapping[str, int] | None = None
+) -> Overhead:
+    """Costs of every branch and shortcut on one call.
+
+    `bodies`: the graphs that operations hold; each runs once. `extents`: what symbolic extents count as (1 otherwise).
+    """
     extents = extents or {}
     branches = _Subtrees(members)
     shortcuts = {block.id: PathCost() for block in members.blocks}
     skips = PathCost()
-    for op in graph:
+    graphs = list(dict.fromkeys([graph, *bodies]))
+    for op in chain.from_iterable(graphs):
         parts = [(part.block, side) for part in members.of(op) if (side := _side(part.block, part.role))]
         if not parts:
             continue
@@ -107,10 +113,24 @@ def block_costs(graph: Graph, members: Members, extents: Mapping[str, int] | Non
         branches.add(own, (_node(block, side) for block, side in around))
         if own != whole:
             branches.add(whole - own, (_node(block, _rest_side(op, block, side)) for block, side in parts))
-    skips += _add_parameters(graph, members, branches, shortcuts)
+    skips += _add_parameters(graphs, members, branches, shortcuts)
     totals = branches.totals()
     found = {block.id: BlockCosts(totals[block.id], shortcuts[block.id]) for block in members.blocks}
-    return Overhead(found, skips, graph_costs(graph, extents))
+    return Overhead(found, skips, _total([graph_costs(each, extents) for each in graphs]))
+
+
+def _total(costs: list[Costs]) -> Costs:
+    if len(costs) == 1:
+        return costs[0]
+    return replace(
+        costs[0],
+        parameters=sum(each.parameters for each in costs),
+        parameter_bytes=sum(each.parameter_bytes for each in costs),
+        flops=sum(each.flops for each in costs),
+        bytes=sum(each.bytes for each in costs),
+        ops=sum(each.ops for each in costs),
+        uncounted=sum(each.uncounted for each in costs),
+    )
 
 
 def overhead_line(overhead: Overhead) -> str:
@@ -155,17 +175,18 @@ def _skip_cost(op: Op, block: Block, whole: PathCost, extents: Mapping[str, int]
     terms = [value for value in op.operands if not value.constant]
     if not op.has(Trait.FUSED) and (op.kind is not OpKind.ADD or len(terms) <= 2):
         return whole
-    skip = op.inputs[block.skip_index] or block.fork_value
-    flops, moved = tensor_size(op.outputs[0], extents)[0], tensor_size(skip, extents)[1]
+    flops, moved = tensor_size(op.outputs[0], extents)[0], tensor_size(skip_of(block), extents)[1]
     if op.kind is OpKind.ADD_NORM and len(op.outputs) > 1 and op.outputs[1].uses:
         moved += tensor_size(op.outputs[1], extents)[1]
     return PathCost(0, min(flops, whole.flops), min(moved, whole.bytes))
 
 
-def _add_parameters(graph: Graph, members: Members, branches: _Subtrees, shortcuts: dict[int, PathCost]) -> PathCost:
+def _add_parameters(
+    graphs: Iterable[Graph], members: Members, branches: _Subtrees, shortcuts: dict[int, PathCost]
+) -> PathCost:
     """Give each parameter to the paths whose operations read it; what the skips alone have."""
     skips = 0
-    for value in trained_parameters(graph):
+    for value in chain.from_iterable(map(trained_parameters, graphs)):
         size = PathCost(tensor_size(value)[0])
         sides: dict[tuple[Block, str], None] = {}
         only_skips = True
