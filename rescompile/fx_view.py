@@ -93,6 +93,12 @@ def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     return f"{getattr(target, '__module__', None) or ''}.{getattr(target, '__name__', target)}".lstrip(".")
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether torch says of the operator that a node calls that it is pointwise."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
 def tensor_at(module: nn.Module, path: str) -> Any:
     """What is at a dotted path of the module, None when nothing is."""
     found: Any = module

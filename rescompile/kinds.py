@@ -319,7 +319,8 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
-    K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
+    # elementwise: known to compute each element from the operands' elements alone, and so no work
+    K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", elementwise=False),
 }
 del K
 for _spelled, _spec in KINDS.items():

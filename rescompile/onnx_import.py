@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
+# Operators without a kind that compute each element from the operands' elements alone.
+_ELEMENTWISE = frozenset(
+    """Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Celu Cosh IsInf Selu Shrink
+    Sinh Softsign Tan ThresholdedRelu Xor""".split()
+)
+
 
 def read(graph: OnnxGraph) -> None:
     """Fill an empty view from `graph.model`."""
@@ -138,7 +144,8 @@ class _Import:
         if reading:
             self.graph.notes.append(f"'{node.name or _name(node.outputs[0])}' ({label}) is opaque: {reading}.")
         inputs = [*node.inputs, *captured(node)]
-        return [Step(K.OPAQUE, inputs, {"target": label}, tuple(range(len(node.outputs))))]
+        attrs = {"target": label} | ({"elementwise": True} if label in _ELEMENTWISE else {})
+        return [Step(K.OPAQUE, inputs, attrs, tuple(range(len(node.outputs))))]
 
     def _site(self, node: ir.Node) -> Site:
         opset = self.model.opset_imports.get(node.domain, 1)

@@ -280,6 +280,19 @@ def test_trap_polynomial_inside_an_activation() -> None:
     assert refused(b.output(b.op(K.TANH, y))).startswith("no working branch")
 
 
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_an_unknown_operation_works_unless_it_is_elementwise(elementwise: bool) -> None:
+    # xIELU's (expm1(min(x, 0)) - x)·a is an activation
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    y = b.op(K.OPAQUE, x, shape=(2, 8), target="expm1", elementwise=elementwise)
+    graph = b.output(b.linear(b.sub(y, x), 8))
+    if elementwise:
+        assert refused(graph).startswith("no working branch")
+    else:
+        assert only(graph).shortcut == "identity"
+
+
 def test_trap_rotary_embedding() -> None:
     b = Builder()
     x, cos, sin = b.input(1, 5, 8), b.input(5, 8), b.input(5, 8)

@@ -352,6 +352,11 @@ def test_a_dropout_in_training_is_one():
     assert graph.training
 
 
+def test_an_unknown_operation_is_elementwise_where_torch_says_so():
+    graph = capture(wrap(lambda x: torch.sort(torch.expm1(x), 1)[0], (X,)), tensors((X,)))
+    assert [op.attr("elementwise") for op in graph if op.kind is K.OPAQUE] == [True, False]
+
+
 def test_a_dropout_of_rate_zero_is_none_in_training():
     assert kinds_of(capture(nn.Dropout(0.0).train(), tensors((X,)))) == []
 

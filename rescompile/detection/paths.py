@@ -43,12 +43,12 @@ _WORKING = frozenset(
 
 def works(op: Op) -> bool:
     """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions."""
-    return op.kind in _WORKING
+    return op.kind in _WORKING and not (op.kind is OpKind.OPAQUE and op.attr("elementwise"))
 
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(op.kind in _WORKING or op.outputs[0] in reach.forks for op in region)
+    return any(works(op) or op.outputs[0] in reach.forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:
