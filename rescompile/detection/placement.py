@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 
 from rescompile.blocks import Scale
 from rescompile.detection.judgement import Draft, Judgement
+from rescompile.detection.paths import is_scale
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -99,7 +100,7 @@ def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
     value = norm.outputs[0]
     while value not in judgement.outputs and value not in forks:
         op = judgement.only_user(value)
-        if op is None or not (op.kind in _PASSED or op.has(Trait.ACTIVATION)):
+        if op is None or not (op.kind in _PASSED or op.has(Trait.ACTIVATION) or is_scale(op)):
             return False
         value = op.outputs[0]
     return True
