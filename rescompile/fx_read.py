@@ -22,7 +22,7 @@ from rescompile.fx_rules_nn import NN_RULES
 from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
 from rescompile.fx_types import UNKNOWN
-from rescompile.fx_view import Deferred, Item, Native, is_check, is_elementwise, module_path, target_name
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name, works
 from rescompile.graph import Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
@@ -279,7 +279,7 @@ class Reader(Builder):
             kinds.append(self.dims.of(member))
             natives.append(member)
         own = len(labels) - len(affected)
-        attrs = {"target": target_name(node, self.modules)} | ({"elementwise": True} if is_elementwise(node) else {})
+        attrs = {"target": target_name(node, self.modules)} | ({} if works(node) else {"works": False})
         op = self.graph.add_op(
             K.OPAQUE,
             inputs,

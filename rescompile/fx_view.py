@@ -93,10 +93,10 @@ def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     return f"{getattr(target, '__module__', None) or ''}.{getattr(target, '__name__', target)}".lstrip(".")
 
 
-def is_elementwise(node: fx.Node) -> bool:
-    """Whether torch says of the operator that a node calls that it is pointwise."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+def works(node: fx.Node) -> bool:
+    """Whether the operator that a node calls may be more than elementwise or a reduction, by what torch says of it."""
+    tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else []
+    return torch.Tag.pointwise not in tags and torch.Tag.reduction not in tags
 
 
 def tensor_at(module: nn.Module, path: str) -> Any:

@@ -319,8 +319,8 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
-    # elementwise: known to compute each element from the operands' elements alone, and so no work
-    K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", elementwise=False),
+    # works: False where it is known to be elementwise or a reduction
+    K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", works=True),
 }
 del K
 for _spelled, _spec in KINDS.items():

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
-# Operators without a kind that compute each element from the operands' elements alone.
-_ELEMENTWISE = frozenset(
-    """Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Celu Cosh IsInf Selu Shrink
-    Sinh Softsign Tan ThresholdedRelu Xor""".split()
+# Operators without a kind that are elementwise, or reductions.
+_IDLE = frozenset(
+    """Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Celu Cosh IsInf
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare Selu Shrink Sinh Softsign Tan ThresholdedRelu Xor""".split()
 )
 
 
@@ -144,7 +144,7 @@ class _Import:
         if reading:
             self.graph.notes.append(f"'{node.name or _name(node.outputs[0])}' ({label}) is opaque: {reading}.")
         inputs = [*node.inputs, *captured(node)]
-        attrs = {"target": label} | ({"elementwise": True} if label in _ELEMENTWISE else {})
+        attrs = {"target": label} | ({"works": False} if label in _IDLE else {})
         return [Step(K.OPAQUE, inputs, attrs, tuple(range(len(node.outputs))))]
 
     def _site(self, node: ir.Node) -> Site:

@@ -280,17 +280,17 @@ def test_trap_polynomial_inside_an_activation() -> None:
     assert refused(b.output(b.op(K.TANH, y))).startswith("no working branch")
 
 
-@pytest.mark.parametrize("elementwise", [True, False])
-def test_an_unknown_operation_works_unless_it_is_elementwise(elementwise: bool) -> None:
-    # xIELU's (expm1(min(x, 0)) - x)·a is an activation
+@pytest.mark.parametrize("works", [True, False])
+def test_an_unknown_operation_works_unless_it_is_elementwise_or_a_reduction(works: bool) -> None:
+    # xIELU's (expm1(min(x, 0)) - x)·a is an activation, x - logsumexp(x) a softmax
     b = Builder()
     x = b.linear(b.input(2, 8), 8)
-    y = b.op(K.OPAQUE, x, shape=(2, 8), target="expm1", elementwise=elementwise)
+    y = b.op(K.OPAQUE, x, shape=(2, 8), target="expm1", works=works)
     graph = b.output(b.linear(b.sub(y, x), 8))
-    if elementwise:
-        assert refused(graph).startswith("no working branch")
-    else:
+    if works:
         assert only(graph).shortcut == "identity"
+    else:
+        assert refused(graph).startswith("no working branch")
 
 
 def test_trap_rotary_embedding() -> None:
@@ -465,6 +465,19 @@ def test_norm_that_one_of_two_readers_applies_is_not_post() -> None:
     y = b.add(x, b.linear(x, 8))
     block = only(b.output(b.layer_norm(y), y))
     assert block.norm == "none"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_norm_of_a_permuted_sum_is_post_where_its_output_goes_on(inner: bool) -> None:
+    # channels first outside the norm, and the norm's gain a factor of its own
+    b = Builder()
+    x = b.input(1, 8, 5, name="x")
+    for _ in range(2):
+        y = b.linear(b.permute(x, 0, 2, 1), 8)
+        total = b.add(x, b.permute(b.linear(b.layer_norm(y), 8) if inner else y, 0, 2, 1))
+        normed = b.op(K.RMS_NORM, b.permute(total, 0, 2, 1), None, shape=(1, 5, 8))
+        x = b.permute(b.mul(b.param(8), normed), 0, 2, 1)
+    assert [block.norm for block in inspect_graph(b.output(x))] == ["post", "post"]
 
 
 @pytest.mark.parametrize("closing", [True, False])

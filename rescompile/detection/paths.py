@@ -43,7 +43,7 @@ _WORKING = frozenset(
 
 def works(op: Op) -> bool:
     """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions."""
-    return op.kind in _WORKING and not (op.kind is OpKind.OPAQUE and op.attr("elementwise"))
+    return op.kind in _WORKING and (op.kind is not OpKind.OPAQUE or bool(op.attr("works")))
 
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
