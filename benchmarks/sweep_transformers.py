@@ -161,10 +161,14 @@ _DEPTH: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_feat_extract_layers|num_conv_layers|num_upsampling_stages|num_dense_layers", lambda old: old),
     (r"first_k_dense_replace|moe_layer_start_index|num_nextn_predict_layers", lambda old: min(old, 1)),
     (r"num_kv_shared_layers", lambda old: 0),
-    (r"(.*_)?(num_)?(.*_)?layers(_per_stack)?|(.*_)?n_layers?|(.*_)?depth|num_blocks|num_self_attends_per_block",
-     lambda old: min(old, LAYERS)),
-    (r"vocab_size|src_vocab_size|tgt_vocab_size|decoder_vocab_size|.*vocab_size(_per_layer_input)?",
-     lambda old: min(old, VOCABULARY)),
+    (
+        r"(.*_)?(num_)?(.*_)?layers(_per_stack)?|(.*_)?n_layers?|(.*_)?depth|num_blocks|num_self_attends_per_block",
+        lambda old: min(old, LAYERS),
+    ),
+    (
+        r"vocab_size|src_vocab_size|tgt_vocab_size|decoder_vocab_size|.*vocab_size(_per_layer_input)?",
+        lambda old: min(old, VOCABULARY),
+    ),
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts", lambda old: min(old, 4)),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|topk|num_selected_experts|top_k_experts", lambda old: min(old, 2)),
     (r"n_group|topk_group|num_expert_group|num_hash_buckets", lambda old: 1 if old < 64 else old),
@@ -177,10 +181,15 @@ _NARROW: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"(.*)head_dim|d_kv|dim_head|attention_head_size|rotary_dim|(.*)head_size", lambda old: min(old, 8)),
     (r"upsample_groups|n_groups|mamba_n_groups", lambda old: min(old, 2) if old < 64 else WIDTH),
     (r"(q|kv|o)_lora_rank", lambda old: min(old, 16)),
-    (r".*(intermediate|ffn|mlp|feed_?forward|inner).*(size|dim)|d_ff|dff|dim_ff|.*_linear_units", lambda old: min(old, 64)),
-    (r".*(hidden_size|hidden_dim|embed_dim|embedding_size|projection_dim|_width|d_model|n_embd|proj_dim|pooler_output_size)"
-     r"|dim|d_model|n_embd|out_hidden_size|.*_hidden_size.*|output_dim|lru_width|fpn_feature_size|mask_dim|mask_feature_size",
-     lambda old: min(old, WIDTH)),
+    (
+        r".*(intermediate|ffn|mlp|feed_?forward|inner).*(size|dim)|d_ff|dff|dim_ff|.*_linear_units",
+        lambda old: min(old, 64),
+    ),
+    (
+        r".*(hidden_size|hidden_dim|embed_dim|embedding_size|projection_dim|_width|d_model|n_embd|proj_dim|pooler_output_size)"
+        r"|dim|d_model|n_embd|out_hidden_size|.*_hidden_size.*|output_dim|lru_width|fpn_feature_size|mask_dim|mask_feature_size",
+        lambda old: min(old, WIDTH),
+    ),
     (r"image_size|img_size|pretrain_image_size", lambda old: min(old, 32)),
     (r"patch_size", lambda old: min(old, 8)),
 )
@@ -196,7 +205,9 @@ def _shrink(config: Any, narrow: bool) -> None:
     deep = next((getattr(config, field, None) for field in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
                  if isinstance(getattr(config, field, None), int)), None)  # fmt: skip
     fields = {name: value for name, value in vars(config).items() if value is not None and not isinstance(value, bool)}
-    kept = None if any(isinstance(fields.get(stage), (list, tuple)) for stage in _STAGES) else _kept_layers(fields, deep)
+    kept = (
+        None if any(isinstance(fields.get(stage), (list, tuple)) for stage in _STAGES) else _kept_layers(fields, deep)
+    )
     for name, value in fields.items():
         new = value
         if isinstance(value, int):
@@ -262,7 +273,9 @@ def _kept_layers(fields: dict[str, Any], deep: int | None) -> list[int] | None:
     for index, sort in enumerate(zip(*sorts, strict=True)):
         found.setdefault(tuple(map(str, sort)), index)
     kept = sorted(found.values())[:4]
-    return kept if len(kept) >= LAYERS else sorted({*kept, *range(deep)} - set(range(LAYERS, deep)) | set(kept))[:LAYERS]
+    return (
+        kept if len(kept) >= LAYERS else sorted({*kept, *range(deep)} - set(range(LAYERS, deep)) | set(kept))[:LAYERS]
+    )
 
 
 def _small(name: str, value: int, narrow: bool) -> int:
@@ -309,7 +322,11 @@ def _choices(name: str, model: Any) -> Iterator[Inputs]:
         for tensor in _MAIN[main](model.config):
             inputs = {main: tensor}
             for other, make in _COMPANIONS.items():
-                if other in parameters and other != main and (made := make(model.config, inputs, parameters)) is not None:
+                if (
+                    other in parameters
+                    and other != main
+                    and (made := make(model.config, inputs, parameters)) is not None
+                ):
                     inputs[other] = made
             yield inputs
 
@@ -331,7 +348,9 @@ def _ids(config: Any) -> Iterator[torch.Tensor]:
 
 
 def _pixels(config: Any) -> Iterator[torch.Tensor]:
-    if hasattr(config, "patch_size") and (hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")):
+    if hasattr(config, "patch_size") and (
+        hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")
+    ):
         yield from _patches(config)
         size = config.patch_size
         yield torch.randn(16, _find(config, "in_channels", "in_chans", "num_channels", default=3), size, size)
@@ -430,5 +449,7 @@ _COMPANIONS: dict[str, Callable[[Any, Inputs, Any], torch.Tensor | None]] = {
     "image_grid_thw": _required("image_grid_thw", _grid),
     "merge_sizes": _required("merge_sizes", lambda *_: torch.tensor([1])),
     "input_features_mask": _required("input_features_mask", _everything("input_features")),
-    "pixel_position_ids": _required("pixel_position_ids", lambda *_: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]),
+    "pixel_position_ids": _required(
+        "pixel_position_ids", lambda *_: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+    ),
 }

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 # Operators without a kind that are elementwise, or reductions.
-_IDLE = frozenset(
-    """Acos Acosh Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Celu Cosh IsInf
-    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceSumSquare Selu Shrink Sinh Softsign Tan ThresholdedRelu Xor""".split()
-)
+_IDLE = {
+    *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Cosh", "Selu", "Shrink", "Sinh", "Softsign", "Tan"),
+    *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "IsInf", "ThresholdedRelu", "Xor"),
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
+}
 
 
 def read(graph: OnnxGraph) -> None:

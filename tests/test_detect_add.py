@@ -401,6 +401,38 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+def test_projection_shortcut_with_a_maximum_over_windows(pooled: bool) -> None:
+    # where tokens are merged, the shortcut takes the maximum of each window's; a global one is a statistic
+    b = Builder()
+    n = b.layer_norm(b.input(1, 8, 8))
+
+    def merge(value: Value) -> Value:
+        windows = b.reshape(value, 1, 2, 4, 16) if pooled else b.reshape(value, 1, 1, 8, 16)
+        return b.op(K.AMAX, windows, shape=(1, windows.shape[1], 16), axes=(2,), keepdims=False)
+
+    skip = merge(b.linear(n, 16))
+    branch = b.linear(b.matmul(b.permute(b.linear(n, 2), 0, 2, 1), b.linear(n, 16)), 16)
+    graph = b.output(b.add(skip, branch))
+    if pooled:
+        assert (only(graph).shortcut, only(graph).norm) == ("projection", "pre")
+    else:
+        assert refused(graph).startswith("broadcast")
+
+
+@pytest.mark.parametrize("beside", ["shared expert", "attention"])
+def test_a_mixture_of_experts_is_one_branch(beside: str) -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    n = b.layer_norm(x)
+    chosen = b.op(K.TOPK, b.linear(n, 8), shape=(1, 5, 8))
+    routed = b.mul(mlp(b, n), chosen)
+    other = mlp(b, n) if beside == "shared expert" else attention(b, n)
+    block = only(b.output(b.add(x, b.add(other, routed, name="sum"))))
+    assert block.kind == ("add" if beside == "shared expert" else "parallel")
+    assert block.norm == "pre"
+
+
 def test_two_blocks_in_a_row_are_not_parallel() -> None:
     b = Builder()
     x = transformer_layer(b, b.input(1, 5, 8))
