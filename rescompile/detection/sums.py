@@ -224,7 +224,7 @@ def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
     if meet is fork:
         return True
     way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) for op in way.ops)
+    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op) for op in way.ops)
 
 
 def _may_be_stream(judgement: Judgement, value: Value) -> bool:
