@@ -117,6 +117,8 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
             bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
         elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
             pads += 1
+        elif op.kind is OpKind.SCATTER and op.inputs[0] is not None and op.inputs[0].constant:
+            pads += 1
         elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
             views += 1
         elif op.kind in _NOTHING or is_scale(op):
