@@ -401,6 +401,21 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_sum_that_takes_away_what_it_adds_is_none(same: bool) -> None:
+    # x + stop_gradient(h - x), as vector quantisation writes h
+    b = Builder()
+    x = b.input(2, 8)
+    h = b.linear(b.relu(b.linear(x, 8)), 8)
+    inner = b.op(K.IDENTITY, b.add(h, x if same else b.input(2, 8), scales=(1.0, -1.0)))
+    graph = b.output(b.add(x, inner, name="join"))
+    if same:
+        assert refused(graph, "join").startswith("cancels")
+        assert covers_every_join(graph, inspect_graph(graph))
+    else:
+        assert only(graph).join == "join"
+
+
 @pytest.mark.parametrize("pooled", [True, False])
 def test_projection_shortcut_with_a_maximum_over_windows(pooled: bool) -> None:
     # where tokens are merged, the shortcut takes the maximum of each window's; a global one is a statistic
