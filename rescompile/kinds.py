@@ -320,7 +320,7 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
-    # works: False where it is known to be elementwise or a reduction
+    # works: False where it is known to move elements, to reduce, or to compute each alone
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", works=True),
 }
 del K

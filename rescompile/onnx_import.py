@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
-# Operators without a kind that are elementwise, or reductions.
+# Operators without a kind that are elementwise, or reductions, or move elements.
 _IDLE = {
     *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Cosh", "Selu", "Shrink", "Sinh", "Softsign", "Tan"),
     *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "IsInf", "ThresholdedRelu", "Xor"),
+    *("GatherElements", "GatherND", "Tile", "Trilu"),
     *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
 }
 
