@@ -401,6 +401,19 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+def test_a_block_inside_the_branch_from_a_slice_is_no_step_of_a_recurrence() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    part = b.slice(x, 1, 0, 4)
+    inner = b.add(part, b.linear(part, 4), name="inner")
+    rest = b.add(b.slice(x, 1, 4, 8), b.relu(inner), name="outer")
+    report = inspect_graph(b.output(b.linear(rest, 3)))
+    assert [(block.join, block.kind, block.shortcut) for block in report] == [
+        ("inner", "add", "identity"),
+        ("outer", "add", "view"),
+    ]
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_sum_that_takes_away_what_it_adds_is_none(same: bool) -> None:
     # x + stop_gradient(h - x), as vector quantisation writes h

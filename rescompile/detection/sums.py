@@ -267,7 +267,8 @@ def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
     """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
     if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
         return False
-    return all(_weight_is_shared(op) for op in region if works(op))
+    shared = [_weight_is_shared(op) for op in region if works(op)]
+    return bool(shared) and all(shared)
 
 
 def _weight_is_shared(op: Op) -> bool:
