@@ -31,10 +31,10 @@ _STACKS: dict[str, Expected] = {
     # x = N(x + F(x))
     **_each(
         _of("post", identity=4),
-        """albert bert bert-generation big_bird bros camembert convbert data2vec-audio data2vec-text deberta deberta-v2
-        distilbert electra ernie fnet flaubert gte hubert ibert jina_embeddings_v3 layoutlm layoutlmv3 lilt luke
-        markuplm mpnet mra nomic_bert nystromformer openai-gpt rembert roberta roc_bert roformer sew sew-d splinter
-        squeezebert tapas unispeech visual_bert wav2vec2 wavlm xlm xlm-roberta xlnet yoso""",
+        """albert bert bert-generation big_bird bros camembert convbert data2vec-text deberta deberta-v2
+        distilbert electra ernie fnet flaubert gte ibert jina_embeddings_v3 layoutlm layoutlmv3 lilt luke
+        markuplm mpnet mra nomic_bert nystromformer openai-gpt rembert roberta roc_bert roformer splinter
+        squeezebert tapas visual_bert xlm xlm-roberta xlnet yoso""",
     ),
     # x = x + F(N(x))
     **_each(
@@ -42,7 +42,7 @@ _STACKS: dict[str, Expected] = {
         """aimv2_vision_model apertus arcee aria aria_text audio-spectrogram-transformer beit biogpt bitnet bloom
         chinese_clip_vision_model clip_text_model clip_vision_model cpmant ctrl data2vec-vision decision_transformer
         deepseek_v2 deepseek_v3 deit diffllama dinov2 dinov2_with_registers dinov3_vit ernie4_5 ernie4_5_moe esmc
-        eurobert exaone_moe flex_olmo gemma gemma3n_text glm gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss
+        eurobert exaone_moe flex_olmo gemma glm gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss
         granite granitemoe helium hunyuan_v1_dense ijepa imagegpt internlm3 jais2 lfm2 llama llama4_text megatron-bert
         minicpm3 ministral mistral mixtral mlcd modernbert modernbert-decoder mpt nanochat nemotron olmo olmoe opt
         persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma roberta-prelayernorm rwkv
@@ -58,11 +58,11 @@ _STACKS: dict[str, Expected] = {
     # encoder and decoder
     **_each(
         _of("post", identity=10),
-        "bart blenderbot-small fsmt informer marian mvp plbart prophetnet time_series_transformer autoformer",
+        "bart blenderbot-small marian mvp plbart prophetnet speecht5 time_series_transformer",
     ),
     **_each(
         _of("pre", identity=10),
-        """bigbird_pegasus blenderbot longt5 m2m_100 mbart moonshine mt5 nllb-moe pegasus pegasus_x seamless_m4t
+        """bigbird_pegasus blenderbot m2m_100 mbart moonshine mt5 nllb-moe pegasus seamless_m4t
         seamless_m4t_v2 speech_to_text switch_transformers t5 udop umt5 whisper""",
     ),
     **_each(_of("sandwich", identity=10), "t5gemma"),
@@ -72,6 +72,20 @@ _STACKS: dict[str, Expected] = {
 }
 
 _OTHERS: dict[str, Expected] = {
+    # a convolution of the features is added to them as a position encoding
+    **_each(_of("post", identity=5), "data2vec-audio hubert unispeech unispeech-sat wav2vec2 wavlm"),
+    **_each(_of("post", "the features are pooled beside their convolution", identity=4, pool=1), "sew sew-d"),
+    "pegasus_x": _of("pre", "each encoder layer adds to its global tokens as well", identity=14),
+    "idefics": _of("pre", "two layers of vision, two of text with gated cross-attention before each", identity=12),
+    "patchtst": _of("pre", identity=4),
+    "patchtsmixer": _of("pre", "features and patches mixed in each of two layers", identity=4),
+    "timesfm": _of("pre", "the input layer has a projection", identity=4, projection=1),
+    "doge": _of("pre", "sums with a trained factor for each channel of the stream", identity=4),
+    "llava": _of("pre", "text only", identity=4),
+    "aya_vision": _of("pre", "text only", parallel=2),
+    "cohere2_vision": _of("pre", "text only", parallel=2),
+    "beam": _of("sandwich", "three layers", identity=6),
+    "dac": _of("none", "three units in each of eight stages, and each of nine quantisers subtracts from the rest", identity=33),
     # state spaces: the skip D·x beside the scan is nested in the mixer's branch
     "mamba": _of("pre", identity=4),
     "falcon_mamba": _of("pre", identity=4),
@@ -95,7 +109,7 @@ _OTHERS: dict[str, Expected] = {
     ),
     "perceiver": _of("pre", "cross-attention with an MLP, two self-attentions with one each", identity=6),
     "timesformer": _of("pre", "attention over time, over space, and the MLP", identity=6),
-    "lxmert": _of("post", identity=30),
+    "lxmert": _of("post", "two layers of text, two of images, and two that attend to each other", identity=20),
     "canine": _of(
         "post", "four layers in three stacks; dense: characters beside what was made of groups of them", identity=8,
         dense=1,
@@ -105,6 +119,11 @@ _OTHERS: dict[str, Expected] = {
     "convnext": _of("inner", identity=18),
     "convnextv2": _of("inner", identity=18),
     "dinov3_convnext": _of("inner", identity=8),
+    "cvt": _of("pre", identity=26),
+    "swin": _of("pre", identity=24),
+    "swinv2": _of("branch", identity=24),
+    "dab-detr": _of(None, "the scale of positions that each encoder layer computes is a nested sum", identity=24, projection=4),
+    "maskformer": _of("pre", "Swin, a decoder of two layers, three levels of FPN", identity=22, long=3),
     "focalnet": _of("pre", identity=16),
     "hiera": _of("pre", "where a stage begins, the shortcut is a linear and a maximum over windows", identity=13,
                  projection=3),
