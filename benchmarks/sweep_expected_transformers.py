@@ -85,7 +85,9 @@ _OTHERS: dict[str, Expected] = {
     "aya_vision": _of("pre", "text only", parallel=2),
     "cohere2_vision": _of("pre", "text only", parallel=2),
     "beam": _of("sandwich", "three layers", identity=6),
-    "dac": _of("none", "three units in each of eight stages, and each of nine quantisers subtracts from the rest", identity=33),
+    "dac": _of(
+        "none", "three units in each of eight stages, and each of nine quantisers subtracts from the rest", identity=33
+    ),
     # state spaces: the skip D·x beside the scan is nested in the mixer's branch
     "mamba": _of("pre", identity=4),
     "falcon_mamba": _of("pre", identity=4),
@@ -104,14 +106,18 @@ _OTHERS: dict[str, Expected] = {
     "canary": _of("pre", "a conformer of two layers, a decoder of two", identity=14),
     "cohere_asr": _of("pre", "a conformer of two layers, a decoder of two", identity=14),
     "mobilebert": _of(
-        "none", "bottlenecks: attention, three stacked MLPs, the MLP, the way out; NoNorm is no norm", identity=10,
+        "none",
+        "bottlenecks: attention, three stacked MLPs, the MLP, the way out; NoNorm is no norm",
+        identity=10,
         projection=2,
     ),
     "perceiver": _of("pre", "cross-attention with an MLP, two self-attentions with one each", identity=6),
     "timesformer": _of("pre", "attention over time, over space, and the MLP", identity=6),
     "lxmert": _of("post", "two layers of text, two of images, and two that attend to each other", identity=20),
     "canine": _of(
-        "post", "four layers in three stacks; dense: characters beside what was made of groups of them", identity=8,
+        "post",
+        "four layers in three stacks; dense: characters beside what was made of groups of them",
+        identity=8,
         dense=1,
     ),
     "axk2": _of("pre", "dense: queries beside what was made of them, for the gate", identity=4, dense=2),
@@ -122,11 +128,14 @@ _OTHERS: dict[str, Expected] = {
     "cvt": _of("pre", identity=26),
     "swin": _of("pre", identity=24),
     "swinv2": _of("branch", identity=24),
-    "dab-detr": _of(None, "the scale of positions that each encoder layer computes is a nested sum", identity=24, projection=4),
+    "dab-detr": _of(
+        None, "the scale of positions that each encoder layer computes is a nested sum", identity=24, projection=4
+    ),
     "maskformer": _of("pre", "Swin, a decoder of two layers, three levels of FPN", identity=22, long=3),
     "focalnet": _of("pre", identity=16),
-    "hiera": _of("pre", "where a stage begins, the shortcut is a linear and a maximum over windows", identity=13,
-                 projection=3),
+    "hiera": _of(
+        "pre", "where a stage begins, the shortcut is a linear and a maximum over windows", identity=13, projection=3
+    ),
     "levit": _of("branch", "each stage two layers, an MLP behind each of the two shrinking attentions", identity=14),
     "mobilevitv2": _of("pre", identity=19),
     "pvt": _of("pre", identity=16),
@@ -139,7 +148,9 @@ _OTHERS: dict[str, Expected] = {
     "deformable_detr": _of(None, identity=22, projection=4),
     "conditional_detr": _of(None, identity=22, projection=4),
     "table-transformer": _of(None, identity=22, projection=4),
-    "mask2former": _of("pre", "Swin, a deformable encoder, a decoder of one layer, one level of FPN", identity=23, long=1),
-}  # fmt: skip
+    "mask2former": _of(
+        "pre", "Swin, a deformable encoder, a decoder of one layer, one level of FPN", identity=23, long=1
+    ),
+}
 
 EXPECTED: dict[str, Expected] = {**_STACKS, **_OTHERS}
