@@ -138,6 +138,8 @@ def _model(name: str, narrow: bool) -> Any:
 
 
 def _from_config(auto: Any, config: Any) -> Any:
+    for part in _parts(config):
+        part._experts_implementation = "batched_mm"  # matrices by a gather, which ONNX has
     try:
         return auto.from_config(config, attn_implementation="eager")
     except ValueError as error:
