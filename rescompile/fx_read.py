@@ -22,7 +22,7 @@ from rescompile.fx_rules_nn import NN_RULES
 from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
 from rescompile.fx_types import UNKNOWN
-from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name, works
 from rescompile.graph import Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
@@ -279,11 +279,12 @@ class Reader(Builder):
             kinds.append(self.dims.of(member))
             natives.append(member)
         own = len(labels) - len(affected)
+        attrs = {"target": target_name(node, self.modules)} | ({} if works(node) else {"works": False})
         op = self.graph.add_op(
             K.OPAQUE,
             inputs,
             list(zip(labels, kinds, strict=True)),
-            {"target": target_name(node, self.modules)},
+            attrs,
             name=node.name,
             native=(node, *items.values()) if several else (node,),
             natives=natives,

@@ -320,7 +320,8 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
-    K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
+    # works: False where it is known to move elements, to reduce, or to compute each alone
+    K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", works=True),
 }
 del K
 for _spelled, _spec in KINDS.items():

@@ -32,6 +32,14 @@ if TYPE_CHECKING:
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
+# Operators without a kind that are elementwise, or reductions, or move elements.
+_IDLE = {
+    *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Cosh", "Selu", "Shrink", "Sinh", "Softsign", "Tan"),
+    *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "IsInf", "ThresholdedRelu", "Xor"),
+    *("GatherElements", "GatherND", "Tile", "Trilu"),
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
+}
+
 
 def read(graph: OnnxGraph) -> None:
     """Fill an empty view from `graph.model`."""
@@ -138,7 +146,8 @@ class _Import:
         if reading:
             self.graph.notes.append(f"'{node.name or _name(node.outputs[0])}' ({label}) is opaque: {reading}.")
         inputs = [*node.inputs, *captured(node)]
-        return [Step(K.OPAQUE, inputs, {"target": label}, tuple(range(len(node.outputs))))]
+        attrs = {"target": label} | ({"works": False} if label in _IDLE else {})
+        return [Step(K.OPAQUE, inputs, attrs, tuple(range(len(node.outputs))))]
 
     def _site(self, node: ir.Node) -> Site:
         opset = self.model.opset_imports.get(node.domain, 1)

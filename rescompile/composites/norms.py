@@ -148,7 +148,7 @@ def _affine(
     region, value = list(ops), output
     best = (list(ops), output, weight, bias) if output.dtype == x.dtype else None
     while (user := recogniser.only_user(value)) is not None and user.group is None:
-        if user.kind is OpKind.CAST:
+        if user.kind in (OpKind.CAST, OpKind.IDENTITY):
             pass
         elif user.kind is OpKind.MUL and weight is None and bias is None:
             weight = _parameter(user, value, x.shape, axis)

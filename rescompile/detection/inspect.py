@@ -11,7 +11,7 @@ from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
-from rescompile.detection.gates import completes, gated_sum
+from rescompile.detection.gates import completes, gated_sum, straight_through
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
 from rescompile.detection.scatters import residual_scatter
@@ -25,7 +25,7 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 
 # join → the rules that may claim it, in turn; None from a rule leaves the join to the next
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
-    OpKind.ADD: (gated_sum, residual_sum),
+    OpKind.ADD: (straight_through, gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
     OpKind.SCATTER: (residual_scatter,),
     OpKind.MAXIMUM: (selection,),

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from rescompile.blocks import Scale
 from rescompile.detection.judgement import Draft, Judgement
+from rescompile.detection.paths import is_scale
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -88,7 +89,7 @@ def _after(judgement: Judgement, joined: Value) -> Op | None:
     while (op := judgement.only_user(value)) is not None:
         if op.has(Trait.NORM):
             return op if op.inputs[0] is value else None
-        if op.kind not in _PASSED:
+        if op.kind not in (*_PASSED, OpKind.PERMUTE):
             return None
         value = op.outputs[0]
     return None
@@ -99,7 +100,7 @@ def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
     value = norm.outputs[0]
     while value not in judgement.outputs and value not in forks:
         op = judgement.only_user(value)
-        if op is None or not (op.kind in _PASSED or op.has(Trait.ACTIVATION)):
+        if op is None or not (op.kind in (*_PASSED, OpKind.PERMUTE) or op.has(Trait.ACTIVATION) or is_scale(op)):
             return False
         value = op.outputs[0]
     return True

@@ -8,8 +8,8 @@
 5. It is no step of an unrolled recurrence.
 
 Where several operands work on the same fork beside the shortcut, the block is `parallel`: y = x + A(n(x)) + F(n(x)), as
-one sum of three, as x + (A + F) or as (x + A) + F. Where every operand is affine in the fork and works, it is a sum of
-re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
+one sum of three, as x + (A + F) or as (x + A) + F; the experts of a mixture are one branch. Where every operand is
+affine in the fork and works, it is a sum of re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
 _IDENTITY = Chain((), "identity", affine=True, working=False)
+_ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 
 
@@ -184,8 +185,12 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
         if op is None or refusal is None or not refusal.working or not _starts_at(judgement, draft.fork, refusal.meet):
             ends.append(value)
             continue
+        parts = judgement.reach.operands(op)
+        if _is_mixture(judgement, draft.fork, parts):
+            ends.append(value)
+            continue
         sums.append(op)
-        pending.extend(judgement.reach.operands(op))
+        pending.extend(parts)
     if len(ends) == 1:
         return
     working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
@@ -193,6 +198,19 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
         draft.kind = "parallel"
         draft.branches = ends
         draft.join_ops = sorted(sums, key=lambda op: op.order)
+
+
+def _is_mixture(judgement: Judgement, fork: Value, parts: Sequence[Value]) -> bool:
+    """Whether a sum is the one of a mixture of experts: some parts are routed, the others work on each position alone.
+
+    An expert that all positions share is a part of the mixture, not a branch beside it; an attention is one.
+    """
+    regions = [judgement.reach.between(fork, [part])[0] for part in parts]
+    routed = [any(op.kind in _ROUTES for op in region) for region in regions]
+    if not any(routed):
+        return False
+    plain = (region for region, is_routed in zip(regions, routed, strict=True) if not is_routed)
+    return all(op.kind is OpKind.LINEAR or op.has(Trait.NORM) or not works(op) for region in plain for op in region)
 
 
 def _tail(value: Value) -> Op | None:
@@ -213,7 +231,7 @@ def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
     if meet is fork:
         return True
     way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) for op in way.ops)
+    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op) for op in way.ops)
 
 
 def _may_be_stream(judgement: Judgement, value: Value) -> bool:
@@ -249,7 +267,8 @@ def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
     """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
     if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
         return False
-    return all(_weight_is_shared(op) for op in region if works(op))
+    shared = [_weight_is_shared(op) for op in region if works(op)]
+    return bool(shared) and all(shared)
 
 
 def _weight_is_shared(op: Op) -> bool:
