@@ -13,8 +13,8 @@ methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from rescompile.errors import GraphError, nearest
 from rescompile.kinds import OpKind, Trait
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
 
-__all__ = ["Attrs", "Dim", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+__all__ = ["Attrs", "Dim", "Evaluator", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+
+Evaluator: TypeAlias = Callable[[Sequence[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
 
 
 class Graph:
@@ -375,8 +377,8 @@ class Graph:
         """Contents of a parameter or literal."""
         return np.asarray(value.native)
 
-    def native_evaluate(self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
-        """What an operation that no kind describes gives for these operands."""
+    def native_evaluator(self, op: Op) -> Evaluator:
+        """What computes an operation that no kind describes: its results for its operands."""
         raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
 
     def native_emit(self, op: Op) -> None:
