@@ -27,7 +27,7 @@ from typing import Any
 
 from rescompile.extents import extent_of
 from rescompile.fused import expand
-from rescompile.graph import Attrs, Dim, Graph, Op, Shape, Value
+from rescompile.graph import Attrs, Body, Dim, Graph, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _K = OpKind
@@ -113,6 +113,11 @@ def cost_lines(before: Costs, after: Costs) -> list[str]:
 def parameter_count(graph: Graph) -> int:
     """How many numbers training would change: what torch counts over `module.parameters()`."""
     return sum(_elements(value.shape, {}) for value in trained_parameters(graph))
+
+
+def own_parameter_count(body: Body) -> int:
+    """As `parameter_count`, of a graph inside an operation: without those that the graph around it has."""
+    return sum(_elements(value.shape, {}) for value in trained_parameters(body.graph) if value not in body.operands)
 
 
 def trained_parameters(graph: Graph) -> list[Value]:

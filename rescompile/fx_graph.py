@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
+from rescompile.fx_bodies import read_bodies
 from rescompile.fx_emit import EMITTERS, emit
 from rescompile.fx_functional import make_functional
 from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
@@ -30,7 +31,7 @@ from rescompile.fx_result import Origin, save, to_user
 from rescompile.fx_tree import add_tensor, copy_module, device_of, owner_of, remove_tensor, to_numpy, to_torch
 from rescompile.fx_types import Dims
 from rescompile.fx_view import Item, Native
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Body, Graph, Op, Value
 from rescompile.kinds import OpKind
 
 
@@ -79,6 +80,10 @@ class FxGraph(Graph):
             module, leaf = owner_of(self.module, native.target)
             return to_numpy(getattr(module, leaf))
         return np.asarray(native, dtype=value.dtype if value.dtype != "bfloat16" else "float32")
+
+    def native_bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs that the operation's node runs."""
+        return read_bodies(self, op)
 
     def native_emit(self, op: Op) -> None:
         """Nodes for `op`, before the node that it replaces or else behind its last operand."""
