@@ -13,9 +13,9 @@ methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from rescompile.errors import GraphError, nearest
 from rescompile.kinds import OpKind, Trait
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
 
-__all__ = ["Attrs", "Body", "Dim", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+__all__ = ["Attrs", "Body", "Dim", "Evaluator", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+
+Evaluator: TypeAlias = Callable[[Sequence[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
 
 
 class Graph:
@@ -384,10 +386,8 @@ class Graph:
         """The graphs inside the native nodes of an opaque operation, read anew on each call."""
         return ()
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
-        """What an operation that no kind describes gives for these operands."""
+    def native_evaluator(self, op: Op) -> Evaluator:
+        """What computes an operation that no kind describes: its results for its operands."""
         raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
 
     def native_emit(self, op: Op) -> None:
