@@ -119,10 +119,18 @@ def _blocks(judgement: Judgement, original: _Original) -> list[Block]:
     for index, draft in enumerate(drafts):
         for op in draft.branch_ops:
             inner = number.get(op)
-            if inner is not None and inner != index:
+            if inner is not None and inner != index and not _beside(drafts[inner], draft):
                 parents.setdefault(inner, index)
     forks = {draft.fork for draft in drafts}
     return [_block(judgement, original, draft, index, parents.get(index), forks) for index, draft in enumerate(drafts)]
+
+
+def _beside(inner: Draft, outer: Draft) -> bool:
+    """Whether a block in another's branch is a stream of its own: each carries a part of one fork, and goes on."""
+    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
+        return False
+    own = {*outer.branch_ops, outer.join_op}
+    return any(user not in own for user, _ in inner.join_value.uses)
 
 
 def _block(
