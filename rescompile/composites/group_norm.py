@@ -1,6 +1,6 @@
 """Group norm, as exporters write it: the channels of a group and all positions become one row, which is normalised.
 
-    y = reshape(N(reshape(x, [N, G, −1])), shape of x) · weight + bias        N: LayerNorm or InstanceNorm of a row
+y = reshape(N(reshape(x, [N, G, −1])), shape of x) · weight + bias        N: LayerNorm or InstanceNorm of a row
 """
 
 from __future__ import annotations

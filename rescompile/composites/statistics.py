@@ -80,7 +80,11 @@ def root_of(recogniser: Recogniser, reduction: Op) -> Root | None:
             root.bounded = True
         elif rooted and not inverse and _is_reciprocal(recogniser, user):
             inverse = True
-        elif kind in (OpKind.MUL, OpKind.DIV) and number is not None and not (kind is OpKind.DIV and _is_divisor(user, value)):
+        elif (
+            kind in (OpKind.MUL, OpKind.DIV)
+            and number is not None
+            and not (kind is OpKind.DIV and _is_divisor(user, value))
+        ):
             _multiply(root, number if kind is OpKind.MUL else 1.0 / number if number else 0.0, rooted, inverse)
         elif rooted and kind is (OpKind.MUL if inverse else OpKind.DIV):
             other = _other(user, value)
