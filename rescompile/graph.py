@@ -158,18 +158,18 @@ class Graph:
 
         `before`: operations, each with its inputs, one new value and attributes, that prepare operands out of what the
         region reads; together with the one they stand for the native nodes. Only while reading, and only for operations
-        that stand for whole native nodes (`group` is None).
+        that together stand for whole native nodes.
         """
         inside, kept = frozenset(ops), frozenset(outputs)
         for op in ops:
-            if op.group is not None:
-                raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered.")
+            if op.group is not None and not set(op.group) <= set(ops):
+                raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered without them.")
             self._check_unread(op, inside, kept)
         orphans = dict(self._orphans)
         for op in ops:
             self._unlink(op, keep=kept)
         self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
-        native = tuple(node for op in ops for node in op.native)
+        native = tuple(dict.fromkeys(node for op in ops for node in op.native))
         order = max(member.order for member in ops)
         members = []
         for step_kind, step_inputs, step_outputs, step_attrs in (

@@ -7,6 +7,7 @@ rest is presented.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+# torch says of each parameter and buffer what it is; a number without it is a literal of the module's code.
+_SIGNATURE_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 # Operators without a kind that are elementwise, or reductions, or move elements.
 _IDLE = {
@@ -67,9 +70,12 @@ class _Import:
             if value.name not in native.initializers:
                 kind = self.facts.type(value)
                 self.values[value] = self.graph.add_input(_name(value), kind.shape, kind.dtype, value)
+        exported = any(_SIGNATURE_KEY in value.metadata_props for value in native.initializers.values())
         for value in native.initializers.values():
             if value in needed:
-                self._present_constant(value, Role.PARAMETER)
+                number = value.shape is not None and math.prod(value.shape.numpy()) == 1
+                written = exported and number and not value.metadata_props
+                self._present_constant(value, Role.CONSTANT if written else Role.PARAMETER)
         self._present(needed)
         self.graph.set_outputs([self.values[value] for value in native.outputs])
 

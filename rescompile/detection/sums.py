@@ -79,6 +79,9 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
+        coupled = _coupling(judgement, op, fork, left, rest) or _coupling(judgement, op, fork, rest[0], [left])
+        if coupled is not None:
+            return coupled
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
             "is a shortcut"
@@ -143,6 +146,38 @@ def _block(
         return draft
     _parallel_tail(judgement, draft)
     return draft
+
+
+def _coupling(
+    judgement: Judgement, op: Op, fork: Value, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
+) -> Draft | None:
+    """Two streams that work on each other by turns: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), y₁' = y₁ + F'(y₂) (RevNet).
+
+    The skip is a block's join; the other operand works on the join of the other stream, whose branch read the skip.
+    """
+    if len(others) != 1 or skip[1] not in judgement.reach.forks:
+        return None
+    region, _ = judgement.reach.between(fork, [others[0][1]])
+    for member in reversed(region):
+        other = judgement.drafts.get(member)
+        if other is None or not (skip[1] in other.outside or skip[1].producer in other.branch_ops):
+            continue
+        branch, outside = judgement.reach.between(other.join_value, [others[0][1]])
+        if not branch_works(judgement.reach, branch):
+            return None
+        return Draft(
+            kind="add",
+            shortcut="identity",
+            fork=skip[1],
+            join_op=op,
+            join_value=op.outputs[0],
+            skip_index=skip[0],
+            branches=[others[0][1]],
+            branch_ops=branch,
+            shortcut_ops=[],
+            outside=[other.join_value, *outside],
+        )
+    return None
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
