@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
-from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, nodes_within
+from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, nodes_within
 from rescompile.onnx_serial import uncollected
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
@@ -150,6 +150,12 @@ def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:
 
 def _check_operators(model: ir.Model, where: str) -> None:
     """Standard operators must exist in the model's opset; those of other domains may be anything, if imported."""
+    for function in model.functions.values():
+        if expanded_size(model.functions, function) < 0:
+            raise RescompileError(
+                f"{where}'s function {function.domain}::{function.name} calls itself, which ONNX does not allow: "
+                "export the model again."
+            )
     opset = model.opset_imports.get("", 0)
     known: set[tuple[str, str]] = set()
     for node in nodes_within(model.graph):
