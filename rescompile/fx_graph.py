@@ -198,6 +198,15 @@ class FxGraph(Graph):
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
+        device = device_of(self.module)
+        arguments = self.arguments({name: to_torch(array).to(device) for name, array in inputs.items()})
+        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
+        with torch.no_grad():
+            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
+        return dict(zip(self.output_names, map(to_numpy, self.results(result)), strict=True))
+
+    def arguments(self, inputs: Mapping[str, torch.Tensor]) -> list[Any]:
+        """What the module's graph takes, in order, for named inputs. GraphError for a missing or unknown one."""
         placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         # fx renames an argument that is called like a builtin ("input"): both names are understood.
         inputs = {**{n.name: inputs[str(n.target)] for n in placeholders if str(n.target) in inputs}, **inputs}
@@ -209,16 +218,22 @@ class FxGraph(Graph):
         missing = [n.name for n in placeholders if n.name not in inputs and not n.args and n.users]
         if missing:
             raise GraphError(f"The model's input '{missing[0]}' is missing.")
-        device = device_of(self.module)
-        arguments = [
-            to_torch(inputs[n.name]).to(device) if n.name in inputs else (n.args[0] if n.args else None)
-            for n in placeholders
-        ]
-        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
-        with torch.no_grad():
-            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
-        tensors = _pick(module.graph.output_node().args[0], result)
-        return dict(zip(self.output_names, (to_numpy(torch.as_tensor(t)) for t in tensors), strict=True))
+        return [inputs[n.name] if n.name in inputs else (n.args[0] if n.args else None) for n in placeholders]
+
+    def results(self, result: Any) -> list[torch.Tensor]:
+        """The tensors of what the module's graph returned, in the order of the graph's outputs."""
+        return [torch.as_tensor(t) for t in _pick(self.module.graph.output_node().args[0], result)]
+
+    def reads(self, node: fx.Node, attr: Attr) -> bool:
+        """Whether a node reads that tensor of the module tree, by whichever of its names."""
+        targets = self.native.targets
+        return node.op == "get_attr" and targets.get(str(node.target)) is targets.get(attr.target)
+
+    def functionalise(self) -> None:
+        """Let every native operation in place compute a new tensor, as the view shows it."""
+        self._edit()
+        self._dirty = True
+        self.commit()
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

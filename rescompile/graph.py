@@ -384,6 +384,12 @@ class Graph:
         """The graphs inside the native nodes of an opaque operation, read anew on each call."""
         return ()
 
+    def native_evaluate(
+        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
+    ) -> list[np.ndarray[Any, Any]]:
+        """What an operation that no kind describes gives for these operands."""
+        raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
+
     def native_emit(self, op: Op) -> None:
         """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
 

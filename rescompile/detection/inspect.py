@@ -14,6 +14,8 @@ from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
+from rescompile.detection.scatters import residual_scatter
+from rescompile.detection.selections import selection, unknown
 from rescompile.detection.sums import residual_sum
 from rescompile.detection.view import View, path_of, written_out
 from rescompile.graph import Graph, Op, Value
@@ -25,11 +27,16 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
     OpKind.ADD: (gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
+    OpKind.SCATTER: (residual_scatter,),
+    OpKind.MAXIMUM: (selection,),
+    OpKind.MINIMUM: (selection,),
+    OpKind.WHERE: (selection,),
+    OpKind.OPAQUE: (unknown,),
 }
 
 
 def inspect_graph(graph: Graph) -> Report:
-    """The residual blocks of a committed graph, and a reason for every add and concat that ends none.
+    """The residual blocks of a committed graph, and a reason for every join that ends none.
 
     Time is near-linear in the number of operations. The graph does not change; blocks refer to its operations.
     """
@@ -152,10 +159,13 @@ def _judge(graph: Graph) -> Judgement:
     judgement = Judgement(graph)
     for op in graph:
         judgement.reach.extend(op)
-        for rule in _RULES.get(op.kind, ()):
-            if op.kind is OpKind.ADD and (total := completes(op)) is not None:
-                judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
-                break
+        rules = _RULES.get(op.kind)
+        if rules is None:
+            continue
+        if op.kind is OpKind.ADD and (total := completes(op)) is not None:
+            judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
+            continue
+        for rule in rules:
             found = rule(judgement, op)
             if isinstance(found, Draft):
                 judgement.accept(found)
@@ -238,10 +248,10 @@ def _block(
 def _module(draft: Draft) -> str:
     """The innermost module that the branch and the join run in, by the longest common path of theirs."""
     common: list[str] | None = None
-    for op in (*draft.branch_ops, draft.join_op):
-        if not op.module:
+    for module in dict.fromkeys(op.module for op in (*draft.branch_ops, draft.join_op)):
+        if not module:
             continue
-        parts = op.module.split(".")
+        parts = module.split(".")
         if common is None:
             common = parts
             continue
