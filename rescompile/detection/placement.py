@@ -13,7 +13,7 @@ from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 
 
 def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:

@@ -23,8 +23,9 @@ from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
+_TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
 _IDENTITY = Chain((), "identity", affine=True, working=False)
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -41,7 +42,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
     tried = sorted(streams, key=lambda item: order(item[1]))
-    for index, skip in tried if len(streams) > 2 else tried[:1]:
+    for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
         others = [(other, value) for other, value in streams if other != index]
         found = _two(judgement, op, (index, skip), others)
         if isinstance(found, Draft):
@@ -95,7 +96,8 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
 
 
 def _names(*operands: tuple[int, Value]) -> str:
-    return " and ".join(f"'{value.name}'" for _, value in operands)
+    more = f" and {len(operands) - 8} more" if len(operands) > 8 else ""
+    return " and ".join(f"'{value.name}'" for _, value in operands[:8]) + more
 
 
 def _block(
