@@ -72,6 +72,7 @@ class Block:
     shape: Shape | None = None
     module: str = ""
     fused: bool = False
+    undecided: tuple[str, ...] = ()  # what could not be told, for want of shapes
     path: str = ""  # of the graph, inside an operation of the model's graph, that all names are of; "" for the latter
 
     @property
@@ -116,6 +117,7 @@ class Block:
             "module": self.module,
             "fused": self.fused,
             "path": self.path,
+            "undecided": list(self.undecided),
         }
 
 

@@ -51,6 +51,7 @@ def test_json_has_the_fields_of_schema_1() -> None:
         "module",
         "fused",
         "path",
+        "undecided",
     ]
     assert data["summary"] == {
         "blocks": 4,

@@ -242,6 +242,7 @@ def _block(
         module=_module(draft),
         fused=join_op.has(Trait.FUSED),
         path=telling.path(calls),
+        undecided=tuple(draft.undecided),
     )
 
 
