@@ -14,7 +14,7 @@ import onnx_ir as ir
 from rescompile.graph import Body, Op, Role, Value
 from rescompile.onnx_import import captured
 from rescompile.onnx_native import set_type
-from rescompile.onnx_ops import FUNCTION_DOMAIN, SMALL, can_be_written_out, is_static, literal
+from rescompile.onnx_ops import FUNCTION_DOMAIN, SMALL, can_be_written_out, is_static, literal, nodes_within
 
 if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
@@ -153,9 +153,8 @@ class _Copy:
             opset_imports=imports,
             name=label or inner.name,
         )
-        model = ir.Model(
-            made, ir_version=self._outer.model.ir_version, functions=list(self._outer.model.functions.values())
-        )
+        functions = _reachable(self._outer.model.functions, nodes)
+        model = ir.Model(made, ir_version=self._outer.model.ir_version, functions=functions)
         graph = Read.read(model)
         bound = {value: self._operands[value.native] for value in graph.values if value.native in self._operands}
         return Body(label, graph, bound, call)
@@ -196,6 +195,19 @@ class _Copy:
         nodes = [self._node(node) for node in inner]
         outputs = [made for output in inner.outputs if (made := self._get(output)) is not None]
         return ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, name=inner.name)
+
+
+def _reachable(functions: Mapping[ir.OperatorIdentifier, ir.Function], nodes: Iterable[ir.Node]) -> list[ir.Function]:
+    """The functions that the nodes, or other functions of them, call."""
+    found: dict[ir.OperatorIdentifier, ir.Function] = {}
+    pending = list(nodes)
+    while pending and functions:
+        for node in nodes_within((pending.pop(),)):
+            name = node.op_identifier()
+            if name in functions and name not in found:
+                found[name] = functions[name]
+                pending.extend(functions[name])
+    return list(found.values())
 
 
 def _small(value: Value) -> bool:

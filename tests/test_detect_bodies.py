@@ -192,6 +192,9 @@ def test_branches_that_hold_no_block() -> None:
 def test_fusing_leaves_bodies_as_they_are() -> None:
     result = rc.rewrite(capture(condition), ["fuse"])
     assert not result.applied
+    assert [(refusal.where, "inside an operation" in refusal.reason) for refusal in result.refused] == [
+        ("cond/true_graph_0/add", True)
+    ]
     assert one(inspect_graph(result.graph)).path == "cond/true_graph_0"
 
 
