@@ -76,6 +76,7 @@ class Block:
     shape: Shape | None = None
     module: str = ""
     fused: bool = False
+    undecided: tuple[str, ...] = ()  # what could not be told, for want of shapes
     path: str = ""  # of the graph, inside an operation of the model's graph, that all names are of; "" for the latter
     branch_count: int = 1  # how many branches a `parallel` block, or a sum of `branches`, has
 
@@ -121,6 +122,7 @@ class Block:
             "module": self.module,
             "fused": self.fused,
             "path": self.path,
+            "undecided": list(self.undecided),
         }
 
 

@@ -68,6 +68,8 @@ class OpKind(Enum):
     # moves elements
     IDENTITY = "identity"
     CAST = "cast"
+    QUANTIZE = "quantize"
+    DEQUANTIZE = "dequantize"
     RESHAPE = "reshape"
     PERMUTE = "permute"
     SLICE = "slice"
@@ -198,6 +200,9 @@ KINDS: dict[OpKind, KindSpec] = {
     # dropout: the rate of a dropout that evaluation switches off, 0 for what never does anything.
     K.IDENTITY: _kind("x", _VIEW | _UNARY, dropout=0.0),
     K.CAST: _kind("x", _VIEW | _UNARY, dtype="float32"),
+    # Casts between floats and integers with a scale: q = round(x / scale) + zero, x = (q − zero)·scale.
+    K.QUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
+    K.DEQUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
     # The target shape is the output's; a shape operand of the IR (ONNX) is kept by the adapter only.
     K.RESHAPE: _kind("x", _VIEW),
     K.PERMUTE: _kind("x", _VIEW, perm=()),

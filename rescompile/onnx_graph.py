@@ -11,8 +11,9 @@ import onnx_ir
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
-from rescompile.graph import Evaluator, Graph, Op, Value
+from rescompile.graph import Body, Evaluator, Graph, Op, Value
 from rescompile.kinds import OpKind
+from rescompile.onnx_bodies import read_bodies
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
 from rescompile.onnx_functions import call
@@ -157,6 +158,10 @@ class OnnxGraph(Graph):
         if isinstance(value.native, onnx_ir.Value):
             self.native.drop_constant(value.native)
             self._session = None
+
+    def native_bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs of an If, a Loop, a Scan; what a call of a model-local function runs."""
+        return read_bodies(self, op)
 
     # ---- edits ---------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,7 @@ def test_json_has_the_fields_of_schema_1() -> None:
         "module",
         "fused",
         "path",
+        "undecided",
         "equation",
         "costs",
     ]

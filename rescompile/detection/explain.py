@@ -218,6 +218,7 @@ def _join_text(op: Op, block: Block) -> str:
         + f"; norm placement: {block.norm}"
         + (f" ({', '.join(block.norms)})" if block.norms else "")
         + (f"; scale: {block.scale}" if block.scale else "")
+        + "".join(f"; undecided: {what}" for what in block.undecided)
         + (f"; inside the branch of block {block.parent}" if block.parent is not None else "")
         + "."
     )

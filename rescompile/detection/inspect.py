@@ -254,6 +254,7 @@ def _block(
         fused=join_op.has(Trait.FUSED),
         path=telling.path(calls),
         branch_count=max(1, len(draft.branches)) if draft.kind in ("parallel", "branches") else 1,
+        undecided=tuple(draft.undecided),
     )
 
 

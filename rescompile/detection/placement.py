@@ -13,7 +13,7 @@ from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 _TURNED = (OpKind.PERMUTE, OpKind.RESHAPE)  # channels brought to the axis that a norm works on, and back
 
 

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.paths import Chain, branch_works, chain, is_scale, step_back, works
+from rescompile.detection.reach import Reach
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
+_TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -42,7 +44,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
     tried = sorted(streams, key=lambda item: order(item[1]))
-    for index, skip in tried if len(streams) > 2 else tried[:1]:
+    for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
         others = [(other, value) for other, value in streams if other != index]
         found = _two(judgement, op, (index, skip), others)
         if isinstance(found, Draft):
@@ -84,7 +86,7 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
             return coupled
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
-            "is a shortcut"
+            "is a shortcut" + _undecided(reach, fork, (left, *rest))
         )
         return Refusal(text, fork, working=True)
     ranked.sort(key=lambda item: (item[0].rank, len(item[0].ops)))
@@ -98,8 +100,22 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
     return refusal if refusal is not None else Refusal("no shortcut", fork)
 
 
+def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
+    """What to add where one side could be a projection, if the shape of a kernel were known."""
+    for _, value in operands[:_TRIED]:
+        at: Value | None = value
+        while at is not None and at is not fork and (op := at.producer) is not None:
+            if op.kind is OpKind.CONV and op.inputs[1] is not None and op.inputs[1].shape is None:
+                return f"; undecided: whether the kernel of '{op.name}' has one element, for its shape is not known"
+            if op.kind is OpKind.OPAQUE:
+                return f"; undecided: whether '{op.name}', which is opaque, is a projection"
+            at = step_back(reach, at)
+    return ""
+
+
 def _names(*operands: tuple[int, Value]) -> str:
-    return " and ".join(f"'{value.name}'" for _, value in operands)
+    more = f" and {len(operands) - 8} more" if len(operands) > 8 else ""
+    return " and ".join(f"'{value.name}'" for _, value in operands[:8]) + more
 
 
 def _block(
@@ -130,6 +146,8 @@ def _block(
         shortcut_ops=list(way.ops),
         outside=outside,
     )
+    if skip[1].shape is None or op.outputs[0].shape is None:
+        draft.undecided.append(f"whether '{skip[1].name}' is broadcast: its shape, or the sum's, is not known")
     if way.working:
         if len(tops) == 1 and _is_other_projection(way, chain(reach, fork, tops[0])):
             text = f"two working branches: '{skip[1].name}' and '{tops[0].name}' are projections of '{fork.name}' alike"
