@@ -274,7 +274,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.FFT: _kind("x", Trait.WORK),
     K.EMBEDDING: _kind("weight indices", Trait.WORK | Trait.PARAMETRIC),
     K.GATHER: _kind("x indices", Trait.NONE, axis=0),
-    K.SCATTER: _kind("x *rest", Trait.NONE),
+    # The last operand is what is put at the given places of x; reduction: none (it replaces), add, mul, max, min, mean.
+    K.SCATTER: _kind("x *rest", Trait.NONE, reduction="none"),
     # statistics over all but axis 1; with training they are of the batch, and weight folding is not exact
     K.BATCH_NORM: _kind("x weight? bias? mean? var?", _NORM | Trait.LINEAR_IN_INPUT, eps=1e-5, training=False),
     # over the dimensions from `axis` to the last

@@ -22,7 +22,7 @@ from rescompile.detection.paths import Chain, branch_works, chain, is_scale, wor
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
-_INTEGERS = ("int", "uint", "bool")
+INTEGERS = ("int", "uint", "bool")
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 
@@ -30,7 +30,7 @@ _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     """A block that ends in the sum `op`, or why it is none."""
     output = op.outputs[0]
-    if output.dtype is not None and output.dtype.startswith(_INTEGERS):
+    if output.dtype is not None and output.dtype.startswith(INTEGERS):
         return Refusal("integer arithmetic: the sum computes positions or sizes, not features")
     operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
     if len({value for _, value in operands}) == 1:
@@ -50,6 +50,13 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     if refusal is None or any(value.constant for _, value in streams):
         return _constant_operand(operands)
     return refusal
+
+
+def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int, Value]) -> Draft | Refusal:
+    """A block that ends in an operation which adds two of its operands, each with its index, or why it is none."""
+    if x[1] is y[1]:
+        return Refusal(f"x + x: every operand is '{x[1].name}'", x[1])
+    return _two(judgement, op, x, [y])
 
 
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
