@@ -138,8 +138,9 @@ class Graph:
     ) -> Op:
         """An operation that is already part of the native object. `natives`: one native value for each output."""
         values = [Value(label, kind_.shape, kind_.dtype, Role.RESULT) for label, kind_ in outputs]
-        for index, value in enumerate(values):
-            value.native = natives[index] if natives is not None else None
+        if natives is not None:
+            for value, native_value in zip(values, natives, strict=False):
+                value.native = native_value
         op = Op(kind, self.unique_op_name(name or values[0].name), inputs, values, attrs or {}, native, module)
         self._link(op)
         return op
@@ -430,12 +431,14 @@ class Graph:
     def _link(self, op: Op) -> None:
         op.order = len(self._ops)
         self._ops[op.name] = op
+        alone, constant = True, True
         for index, value in enumerate(op.inputs):
             if value is not None:
                 value.uses[op, index] = None
-        operands = op.operands
-        constant = not op.has(Trait.RANDOM) and op.kind is not OpKind.OPAQUE
-        constant = constant and all(value.constant for value in operands) and (bool(operands) or op.has(Trait.SOURCE))
+                alone = False
+                constant = constant and value.constant
+        if constant:
+            constant = not (op.kind is OpKind.OPAQUE or op.has(Trait.RANDOM) or (alone and not op.has(Trait.SOURCE)))
         for value in op.outputs:
             if self._values.get(value.name) is not value:
                 self._register(value)

@@ -118,10 +118,17 @@ class _Import:
 
     def _constant(self, steps: list[Step]) -> bool:
         """Whether the results do not depend on the graph's inputs."""
-        listed = [operand for step in steps for operand in step.inputs if operand is not None]
-        operands = [operand for operand in listed if not isinstance(operand, np.ndarray)]
-        pure = all(step.kind is not K.OPAQUE and not step.kind.has(Trait.RANDOM) for step in steps)
-        return pure and bool(operands) and all(operand in self.constants or operand in steps for operand in operands)
+        found = False
+        for step in steps:
+            if step.kind is K.OPAQUE or step.kind.has(Trait.RANDOM):
+                return False
+            for operand in step.inputs:
+                if operand is None or isinstance(operand, np.ndarray):
+                    continue
+                if operand not in self.constants and operand not in steps:
+                    return False
+                found = True
+        return found
 
     def _type_literals(self, node: ir.Node) -> bool:
         """Whether types and extents of all outputs are known, if need be by computing them."""
@@ -221,10 +228,11 @@ class _Import:
                 self._present_item(item, name)
 
     def _present_constant(self, value: ir.Value, role: Role) -> None:
-        kind = self.facts.type(value)
         tensor = literal(value)
         if tensor is not None:
-            kind = ValueType(tuple(int(extent) for extent in tensor.shape.numpy()), dtype_name(tensor.dtype))
+            kind = ValueType(tensor.shape.numpy(), dtype_name(tensor.dtype))
+        else:
+            kind = self.facts.type(value)
         self.values[value] = self.graph.add_constant(_name(value), kind.shape, kind.dtype, value, role)
 
     def _present_item(self, item: Item, name: str) -> None:
