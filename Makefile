@@ -2,15 +2,17 @@
 #   make demo     the main job on three models        make test     the tests
 #   make lint     ruff: lint, format, import rules    make types    mypy --strict on the package
 #   make bench    benchmarks/results/*.json and the README's table
+#   make sweep    detection over every family of torchvision and timm (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?=
+SWEEP_ARGS ?=
 READY = $(VENV)/.ready
 
-.PHONY: env demo test lint types bench clean
+.PHONY: env demo test lint types bench sweep clean
 .DEFAULT_GOAL := env
 
 env: $(READY)
@@ -39,6 +41,9 @@ types: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.run
+
+sweep: $(READY)
+	$(VENV)/bin/python -m benchmarks.sweep $(SWEEP_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

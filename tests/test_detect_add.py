@@ -71,6 +71,37 @@ def test_convolution_of_three_by_three_is_no_shortcut() -> None:
     assert refused(b.output(b.add(y, b.relu(b.conv(x, 8))))).startswith("two working branches")
 
 
+@pytest.mark.parametrize("spelling", ["strided", "strided depthwise", "separable", "separable, pointwise first"])
+def test_projection_of_a_larger_kernel(spelling: str) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    stride = 2 if spelling.startswith("strided") else 1
+    channels = 8 if spelling == "strided depthwise" else 16
+    y = b.batch_norm(b.conv(b.relu(b.conv(x, 16, 3, stride)), channels, 3))
+    skip = {
+        "strided": lambda: b.conv(x, 16, 3, 2),
+        "strided depthwise": lambda: b.conv(x, 8, 3, 2, groups=8),
+        "separable": lambda: b.conv(b.batch_norm(b.conv(x, 8, 3, groups=8)), 16, 1),
+        "separable, pointwise first": lambda: b.conv(b.conv(x, 16, 1), 16, 3, groups=16),
+    }[spelling]()
+    block = only(b.output(b.add(b.batch_norm(skip), y)))
+    assert (block.shortcut, block.fork_value) == ("projection", x)
+
+
+@pytest.mark.parametrize("why", ["depthwise at one resolution", "activation", "two full convolutions"])
+def test_convolution_that_is_no_projection(why: str) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    stride = 1 if why == "depthwise at one resolution" else 2
+    y = b.conv(b.relu(b.conv(x, 8, 3, stride)), 8)
+    skip = {
+        "depthwise at one resolution": lambda: b.conv(x, 8, 3, groups=8),
+        "activation": lambda: b.relu(b.conv(x, 8, 3, 2)),
+        "two full convolutions": lambda: b.conv(b.conv(x, 8, 3, 2), 8),
+    }[why]()
+    assert refused(b.output(b.add(skip, y))).startswith("two working branches")
+
+
 @pytest.mark.parametrize("spelling", ["pad", "concat"])
 def test_shortcut_of_padded_channels(spelling: str) -> None:
     b = Builder()
@@ -421,6 +452,17 @@ def test_norm_that_one_of_two_readers_applies_is_not_post() -> None:
     y = b.add(x, b.linear(x, 8))
     block = only(b.output(b.layer_norm(y), y))
     assert block.norm == "none"
+
+
+@pytest.mark.parametrize("closing", [True, False])
+def test_norm_that_closes_a_block_does_not_open_the_next(closing: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    x = b.add(x, b.linear(b.relu(b.linear(x, 8)), 8)) if closing else b.linear(x, 8)
+    x = b.layer_norm(x)
+    y = b.add(b.linear(x, 8), b.linear(b.relu(b.linear(x, 8)), 8))
+    norms = [block.norm for block in inspect_graph(b.output(b.linear(y, 3)))]
+    assert norms == (["post", "none"] if closing else ["pre"])
 
 
 # ---- scale ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,24 @@ def test_class_token_in_front_of_the_tokens_is_no_dense_block() -> None:
     assert kinds(b.output(token)) == ["add", "add"]
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tokens_beside_tokens_are_positions_and_features_beside_features_are_dense(axis: int, transposed: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    kept = b.slice(x, axis, 0, 2)
+    made = b.linear(b.slice(x, axis, 2, 5 if axis == 1 else 8), 8)
+    joined = b.concat(kept, made, axis=axis)
+    if transposed:
+        joined = b.permute(joined, 0, 2, 1)
+        joined = b.op(K.CONV, joined, b.param(8, int((joined.shape or ())[1]), 1), None, shape=(1, 8, 5), groups=1)
+    else:
+        joined = b.linear(joined, 8)
+    report = inspect_graph(b.output(joined))
+    assert [block.kind for block in report] == (["dense"] if axis == 2 else [])
+    assert [entry.reason.split(":")[0] for entry in report.not_residual] == ([] if axis == 2 else ["positions"])
+
+
 # ---- long ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +151,15 @@ def test_pixel_shuffle_on_the_branch_makes_it_long_and_another_reshape_does_not(
     else:
         y = b.reshape(b.permute(b.reshape(y, 1, 32, 16), 0, 2, 1), 1, 8, 8, 8)
     assert kinds(b.output(b.add(x, y))) == ["long" if shuffled else "add"]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_branch_that_an_enlarged_map_only_weighs_is_not_long(gated: bool) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    small = b.conv(b.op(K.AVG_POOL, x, shape=(1, 8, 4, 4)), 8)
+    y = b.mul(b.conv(x, 8), b.op(K.SIGMOID, up(b, small))) if gated else b.mul(up(b, small), b.param(1, 8, 1, 1))
+    assert kinds(b.output(b.add(x, y))) == ["add" if gated else "long"]
 
 
 def test_global_skip_at_one_resolution_is_not_long() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import branch_works, chain
 from rescompile.graph import Op, Value
+from rescompile.kinds import OpKind, Trait
 
 _FREE = ("identity", "view")
 _TRIED = 3  # operands that are tried as the new features, newest first
+_LAST = (OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RMS_NORM)  # of tokens [N, T, C]: features are the last axis
+_FIRST = (OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.BATCH_NORM, OpKind.GROUP_NORM, OpKind.INSTANCE_NORM)
+_SAME_AXES = (OpKind.SLICE, OpKind.SPLIT, OpKind.CONCAT)
+_LOOKED_AT = 12  # operations behind a concatenation, until one tells which axis holds features
 
 
 def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -16,6 +23,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
 
     1. One operand, the new features, comes from another one, the old ones, by a way that works.
     2. The old ones are the fork, or come from it by a free way.
+    3. What reads the concatenation reads its axis as features: a class token in front of others is none.
     """
     output = op.outputs[0]
     if output.dtype is not None and output.dtype.startswith(("int", "uint", "bool")):
@@ -30,6 +38,9 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
     judgement.concats[tuple(value for _, value in parts)] = output
+    features = _feature_axis(output)
+    if features is not None and features != op.attr("axis"):
+        return Refusal(f"positions: the parts lie beside each other on axis {op.attr('axis')}, features on {features}")
     newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
     meet: Value | None = None
     working = False
@@ -57,6 +68,32 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
 def _extent(value: Value, axis: int) -> int | str | None:
     """Extent along an axis; None when unknown, and for the empty vector that torch lets pass as any empty tensor."""
     return value.shape[axis] if value.shape is not None and axis < len(value.shape) else None
+
+
+def _feature_axis(value: Value) -> int | None:
+    """The axis that the nearest norm, linear or convolution behind `value` mixes or scales; None when none is near."""
+    rank = value.rank
+    if rank is None:
+        return None
+    pending: list[tuple[Value, tuple[int, ...]]] = [(value, tuple(range(rank)))]  # and where each axis comes from
+    for _ in range(_LOOKED_AT):
+        if not pending:
+            return None
+        value, axes = pending.pop(0)
+        for user, index in islice(value.uses, _LOOKED_AT):
+            if (
+                index == 0
+                and user.kind in _LAST
+                and (user.kind is OpKind.LINEAR or user.attr("axis") in (-1, rank - 1))
+            ):
+                return axes[-1]
+            if index == 0 and user.kind in _FIRST and rank > 1:
+                return axes[1]
+            if user.kind is OpKind.PERMUTE:
+                pending.append((user.outputs[0], tuple(axes[axis] for axis in user.attr("perm"))))
+            elif user.has(Trait.ELEMENTWISE) or user.kind in _SAME_AXES:
+                pending.extend((output, axes) for output in user.outputs if output.rank == rank)
+    return None
 
 
 def _grown(

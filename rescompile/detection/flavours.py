@@ -23,11 +23,17 @@ def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
 
 
 def is_long(judgement: Judgement, draft: Draft) -> bool:
-    """The branch goes to another resolution and comes back: some operation on it enlarges the image."""
-    extents = _extents(draft.join_value.shape)
-    if extents is None:
+    """The branch goes to another resolution and comes back: every way along it leads through an enlarging operation.
+
+    A map that is made at a lower resolution and only weighs what stayed at the fork's is no such way back.
+    """
+    if _extents(draft.join_value.shape) is None or not any(_enlarges(op) for op in draft.branch_ops):
         return False
-    return any(_enlarges(op) for op in draft.branch_ops)
+    stayed = {draft.fork}
+    for op in draft.branch_ops:
+        if not _enlarges(op) and not stayed.isdisjoint(judgement.reach.sources(op.outputs[0])):
+            stayed.update(op.outputs)
+    return stayed.isdisjoint(draft.branches)
 
 
 # kind → what a block of one of the given kinds must fulfil to be of it; the first that holds

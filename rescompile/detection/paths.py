@@ -59,6 +59,16 @@ def is_pointwise(op: Op) -> bool:
     return weight is not None and weight.shape is not None and all(extent == 1 for extent in weight.shape[2:])
 
 
+def _is_depthwise(op: Op) -> bool:
+    """Whether a convolution maps each channel to one of its own."""
+    weight = op.inputs[1] if op.kind is OpKind.CONV else None
+    return weight is not None and weight.shape is not None and weight.shape[:2] == (op.attr("groups"), 1)
+
+
+def _is_strided(op: Op) -> bool:
+    return op.kind is OpKind.CONV and any(step != 1 for step in op.attr("stride"))
+
+
 def is_scale(op: Op) -> bool:
     """Whether the operation multiplies or divides by a constant."""
     return op.kind in (OpKind.MUL, OpKind.DIV) and any(value.constant for value in op.operands)
@@ -77,7 +87,7 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     bound = order(fork)
     ops: list[Op] = []
     sums: list[Op] = []
-    contractions = norms = activations = views = pads = pools = bends = others = 0
+    contractions = depthwise = spatial = strided = norms = activations = views = pads = pools = bends = others = 0
     value = top
     while value is not fork:
         op = value.producer
@@ -91,7 +101,10 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
             sums.append(op)
         elif op.kind in (OpKind.CONV, OpKind.LINEAR):
             contractions += 1
-            others += not is_pointwise(op)
+            strided += _is_strided(op)
+            if not is_pointwise(op):
+                spatial += 1
+                depthwise += _is_depthwise(op)
         elif op.has(Trait.NORM):
             norms += 1
             bends += op.kind is not OpKind.BATCH_NORM
@@ -99,6 +112,8 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
             pools += 1
             bends += op.kind is OpKind.MAX_POOL
         elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
+            pads += 1
+        elif op.kind is OpKind.SCATTER and op.inputs[0] is not None and op.inputs[0].constant:
             pads += 1
         elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
             views += 1
@@ -117,7 +132,10 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         value = below
     ops.reverse()
     shortcut: str | None
-    if others or contractions > 1:
+    # Of convolutions with a larger kernel those are projections that change the extent, or are half of a separable
+    # one: a depthwise one alone, at one resolution, is a position encoding. None has an activation.
+    separable = spatial == depthwise == 1 and contractions == 2
+    if others or (contractions > 1 and not separable) or (spatial and (activations or not (strided or separable))):
         shortcut = None
     elif contractions or norms or activations:
         shortcut = "projection"

@@ -1,0 +1,318 @@
+"""Detection over the architectures of whole model libraries: `python -m benchmarks.sweep [--source timm] [--only NAME]`.
+
+Every model is built with random weights, captured by torch.export, and exported to ONNX from the same program. What
+detection finds in both is compared with each other, and with `benchmarks.sweep_expected` where the definition of an
+architecture tells the counts. Models run in a process of their own, with a limit of time and of memory: what a library
+or an exporter cannot do is a line of the table, and what rescompile cannot do is marked as such.
+
+Results are appended to a file as they come, so that a broken run goes on where it stopped (`--fresh` begins again);
+`benchmarks/results/sweep.json` and `sweep.md` are written at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import importlib
+import io
+import json
+import logging
+import os
+import resource
+import select
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.sweep_table import write_tables
+
+WORK = Path(os.environ.get("TMPDIR", "/tmp")) / "rescompile-sweep"
+
+IRS = ("fx", "onnx")
+
+
+class Source(Protocol):
+    """A library of models; a module with these two functions is one."""
+
+    def names(self, everything: bool = False) -> list[str]:
+        """The models to look at: one or a few of each family, or all that fit into memory."""
+
+    def build(self, name: str) -> tuple[Any, Any]:
+        """A module in the mode that it is to be captured in, and its inputs: a tuple, or a dict of named ones."""
+
+
+# source → the module, or the object in a module, that is one; imported when asked for
+SOURCES: dict[str, str] = {
+    "torchvision": "benchmarks.sweep_vision:TORCHVISION",
+    "timm": "benchmarks.sweep_vision:TIMM",
+    "transformers": "benchmarks.sweep_transformers",
+}
+
+
+def find_source(name: str) -> Source:
+    """The source by its name in `SOURCES`."""
+    module, _, attribute = SOURCES[name].partition(":")
+    found: Any = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+# ---- one model -----------------------------------------------------------------------------------------------------
+
+
+class StageError(Exception):
+    """A model that did not come through: `stage` is "build", "export" (theirs), "read" or "inspect" (rescompile's)."""
+
+    def __init__(self, stage: str, error: BaseException) -> None:
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        super().__init__(f"{type(error).__name__}: {text[:300]}")
+        self.stage = stage
+
+
+@contextlib.contextmanager
+def _stage(name: str, verbose: bool = False) -> Iterator[None]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        raise StageError(name, error) from error
+
+
+def check(source: str, name: str, irs: tuple[str, ...] = IRS, keep: Path | None = None) -> dict[str, Any]:
+    """What detection finds in one model, by IR. `keep`: a folder for the ONNX files, which are read again from there."""
+    record: dict[str, Any] = {"source": source, "name": name}
+    start = time.perf_counter()
+    program: Any = None
+    path = None if keep is None else keep / f"{source}-{name}.onnx"
+    try:
+        for ir in irs:
+            if program is None and not (ir == "onnx" and path is not None and path.exists()):
+                program = _program(source, name)
+            record[ir] = _findings(program, ir, path)
+    except StageError as error:
+        record[error.stage] = str(error)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    return record
+
+
+def _program(source: str, name: str) -> Any:
+    import torch
+
+    from rescompile import fx_capture
+
+    with _stage("build"):
+        torch.manual_seed(0)
+        model, inputs = find_source(source).build(name)
+    with _stage("export"), torch.no_grad():
+        return fx_capture.export(model, *fx_capture.arguments(inputs), None)
+
+
+def _findings(program: Any, ir: str, path: Path | None) -> dict[str, Any]:
+    try:
+        return describe(inspect(program, ir, path))
+    except StageError as error:
+        return {"stage": error.stage, "error": str(error)}
+
+
+def inspect(program: Any, ir: str, path: Path | None = None, verbose: bool = False) -> Any:
+    """The report on an exported program, as it is or as ONNX."""
+    from rescompile import fx_capture, onnx_files
+    from rescompile.detection import inspect_graph
+
+    if ir == "fx":
+        with _stage("read", verbose):
+            graph: Any = fx_capture.capture(program)
+    elif path is not None and path.exists():
+        with _stage("read", verbose):
+            graph = onnx_files.load(path)
+    else:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        # A fused attention is taken apart for some devices only: without, the exporter has no rule for it.
+        with _stage("export", verbose), sdpa_kernel(SDPBackend.MATH):
+            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                exported.save(str(path))
+        with _stage("read", verbose):
+            graph = onnx_files.capture(exported)
+    with _stage("inspect", verbose):
+        return inspect_graph(graph)
+
+
+def describe(report: Any) -> dict[str, Any]:
+    """The counts of a report, and the reasons of its refusals, grouped."""
+    summary = report.summary()
+    reasons = Counter(join.reason.split(":")[0] for join in report.not_residual)
+    shortcuts = Counter(block.shortcut for block in report if block.kind == "add")
+    return {
+        "nodes": report.nodes,
+        "blocks": summary["blocks"],
+        "nested": summary["nested"],
+        "kinds": summary["by_kind"],
+        "shortcuts": dict(sorted(shortcuts.items())),
+        "norms": summary["by_norm"],
+        "not_residual": dict(sorted(reasons.items())),
+    }
+
+
+# ---- many models, each in a worker ---------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that checks models one after the other, begun anew when one of them breaks it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._process: subprocess.Popen[str] | None = None
+        self._done = 0
+
+    def check(self, source: str, name: str) -> dict[str, Any]:
+        """The record of one model."""
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps([source, name]), file=process.stdin, flush=True)
+        ready, _, _ = select.select([process.stdout], [], [], self._arguments.seconds)
+        line = process.stdout.readline() if ready else ""
+        self._done += 1
+        if not line:
+            self.stop()
+            why = f"the process ended with {process.returncode}" if ready else f"over {self._arguments.seconds} s"
+            return {"source": source, "name": name, "export": why}
+        if self._done >= self._arguments.renew:  # what torch keeps of old models slows it down
+            self.stop()
+        record: dict[str, Any] = json.loads(line)
+        return record
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            command = [sys.executable, "-m", "benchmarks.sweep", "--worker", "--ir", self._arguments.ir]
+            command += ["--gigabytes", str(self._arguments.gigabytes)]
+            if self._arguments.keep:
+                command += ["--keep", str(self._arguments.keep)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._done = 0
+        return self._process
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    """The worker's side: a line in, a line out."""
+    limit = int(arguments.gigabytes * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    logging.disable(logging.WARNING)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    for line in sys.stdin:
+        source, name = json.loads(line)
+        record = check(source, name, tuple(arguments.ir.split(",")), arguments.keep)
+        print(json.dumps(record), file=answers, flush=True)
+
+
+def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The records of all models asked for, those of an earlier run included."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    log = WORK / "records.jsonl"
+    if arguments.fresh:
+        log.unlink(missing_ok=True)
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    if log.exists():
+        for line in log.read_text().splitlines():
+            record = json.loads(line)
+            key = record["source"], record["name"]
+            known[key] = {**known.get(key, {}), **record}
+    wanted = [
+        (source, name)
+        for source in arguments.source.split(",")
+        for name in find_source(source).names(arguments.all)
+        if not arguments.only or any(_matches(name, pattern) for pattern in arguments.only.split(","))
+    ][: arguments.limit or None]
+    due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments.ir.split(","))]
+    with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
+        for record in pool.map(_Share(arguments), due):
+            key = record["source"], record["name"]
+            known[key] = {**known.get(key, {}), **record}
+            print(json.dumps(record), file=file, flush=True)
+            print(_line(known[key]), flush=True)
+    return [known[key] for key in wanted if key in known]
+
+
+def _is_done(record: dict[str, Any], irs: list[str]) -> bool:
+    return "build" in record or "export" in record or all(ir in record for ir in irs)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or pattern in name
+
+
+class _Share:
+    """Gives each thread of a pool a worker of its own."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._idle: list[Worker] = []
+
+    def __call__(self, key: tuple[str, str]) -> dict[str, Any]:
+        worker = self._idle.pop() if self._idle else Worker(self._arguments)
+        record = worker.check(*key)
+        self._idle.append(worker)
+        return record
+
+
+def _line(record: dict[str, Any]) -> str:
+    from benchmarks.sweep_table import agreement, counts_text, verdict
+
+    head = f"{record['seconds'] if 'seconds' in record else '-':>6} {record['source']}:{record['name']:40}"
+    failed = record.get("build") or record.get("export")
+    if failed:
+        return f"{head} not exported: {failed[:120]}"
+    found = "  ".join(f"{ir} {counts_text(record[ir])}" for ir in IRS if ir in record)
+    return f"{head} {found}  {agreement(record)}  {verdict(record)}"
+
+
+def main() -> None:
+    """Check the models asked for, print a line for each, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="torchvision,timm", help=f"of {', '.join(SOURCES)}")
+    parser.add_argument("--only", default="", help="parts of names, or patterns with *, separated by commas")
+    parser.add_argument("--all", action="store_true", help="every model that fits, not a few of each family")
+    parser.add_argument("--limit", type=int, default=0, help="stop after this many models")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--ir", default=",".join(IRS))
+    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run found")
+    parser.add_argument("--again", action="store_true", help="look again at the models asked for")
+    parser.add_argument("--keep", type=Path, help="a folder to keep ONNX files in, and to read them from")
+    parser.add_argument("--seconds", type=int, default=300, help="limit for one model")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="limit for one process")
+    parser.add_argument("--renew", type=int, default=25, help="models after which a process begins anew")
+    parser.add_argument("--no-tables", action="store_true", help="leave benchmarks/results as it is")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        _work(arguments)
+        return
+    records = run(arguments)
+    if not arguments.no_tables:
+        write_tables(records)
+
+
+if __name__ == "__main__":
+    main()
