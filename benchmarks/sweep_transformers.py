@@ -51,7 +51,7 @@ class Hidden(torch.nn.Module):
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def names() -> list[str]:
+def names(everything: bool = False) -> list[str]:
     """The model types that transformers has a base model for."""
     import_torchvision()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -138,6 +138,8 @@ def _model(name: str, narrow: bool) -> Any:
 
 
 def _from_config(auto: Any, config: Any) -> Any:
+    for part in _parts(config):
+        part._experts_implementation = "batched_mm"  # matrices by a gather, which ONNX has
     try:
         return auto.from_config(config, attn_implementation="eager")
     except ValueError as error:
@@ -161,10 +163,14 @@ _DEPTH: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_feat_extract_layers|num_conv_layers|num_upsampling_stages|num_dense_layers", lambda old: old),
     (r"first_k_dense_replace|moe_layer_start_index|num_nextn_predict_layers", lambda old: min(old, 1)),
     (r"num_kv_shared_layers", lambda old: 0),
-    (r"(.*_)?(num_)?(.*_)?layers(_per_stack)?|(.*_)?n_layers?|(.*_)?depth|num_blocks|num_self_attends_per_block",
-     lambda old: min(old, LAYERS)),
-    (r"vocab_size|src_vocab_size|tgt_vocab_size|decoder_vocab_size|.*vocab_size(_per_layer_input)?",
-     lambda old: min(old, VOCABULARY)),
+    (
+        r"(.*_)?(num_)?(.*_)?layers(_per_stack)?|(.*_)?n_layers?|(.*_)?depth|num_blocks|num_self_attends_per_block",
+        lambda old: min(old, LAYERS),
+    ),
+    (
+        r"vocab_size|src_vocab_size|tgt_vocab_size|decoder_vocab_size|.*vocab_size(_per_layer_input)?",
+        lambda old: min(old, VOCABULARY),
+    ),
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts", lambda old: min(old, 4)),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|topk|num_selected_experts|top_k_experts", lambda old: min(old, 2)),
     (r"n_group|topk_group|num_expert_group|num_hash_buckets", lambda old: 1 if old < 64 else old),
@@ -177,13 +183,23 @@ _NARROW: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"(.*)head_dim|d_kv|dim_head|attention_head_size|rotary_dim|(.*)head_size", lambda old: min(old, 8)),
     (r"upsample_groups|n_groups|mamba_n_groups", lambda old: min(old, 2) if old < 64 else WIDTH),
     (r"(q|kv|o)_lora_rank", lambda old: min(old, 16)),
-    (r".*(intermediate|ffn|mlp|feed_?forward|inner).*(size|dim)|d_ff|dff|dim_ff|.*_linear_units", lambda old: min(old, 64)),
-    (r".*(hidden_size|hidden_dim|embed_dim|embedding_size|projection_dim|_width|d_model|n_embd|proj_dim|pooler_output_size)"
-     r"|dim|d_model|n_embd|out_hidden_size|.*_hidden_size.*|output_dim|lru_width|fpn_feature_size|mask_dim|mask_feature_size",
-     lambda old: min(old, WIDTH)),
+    (
+        r".*(intermediate|ffn|mlp|feed_?forward|inner).*(size|dim)|d_ff|dff|dim_ff|.*_linear_units",
+        lambda old: min(old, 64),
+    ),
+    (
+        r".*(hidden_size|hidden_dim|embed_dim|embedding_size|projection_dim|_width|d_model|n_embd|proj_dim|pooler_output_size)"
+        r"|dim|d_model|n_embd|out_hidden_size|.*_hidden_size.*|output_dim|lru_width|fpn_feature_size|mask_dim|mask_feature_size",
+        lambda old: min(old, WIDTH),
+    ),
     (r"image_size|img_size|pretrain_image_size", lambda old: min(old, 32)),
     (r"patch_size", lambda old: min(old, 8)),
 )
+
+
+# Lists of the number of layers in each stage.
+_STAGES = {"depths", "depth", "num_block_repeats", "stage_num_blocks", "blocks_per_stage", "stage_numb_of_layers"}
+_STAGES |= {"layer_depths", "num_blocks"}
 
 
 def _shrink(config: Any, narrow: bool) -> None:
@@ -191,7 +207,9 @@ def _shrink(config: Any, narrow: bool) -> None:
     deep = next((getattr(config, field, None) for field in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
                  if isinstance(getattr(config, field, None), int)), None)  # fmt: skip
     fields = {name: value for name, value in vars(config).items() if value is not None and not isinstance(value, bool)}
-    kept = _kept_layers(fields, deep)
+    kept = (
+        None if any(isinstance(fields.get(stage), (list, tuple)) for stage in _STAGES) else _kept_layers(fields, deep)
+    )
     for name, value in fields.items():
         new = value
         if isinstance(value, int):
@@ -202,8 +220,8 @@ def _shrink(config: Any, narrow: bool) -> None:
             new = type(value)(value[index] for index in kept)
             if name.endswith("heads_per_layer"):
                 new = type(value)(min(number, HEADS) for number in new)
-        elif name in ("depths", "num_block_repeats", "stage_num_blocks", "blocks_per_stage", "stage_numb_of_layers"):
-            new = type(value)(min(number, LAYERS) for number in value)
+        elif name in _STAGES and isinstance(value, (list, tuple)):
+            new = type(value)(min(number, LAYERS) if isinstance(number, int) else number for number in value)
         elif narrow and name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             new = _rope(value)
         if new is not value and new != value:
@@ -257,7 +275,9 @@ def _kept_layers(fields: dict[str, Any], deep: int | None) -> list[int] | None:
     for index, sort in enumerate(zip(*sorts, strict=True)):
         found.setdefault(tuple(map(str, sort)), index)
     kept = sorted(found.values())[:4]
-    return kept if len(kept) >= LAYERS else sorted({*kept, *range(deep)} - set(range(LAYERS, deep)) | set(kept))[:LAYERS]
+    return (
+        kept if len(kept) >= LAYERS else sorted({*kept, *range(deep)} - set(range(LAYERS, deep)) | set(kept))[:LAYERS]
+    )
 
 
 def _small(name: str, value: int, narrow: bool) -> int:
@@ -304,7 +324,11 @@ def _choices(name: str, model: Any) -> Iterator[Inputs]:
         for tensor in _MAIN[main](model.config):
             inputs = {main: tensor}
             for other, make in _COMPANIONS.items():
-                if other in parameters and other != main and (made := make(model.config, inputs, parameters)) is not None:
+                if (
+                    other in parameters
+                    and other != main
+                    and (made := make(model.config, inputs, parameters)) is not None
+                ):
                     inputs[other] = made
             yield inputs
 
@@ -326,7 +350,9 @@ def _ids(config: Any) -> Iterator[torch.Tensor]:
 
 
 def _pixels(config: Any) -> Iterator[torch.Tensor]:
-    if hasattr(config, "patch_size") and (hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")):
+    if hasattr(config, "patch_size") and (
+        hasattr(config, "spatial_merge_size") or hasattr(config, "merge_kernel_size")
+    ):
         yield from _patches(config)
         size = config.patch_size
         yield torch.randn(16, _find(config, "in_channels", "in_chans", "num_channels", default=3), size, size)
@@ -425,5 +451,7 @@ _COMPANIONS: dict[str, Callable[[Any, Inputs, Any], torch.Tensor | None]] = {
     "image_grid_thw": _required("image_grid_thw", _grid),
     "merge_sizes": _required("merge_sizes", lambda *_: torch.tensor([1])),
     "input_features_mask": _required("input_features_mask", _everything("input_features")),
-    "pixel_position_ids": _required("pixel_position_ids", lambda *_: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]),
+    "pixel_position_ids": _required(
+        "pixel_position_ids", lambda *_: torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
+    ),
 }

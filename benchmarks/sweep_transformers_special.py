@@ -130,8 +130,11 @@ INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
         "decoder_input_ids": _ids(),
     },
     "vilt": lambda config: {"input_ids": _ids(), "pixel_values": _image(config)},
-    "bridgetower": lambda config: {"input_ids": _ids(), "attention_mask": torch.ones(1, 8, dtype=torch.long),
-                                   "pixel_values": _image(config)},
+    "bridgetower": lambda config: {
+        "input_ids": _ids(),
+        "attention_mask": torch.ones(1, 8, dtype=torch.long),
+        "pixel_values": _image(config),
+    },
     "clvp": lambda config: {"input_ids": _ids(), "input_features": torch.randn(1, 80, 64)},
     "clap": lambda config: {"input_ids": _ids(), "input_features": torch.randn(1, 1, 64, 64)},
     "xclip": lambda config: {
@@ -152,13 +155,22 @@ INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     "kosmos-2": lambda config: {
         "input_ids": _ids(),
         "pixel_values": _image(config),
-        "image_embeds_position_mask": (torch.arange(config.latent_query_num + 8)[None] < config.latent_query_num).long()[:, :8],
+        "image_embeds_position_mask": (
+            torch.arange(config.latent_query_num + 8)[None] < config.latent_query_num
+        ).long()[:, :8],
     },
     "lightglue": lambda config: {"pixel_values": torch.randn(1, 2, 1, 64, 64)},
     "efficientloftr": lambda config: {"pixel_values": torch.randn(1, 2, 1, 64, 64)},
-    "dia": lambda config: {"input_ids": _ids(), "decoder_input_ids": torch.randint(0, 9, (1, 4, config.decoder_config.num_channels))},
+    "dia": lambda config: {
+        "input_ids": _ids(),
+        "decoder_input_ids": torch.randint(0, 9, (1, 4, config.decoder_config.num_channels)),
+    },
     "instructblip": lambda config: {
-        "input_ids": _ids(), "qformer_input_ids": _ids(), "pixel_values": _image(config), "decoder_input_ids": _ids()},
+        "input_ids": _ids(),
+        "qformer_input_ids": _ids(),
+        "pixel_values": _image(config),
+        "decoder_input_ids": _ids(),
+    },
     "neucodec": lambda config: {"input_values": torch.randn(1, 1, 1280), "input_features": torch.randn(1, 4, 160)},
     "xcodec2": lambda config: {"input_values": torch.randn(1, 1, 1280), "input_features": torch.randn(1, 4, 160)},
     "videoprism": lambda config: {"input_ids": _ids(), "pixel_values_videos": torch.randn(1, 2, 3, 32, 32)},

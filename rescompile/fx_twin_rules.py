@@ -39,6 +39,7 @@ def rule_of(graph: Graph, op: Op) -> Emitter:
 
 def _evaluated(graph: Graph, op: Op) -> Emitter:
     target = op.attr("target") or op.kind.value
+    evaluate = graph.native_evaluator(op)
 
     def rule(t: Any, x: list[Any], _: Attrs) -> Any:
         if torch.is_grad_enabled() and any(isinstance(operand, Tensor) and operand.requires_grad for operand in x):
@@ -46,7 +47,7 @@ def _evaluated(graph: Graph, op: Op) -> Emitter:
                 f"'{op.name}' ({target}) has no torch form, and no gradient goes through it: "
                 "give the model with that operation replaced."
             )
-        arrays = graph.native_evaluate(op, [None if operand is None else to_numpy(operand) for operand in x])
+        arrays = evaluate([None if operand is None else to_numpy(operand) for operand in x])
         return [to_torch(array).to(t.device) for array in arrays]
 
     return rule

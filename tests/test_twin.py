@@ -93,12 +93,8 @@ def test_twin_of_a_light_onnx_model(name: str) -> None:
     assert largest_difference(graph, random_inputs(graph)) < TOLERANCE
 
 
-# What the refusals of operators without a torch form say.
-REFUSED = ("has no torch form", "there is no torch form", "has no dtype", "no gradient", "FFT")
-
-
 @pytest.mark.parametrize(("item", "opset"), operators.PAIRS)
-def test_every_onnx_operator_gives_the_same_numbers_or_is_refused(item: operators.Case, opset: int) -> None:
+def test_every_onnx_operator_with_a_kind_gives_the_same_numbers(item: operators.Case, opset: int) -> None:
     out_type = operators.FLOAT if item.domain else 0
     proto, feeds = single(
         item.op, item.operands, opset, outputs=item.outputs, domain=item.domain, out_type=out_type, **item.attrs
@@ -106,13 +102,7 @@ def test_every_onnx_operator_gives_the_same_numbers_or_is_refused(item: operator
     graph = api.capture(proto)
     if any(op.has(Trait.RANDOM) for op in graph):
         pytest.skip("random numbers differ")
-    try:
-        outputs, _ = twin(graph).run(feeds)
-    except GraphError as error:
-        assert any(reason in str(error) for reason in REFUSED), error
-        return
-    for name, expected in graph.run(feeds).items():
-        assert relative_difference(expected, outputs[name].detach().numpy()) < TOLERANCE, name
+    assert largest_difference(graph, feeds) < TOLERANCE
 
 
 @pytest.mark.parametrize("op_type", ["LSTM", "GRU", "RNN"])

@@ -14,7 +14,19 @@ from rescompile.kinds import OpKind, Trait
 _RANK = {"identity": 0, "view": 1, "pad": 2, "pool": 3, "projection": 4}
 
 # Steps that leave a way free of work and of moved elements. An ADD with one way back adds constants only.
-_NOTHING = (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG, OpKind.DROPOUT, OpKind.ADD)
+_NOTHING = (
+    OpKind.IDENTITY,
+    OpKind.CAST,
+    OpKind.QUANTIZE,
+    OpKind.DEQUANTIZE,
+    OpKind.NEG,
+    OpKind.DROPOUT,
+    OpKind.ADD,
+)
+
+
+# Besides pools: over an axis that a reshape made of the elements of a window, a mean or a maximum is one.
+_POOLING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +55,12 @@ _WORKING = frozenset(
 
 def works(op: Op) -> bool:
     """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions."""
-    return op.kind in _WORKING
+    return op.kind in _WORKING and (op.kind is not OpKind.OPAQUE or bool(op.attr("works")))
 
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(op.kind in _WORKING or op.outputs[0] in reach.forks for op in region)
+    return any(works(op) or op.outputs[0] in reach.forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:
@@ -108,9 +120,9 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.has(Trait.NORM):
             norms += 1
             bends += op.kind is not OpKind.BATCH_NORM
-        elif op.has(Trait.POOL) or op.kind is OpKind.INTERPOLATE:
+        elif op.has(Trait.POOL) or op.kind in _POOLING:
             pools += 1
-            bends += op.kind is OpKind.MAX_POOL
+            bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
         elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
             pads += 1
         elif op.kind is OpKind.SCATTER and op.inputs[0] is not None and op.inputs[0].constant:
