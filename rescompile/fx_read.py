@@ -138,6 +138,9 @@ class Reader(Builder):
             return
         if defer and call.name in _DEFERRED and isinstance(found, Step) and self._defer(node, call, found, site):
             return
+        if call.name == "stack" and site.out.shape is None:
+            self._opaque(node, call)  # a sum of it is known without shapes, its parts' places on the axis are not
+            return
         if not several and isinstance(found, Step):
             value = self.make_one(node, found, outs[0])
             if value is not None:
