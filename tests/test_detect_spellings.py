@@ -8,7 +8,6 @@ import logging
 import warnings
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from torch import fx
