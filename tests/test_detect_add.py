@@ -351,7 +351,7 @@ def test_chain_of_blocks() -> None:
     assert [block.fork for block in report][1:] == [f"join_{index}" for index in range(4)]
     assert [block.module for block in report] == [f"blocks.{index}" for index in range(5)]
     assert all(block.parent is None for block in report)
-    assert report.paths() == {"log2_count": 5.0, "mean_length": 2.5}
+    assert (report.lengths.log2_count, report.lengths.mean) == (5.0, 2.5)
 
 
 def test_global_skip_encloses_the_blocks_inside() -> None:

@@ -76,6 +76,7 @@ def _inspect(graph: Graph) -> Report:
         tuple(part.blocks),
         tuple(part.not_residual),
         part.bodies,
+        graph,
     )
 
 
@@ -184,7 +185,9 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
         for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
-            if (op in number and number[op] != index) or op in held:
+            other = number.get(op)
+            nested = other is not None and other != index and not _beside(drafts[other], draft)
+            if nested or op in held:
                 parents.setdefault(op, index)
     ids: list[int] = []
     offsets: list[int] = []
@@ -209,6 +212,14 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
             parent = around.get(holder) if block.parent is None else block.parent + offset
             blocks.append(replace(block, id=block.id + offset, parent=parent))
     return sorted(blocks, key=lambda block: block.id)
+
+
+def _beside(inner: Draft, outer: Draft) -> bool:
+    """Whether a block in another's branch is a stream of its own: each carries a part of one fork, and goes on."""
+    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
+        return False
+    own = {*outer.branch_ops, outer.join_op}
+    return any(user not in own for user, _ in inner.join_value.uses)
 
 
 def _block(
@@ -242,6 +253,8 @@ def _block(
         module=_module(draft),
         fused=join_op.has(Trait.FUSED),
         path=telling.path(calls),
+        branch_count=max(1, len(draft.branches)) if draft.kind in ("parallel", "branches") else 1,
+        undecided=tuple(draft.undecided),
     )
 
 

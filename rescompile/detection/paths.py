@@ -14,7 +14,15 @@ from rescompile.kinds import OpKind, Trait
 _RANK = {"identity": 0, "view": 1, "pad": 2, "pool": 3, "projection": 4}
 
 # Steps that leave a way free of work and of moved elements. An ADD with one way back adds constants only.
-_NOTHING = (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG, OpKind.DROPOUT, OpKind.ADD)
+_NOTHING = (
+    OpKind.IDENTITY,
+    OpKind.CAST,
+    OpKind.QUANTIZE,
+    OpKind.DEQUANTIZE,
+    OpKind.NEG,
+    OpKind.DROPOUT,
+    OpKind.ADD,
+)
 
 
 # Besides pools: over an axis that a reshape made of the elements of a window, a mean or a maximum is one.

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.paths import Chain, branch_works, chain, is_scale, step_back, works
+from rescompile.detection.reach import Reach
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
+_TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -42,7 +44,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
     tried = sorted(streams, key=lambda item: order(item[1]))
-    for index, skip in tried if len(streams) > 2 else tried[:1]:
+    for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
         others = [(other, value) for other, value in streams if other != index]
         found = _two(judgement, op, (index, skip), others)
         if isinstance(found, Draft):
@@ -79,9 +81,12 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
+        coupled = _coupling(judgement, op, fork, left, rest) or _coupling(judgement, op, fork, rest[0], [left])
+        if coupled is not None:
+            return coupled
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
-            "is a shortcut"
+            "is a shortcut" + _undecided(reach, fork, (left, *rest))
         )
         return Refusal(text, fork, working=True)
     ranked.sort(key=lambda item: (item[0].rank, len(item[0].ops)))
@@ -95,8 +100,22 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
     return refusal if refusal is not None else Refusal("no shortcut", fork)
 
 
+def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
+    """What to add where one side could be a projection, if the shape of a kernel were known."""
+    for _, value in operands[:_TRIED]:
+        at: Value | None = value
+        while at is not None and at is not fork and (op := at.producer) is not None:
+            if op.kind is OpKind.CONV and op.inputs[1] is not None and op.inputs[1].shape is None:
+                return f"; undecided: whether the kernel of '{op.name}' has one element, for its shape is not known"
+            if op.kind is OpKind.OPAQUE:
+                return f"; undecided: whether '{op.name}', which is opaque, is a projection"
+            at = step_back(reach, at)
+    return ""
+
+
 def _names(*operands: tuple[int, Value]) -> str:
-    return " and ".join(f"'{value.name}'" for _, value in operands)
+    more = f" and {len(operands) - 8} more" if len(operands) > 8 else ""
+    return " and ".join(f"'{value.name}'" for _, value in operands[:8]) + more
 
 
 def _block(
@@ -127,6 +146,8 @@ def _block(
         shortcut_ops=list(way.ops),
         outside=outside,
     )
+    if skip[1].shape is None or op.outputs[0].shape is None:
+        draft.undecided.append(f"whether '{skip[1].name}' is broadcast: its shape, or the sum's, is not known")
     if way.working:
         if len(tops) == 1 and _is_other_projection(way, chain(reach, fork, tops[0])):
             text = f"two working branches: '{skip[1].name}' and '{tops[0].name}' are projections of '{fork.name}' alike"
@@ -143,6 +164,38 @@ def _block(
         return draft
     _parallel_tail(judgement, draft)
     return draft
+
+
+def _coupling(
+    judgement: Judgement, op: Op, fork: Value, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
+) -> Draft | None:
+    """Two streams that work on each other by turns: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), y₁' = y₁ + F'(y₂) (RevNet).
+
+    The skip is a block's join; the other operand works on the join of the other stream, whose branch read the skip.
+    """
+    if len(others) != 1 or skip[1] not in judgement.reach.forks:
+        return None
+    region, _ = judgement.reach.between(fork, [others[0][1]])
+    for member in reversed(region):
+        other = judgement.drafts.get(member)
+        if other is None or not (skip[1] in other.outside or skip[1].producer in other.branch_ops):
+            continue
+        branch, outside = judgement.reach.between(other.join_value, [others[0][1]])
+        if not branch_works(judgement.reach, branch):
+            return None
+        return Draft(
+            kind="add",
+            shortcut="identity",
+            fork=skip[1],
+            join_op=op,
+            join_value=op.outputs[0],
+            skip_index=skip[0],
+            branches=[others[0][1]],
+            branch_ops=branch,
+            shortcut_ops=[],
+            outside=[other.join_value, *outside],
+        )
+    return None
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
