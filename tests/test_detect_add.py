@@ -401,6 +401,13 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+def test_the_largest_of_a_router_beside_the_others_are_no_new_features() -> None:
+    b = Builder()
+    logits = b.linear(b.input(2, 8), 6)
+    best = b.op(K.TOPK, b.slice(logits, 1, 0, 4), shape=(2, 2))
+    assert refused(b.output(b.linear(b.concat(best, b.slice(logits, 1, 4, 6)), 3))).startswith("no working branch")
+
+
 def test_a_block_inside_the_branch_from_a_slice_is_no_step_of_a_recurrence() -> None:
     b = Builder()
     x = b.linear(b.input(2, 8), 8)

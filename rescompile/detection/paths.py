@@ -45,11 +45,10 @@ class Chain:
         return len(_RANK) if self.shortcut is None else _RANK[self.shortcut]
 
 
-# Statistics alone (a mean, a sum) do not work: global response normalisation is no residual block.
+# Statistics alone (a mean, a sum, the k largest) do not work: global response normalisation is no residual block.
+_STATISTICS = (OpKind.SOFTMAX, OpKind.CUMSUM, OpKind.TOPK)
 _WORKING = frozenset(
-    kind
-    for kind in OpKind
-    if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+    kind for kind in OpKind if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in _STATISTICS
 )
 
 
