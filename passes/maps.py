@@ -136,7 +136,7 @@ def common_frame(maps: Sequence[Map], extents: Sequence[Dim | None]) -> Map | st
 def composed(first: Map, second: Map) -> Map | str:
     """second(first(x)), but for its step; text where no one kernel is it."""
     groups = math.gcd(first.groups, second.groups)
-    shape = {"outputs": second.outputs, "groups": groups, "works": first.works or second.works}
+    shape: dict[str, Any] = {"outputs": second.outputs, "groups": groups, "works": first.works or second.works}
     shape["shifted"] = first.shifted or second.shifted
     if second.pointwise and not second.bordered:
         stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))

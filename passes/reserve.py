@@ -170,7 +170,8 @@ def _reserved(stage: Stage, channels: int, pool: Map | None, *, first: bool) -> 
     if isinstance(frame, str):
         return f"of its convolution and the skip, {frame}"
     parts = [program.placed(map_, frame), program.placed(kept, frame)]
-    outputs, shared = map_.outputs + channels, {"shifted": map_.shifted, "works": True}
+    outputs = map_.outputs + channels
+    shared: dict[str, Any] = {"shifted": map_.shifted, "works": True}
     if first:
         if map_.groups > 1:
             return "the first convolution has groups, of which none reads all channels of the skip"

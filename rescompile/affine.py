@@ -44,7 +44,7 @@ class Affine:
     @property
     def diagonal(self) -> bool:
         """Whether every channel depends on itself alone."""
-        return self.weight.shape[:2] == (self.groups, 1)
+        return bool(self.weight.shape[:2] == (self.groups, 1))
 
     def grouped(self, groups: int) -> Affine:
         """The same map with fewer groups, of which `groups` is a divisor: zeros between what was apart."""
