@@ -18,15 +18,16 @@ _ZERO_IN_ZERO_OUT = (
 def drop_zero(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
     """y = F(x) + 0·s(x)  →  y = F(x);  y = (1 − C)⊙F(x) + C⊙s(x), C = 0  →  y = F(x)
 
-    1. The skip holds a factor of zeros, or ends in a projection of zeros: what it adds is 0 for every finite x.
+    1. The skip holds a factor of zeros, or a projection of zeros: what it adds is 0 for every finite x.
     2. The sum has one other operand, of its own shape and dtype.
     """
     join = block.join_op
     if join.kind is not K.ADD:
         return Refusal(block.join, f"a {join.kind.value} brings the paths together: there is no sum to take it from")
-    rest = [(value, scale) for value, scale in zip(join.operands, join.scales, strict=True) if not _zero(graph, value)]
-    if len(rest) == len(join.operands):
+    if not _zero(graph, join.inputs[block.skip_index]):
         return Refusal(block.join, "the skip does not vanish")
+    terms = enumerate(zip(join.operands, join.scales, strict=True))
+    rest = [term for index, term in terms if index != block.skip_index]
     if len(rest) != 1 or rest[0][1] != 1 or rest[0][0].type != join.output.type:
         return Refusal(block.join, "without the skip the sum is more than one operand")
     return _stand_in(graph, join, _unscaled(graph, rest[0][0]))

@@ -9,7 +9,7 @@ from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind as K
 from rescompile.passes.bounds import Bounds, bounds
 from rescompile.passes.maps import Map, common_frame
-from rescompile.passes.merge_branches import Replacement, contraction
+from rescompile.passes.merge_branches import Replacement, contraction, main_contraction
 from rescompile.passes.tracing import Layout, Trace, escapes
 from rescompile.plans import FreshNames, Insert, Refusal, fuse_edit
 
@@ -75,7 +75,7 @@ def reserve(
     total = _rejoined(branch, stride)
     if isinstance(total, str):
         return Refusal(join.name, total)
-    main = _last_contraction(branch.trace, branch)
+    main = _last_contraction(branch)
     end = contraction(branch.trace, total, "reserved", fresh, main)
     ops = sorted(branch.ops, key=lambda op: op.order)
     replacement.edits += end.edits
@@ -86,7 +86,7 @@ def reserve(
 
 def _branch(graph: Graph, fork: Value, join: Value, layout: Layout) -> Branch | Refusal:
     start, pool, ops = fork, None, {}
-    entry = _pool_of(fork, join)
+    entry = _pool_of(fork)
     if entry is not None:
         trace = Trace(graph, fork, layout)
         found = trace.maps(entry)
@@ -125,7 +125,7 @@ def _branch(graph: Graph, fork: Value, join: Value, layout: Layout) -> Branch | 
     return Branch(stages[::-1], trace, last, ends[start], pool, ops)
 
 
-def _pool_of(fork: Value, join: Value) -> Value | None:
+def _pool_of(fork: Value) -> Value | None:
     """The average pool of the fork that a shortcut starts with."""
     found = [op for op in fork.users if op.kind is K.AVG_POOL]
     return found[0].output if len(found) == 1 else None
@@ -234,14 +234,12 @@ def _rejoined(branch: Branch, stride: tuple[int, ...]) -> Map | str:
     )
 
 
-def _last_contraction(trace: Trace, branch: Branch) -> Op:
-    """The convolution or linear of the branch, not one of the skip."""
-    pending, seen = [branch.stages[-1].activation.output], set()
+def _last_contraction(branch: Branch) -> Op:
+    """The convolution or linear of the branch behind its last activation, not one of the skip."""
+    behind: dict[Op, None] = {}
+    pending = [branch.stages[-1].activation]
     while pending:
-        for op in pending.pop().users:
-            if op in trace.ops and op not in seen:
-                if op.kind in (K.CONV, K.LINEAR):
-                    return op
-                seen.add(op)
-                pending.extend(op.outputs)
-    raise AssertionError("a map that works goes through a contraction")
+        found = [user for user in pending.pop().output.users if user in branch.trace.ops and user not in behind]
+        behind |= dict.fromkeys(found)
+        pending.extend(found)
+    return main_contraction(behind)

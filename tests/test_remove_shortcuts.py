@@ -224,8 +224,7 @@ def test_dynamic_extents_merge() -> None:
     assert result.verification.ok
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
-@pytest.mark.parametrize("ir", IRS)
+@pytest.mark.parametrize(("name", "ir"), [("repvgg_a0", "fx"), ("repvgg_a0", "onnx"), ("mobileone_s0", "fx")])
 def test_reparameterisable_networks_of_timm(name: str, ir: str, torchvision: ModuleType) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=3)
@@ -560,3 +559,11 @@ def test_what_has_a_weight_goes_only_by_algebra(ir: str) -> None:
     result = rc.rewrite(inserted.graph, "remove-shortcuts", verify=False)
     assert not result.applied
     assert len(result.refused) == len(inserted.applied) == 2
+
+
+@pytest.mark.parametrize("ir", IRS)
+def test_a_branch_that_starts_as_nothing_is_no_skip(ir: str) -> None:
+    graph = captured(mlp(4), (torch.randn(2, 16),), ir)
+    inserted = rc.rewrite(graph, "insert-shortcuts{every=2,start=rezero}", verify=False)
+    assert inserted.applied
+    assert not rc.rewrite(inserted.graph, "remove-shortcuts", verify=False).applied
