@@ -44,8 +44,8 @@ def drop_skip(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
     if any(op.kind is not K.ADD for op in block.join_ops):
         kind = next(op.kind.value for op in block.join_ops if op.kind is not K.ADD)
         return Refusal(block.join, f"a {kind} brings the paths together: there is no sum to take the skip from")
-    end = block.shortcut_ops[-1].output if block.shortcut_ops else block.fork_value
-    found = [(op, index) for op in block.join_ops for index, value in enumerate(op.inputs) if value is end]
+    ends = block.shortcut_ops[-1].outputs if block.shortcut_ops else [block.fork_value]
+    found = [(op, index) for op in block.join_ops for index, value in enumerate(op.inputs) if value in ends]
     if len(found) != 1:
         return Refusal(block.join, "the skip is no single term of the sum")
     join, index = found[0]
@@ -59,7 +59,7 @@ def drop_skip(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
         return _stand_in(graph, join, rest[0][0])
     values, scales = [value for value, _ in rest], tuple(scale for _, scale in rest)
     edits: list[Edit] = [fuse_edit([join], K.ADD, values, [join.output], scales=scales)]
-    return [*edits, *_erased(graph, [end], {join})], join.output
+    return [*edits, *_erased(graph, [join.operands[index]], {join})], join.output
 
 
 def _stand_in(graph: Graph, join: Op, new: Value) -> tuple[list[Edit], Value]:

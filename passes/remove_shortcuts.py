@@ -72,7 +72,7 @@ class RemoveShortcuts:
                 continue
             if all(op in taken for op in block.join_ops):
                 continue
-            decision = self._decide(graph, block, fresh, stands)
+            decision = self._decide(report, graph, block, fresh, stands)
             if isinstance(decision, Rewrite):
                 ops = _removed(graph, decision)
                 clash = next((op for op in ops if op in taken), None)
@@ -84,7 +84,9 @@ class RemoveShortcuts:
                 _note(graph, decision, stands)
             yield decision
 
-    def _decide(self, graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]) -> Rewrite | Refusal:
+    def _decide(
+        self, report: Report, graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]
+    ) -> Rewrite | Refusal:
         if self.how == "plain":
             dropped = drop_skip(graph, block)
             if isinstance(dropped, Refusal):
@@ -96,15 +98,17 @@ class RemoveShortcuts:
         dropped = drop_zero(graph, block)
         if not isinstance(dropped, Refusal):
             return Rewrite(block.join, "y = F(x) + 0  →  y = F(x)", "the skip adds zeros", tuple(dropped[0]))
-        return _exact(graph, block, fresh, stands)
+        return _exact(report, graph, block, fresh, stands)
 
 
-def _exact(graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]) -> Rewrite | Refusal:
+def _exact(
+    report: Report, graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]
+) -> Rewrite | Refusal:
     if any(op.kind is not OpKind.ADD for op in block.join_ops) or block.join_value is None:
         kind = block.join_op.kind.value
         return Refusal(block.join, f"a {kind} brings the paths together, and no convolution does the same")
     fork, join = block.fork_value, block.join_value
-    layout = layout_of([*block.branch_ops, *block.shortcut_ops], fork)
+    layout = layout_of([*report.all_branch_ops(block), *block.shortcut_ops], fork)
     if isinstance(layout, str):
         return Refusal(block.join, layout)
     standing = fork

@@ -52,12 +52,19 @@ class Affine:
             return self
         merged = self.groups // groups
         out, width = self.weight.shape[0] // self.groups, self.weight.shape[1]
-        parts = self.weight.reshape(groups, merged, out, width, *self.weight.shape[2:])
-        kernel = self.weight.shape[2:]
-        full = np.zeros((groups, merged, out, merged, width, *kernel))
-        for index in range(merged):
-            full[:, index, :, index] = parts[:, index]
-        return replace(self, weight=full.reshape(-1, merged * width, *kernel), groups=groups)
+        full = np.zeros((self.weight.shape[0], merged * width, *self.weight.shape[2:]))
+        for group in range(self.groups):
+            at = group % merged * width
+            rows = slice(group * out, (group + 1) * out)
+            full[rows, at : at + width] = self.weight[rows]
+        return replace(self, weight=full, groups=groups)
+
+    def fill(self, whole: Array) -> None:
+        """Write the weight, without groups, into a part of a larger one that holds zeros."""
+        out, width = self.weight.shape[0] // self.groups, self.weight.shape[1]
+        for group in range(self.groups):
+            rows = slice(group * out, (group + 1) * out)
+            whole[rows, group * width : (group + 1) * width] = self.weight[rows]
 
     def then(self, later: Affine) -> Affine:
         """later(self(x))."""
@@ -165,13 +172,17 @@ def _sum(of: Sequence[Affine], _: Sequence[Array | None], step: Step) -> Affine:
 
 
 def _stack(of: Sequence[Affine], _: Sequence[Array | None], __: Step) -> Affine:
-    first, second = (map_.grouped(1) for map_ in of)
-    return Affine(np.concatenate([first.weight, second.weight]), np.concatenate([first.bias, second.bias]), 1)
+    weight = np.zeros((sum(_outputs(map_) for map_ in of), _inputs(of[0]), *of[0].weight.shape[2:]))
+    of[0].fill(weight[: _outputs(of[0])])
+    of[1].fill(weight[_outputs(of[0]) :])
+    return Affine(weight, np.concatenate([map_.bias for map_ in of]), 1)
 
 
 def _beside(of: Sequence[Affine], _: Sequence[Array | None], __: Step) -> Affine:
-    first, second = (map_.grouped(1) for map_ in of)
-    return Affine(np.concatenate([first.weight, second.weight], axis=1), first.bias + second.bias, 1)
+    weight = np.zeros((_outputs(of[0]), sum(_inputs(map_) for map_ in of), *of[0].weight.shape[2:]))
+    of[0].fill(weight[:, : _inputs(of[0])])
+    of[1].fill(weight[:, _inputs(of[0]) :])
+    return Affine(weight, of[0].bias + of[1].bias, 1)
 
 
 def _diagonal(of: Sequence[Affine], _: Sequence[Array | None], step: Step) -> Affine:
@@ -181,12 +192,19 @@ def _diagonal(of: Sequence[Affine], _: Sequence[Array | None], step: Step) -> Af
     if groups > 1:
         second = second.grouped(groups - first.groups)
         return Affine(np.concatenate([first.weight, second.weight]), bias, groups)
-    parts = [map_.grouped(1).weight for map_ in of]
-    spread = [(0, parts[1].shape[1]), (parts[0].shape[1], 0)]
-    weights = [
-        np.pad(part, [(0, 0), more] + [(0, 0)] * (part.ndim - 2)) for part, more in zip(parts, spread, strict=True)
-    ]
-    return Affine(np.concatenate(weights), bias, 1)
+    outputs, inputs = (sum(size(map_) for map_ in of) for size in (_outputs, _inputs))
+    weight = np.zeros((outputs, inputs, *first.weight.shape[2:]))
+    first.fill(weight[: _outputs(first), : _inputs(first)])
+    second.fill(weight[_outputs(first) :, _inputs(first) :])
+    return Affine(weight, bias, 1)
+
+
+def _outputs(map_: Affine) -> int:
+    return int(map_.weight.shape[0])
+
+
+def _inputs(map_: Affine) -> int:
+    return int(map_.weight.shape[1]) * map_.groups
 
 
 def _taps(weight: Array, leading: int) -> Array:
