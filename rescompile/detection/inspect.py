@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
+from rescompile.detection.chains import order
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
@@ -176,6 +177,11 @@ def _judge(graph: Graph) -> Judgement:
     return judgement
 
 
+def _lies_in(inner: Draft, outer: Draft) -> bool:
+    """Whether a block whose join is in another's branch starts there too: blocks of two streams may interleave."""
+    return order(inner.fork) >= order(outer.fork)
+
+
 def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, Sequence[Block]]]) -> list[Block]:
     """All blocks in the order of their joins; those that an operation holds come where the operation does."""
     drafts = list(judgement.drafts.values())
@@ -184,7 +190,7 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
         for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
-            if (op in number and number[op] != index) or op in held:
+            if op in held or (op in number and number[op] != index and _lies_in(drafts[number[op]], draft)):
                 parents.setdefault(op, index)
     ids: list[int] = []
     offsets: list[int] = []

@@ -17,8 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rescompile.detection.chains import order
+from rescompile.detection.flavours import comes_back
+from rescompile.detection.gates import only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.recurrences import shares_weights, takes_part
+from rescompile.detection.streams import crossing
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -61,6 +65,34 @@ def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int,
 
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
     """Judge one operand against the others; of two, either may be the shortcut."""
+    found = _contracted(judgement, op, left, rest)
+    dear = found.shortcut == "projection" if isinstance(found, Draft) else found.working
+    if len(rest) == 1 and dear:
+        for skip, other in ((left, rest[0]), (rest[0], left)):
+            crossed = crossing(judgement, skip[1], other[1], through=True)
+            if crossed is not None and not _is_broadcast(skip[1], op.outputs[0]):
+                return Draft(
+                    kind="add",
+                    shortcut=crossed.shortcut,
+                    fork=crossed.fork,
+                    join_op=op,
+                    join_value=op.outputs[0],
+                    skip_index=skip[0],
+                    branches=[other[1]],
+                    branch_ops=crossed.region,
+                    shortcut_ops=crossed.shortcut_ops,
+                    outside=crossed.outside,
+                )
+    if isinstance(found, Draft) and found.shortcut == "projection" and only_weighs(judgement, found):
+        text = "a gate: two maps of '{}' are added to make factors or attention weights, not features"
+        return Refusal(text.format(found.fork.name), found.fork)
+    return found
+
+
+def _contracted(
+    judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]
+) -> Draft | Refusal:
+    """Judge one operand against the others, every block before being an identity."""
     reach = judgement.reach
     fork = reach.meet(left[1], [value for _, value in rest])
     if fork is None:
@@ -109,9 +141,11 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
-    if _is_recurrence(way, region):
+    if takes_part(way.ops) and shares_weights(region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
+    if way.shortcut == "view" and all(reached_by_gates_only(reach, fork, region, top) for top in tops):
+        return Refusal(f"a gate: the rest of '{fork.name}' only weighs what '{skip[1].name}' is added to", fork)
     if _is_broadcast(skip[1], op.outputs[0]):
         return Refusal(f"broadcast: '{skip[1].name}' is smaller than the sum, so it is no stream", fork)
     draft = Draft(
@@ -132,6 +166,8 @@ def _block(
             return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
+    if way.sums and any(comes_back(judgement, draft)):
+        return draft  # the stream that runs through another block is what is joined
     if way.sums:
         return _absorb(judgement, draft, way, affine)
     if way.working and way.affine and affine:
@@ -243,23 +279,6 @@ def _constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
     if size is not None and len(size) == 1:
         return Refusal(f"bias: '{value.name}' is a constant")
     return Refusal(f"constant table: '{value.name}' does not depend on the inputs (a position embedding, a mask)")
-
-
-def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
-    """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
-    if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
-        return False
-    return all(_weight_is_shared(op) for op in region if works(op))
-
-
-def _weight_is_shared(op: Op) -> bool:
-    value = op.inputs[1] if op.kind is OpKind.LINEAR else None
-    while value is not None and value.constant:
-        if len(value.uses) > 1:
-            return True
-        producer = value.producer
-        value = producer.inputs[0] if producer is not None and producer.has(Trait.FREE) else None
-    return False
 
 
 def _is_broadcast(skip: Value, total: Value) -> bool:

@@ -200,7 +200,7 @@ class Squeezeformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = kept = self.block(0, x)
         x = self.block(1, self.reduce(x.transpose(1, 2)).transpose(1, 2))
-        x = self.recover(x.repeat_interleave(2, dim=1)) + kept
+        x = self.recover(F.interpolate(x.transpose(1, 2), scale_factor=2.0).transpose(1, 2)) + kept
         return self.block(2, x)
 
 
@@ -228,7 +228,6 @@ class Cells(nn.Module):
         super().__init__()
         self.w = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
         self.u = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
-        self.width = width
 
     def cell(self, index: int, x: Tensor, h: Tensor) -> Tensor:
         a, b = self.w[index](x).chunk(3, -1), self.u[index](h).chunk(3, -1)
@@ -236,7 +235,7 @@ class Cells(nn.Module):
         return (1 - z) * torch.tanh(a[2] + r * b[2]) + z * h
 
     def forward(self, x: Tensor) -> Tensor:
-        first = second = torch.zeros(x.shape[0], self.width)
+        first = second = torch.tanh(x.mean(1))
         out = []
         for step in range(3):
             first = self.cell(0, x[:, step], first)

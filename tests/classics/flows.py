@@ -155,9 +155,10 @@ class Equilibrium(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    # The first sum starts from a half of the stem's output; every later one from its own stream.
-    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4, "nested": 0}, "pre"),
-    "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 0}, "pre"),
+    # The first two sums start from the stem and have one of its halves as shortcut, the first sum in the second's branch;
+    # every later one starts from its own stream.
+    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4, "nested": 1}, "pre"),
+    "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 1}, "pre"),
     "i-ResNet": Case(IResNet, image(4, 8), {"identity": 4}, "none"),
     # [x₁, F(x)] with F(x) = x₂ + m(x₁): dense, and the sum in it has the other half as its shortcut.
     "NICE": Case(NICE, floats((2, 8)), {"dense": 3, "view": 3, "nested": 3}),

@@ -312,6 +312,6 @@ CASES: dict[str, Case] = {
     "IMPALA, dueling": Case(Impala, image(), {"identity": 4}, "none"),
     "siamese": Case(Siamese, lambda: (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)), {"identity": 2}, "branch"),
     "mixture of experts, two heads": Case(Experts, floats((2, 8)), {"identity": 1}),
-    # The summed picture runs past each stage: its own 1×1 projection of the stage's input, enlarged.
-    "StyleGAN2 output skips": Case(StyleSkips, floats((1, 6)), {"long": 2}),
+    # The summed picture runs past each stage: a 1×1 projection of the stage's input, enlarged as the stage enlarges.
+    "StyleGAN2 output skips": Case(StyleSkips, floats((1, 6)), {"projection": 2}),
 }

@@ -360,7 +360,7 @@ CASES: dict[str, Case] = {
     "SK-Net": Case(lambda: bottlenecks(middle=SelectiveKernel), image(), {"identity": 2, "projection": 1}, "branch"),
     "ResNeSt": Case(lambda: bottlenecks(middle=SplitAttention), image(), {"identity": 2, "projection": 1}, "branch"),
     "PyramidNet": Case(PyramidNet, image(), {"pad": 3}, "sandwich", traced=False),
-    "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, "branch", training=True, traced=False),
+    "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, training=True, traced=False),
     "Shake-Shake": Case(ShakeShake, image(), {"parallel": 2}, "branch"),
     "stochastic depth, training": Case(
         lambda: Dropped(False), image(), {"stochastic": 3}, "branch", training=True, traced=False
