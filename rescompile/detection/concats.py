@@ -159,7 +159,7 @@ def _gated_skip(judgement: Judgement, op: Op, moving: list[tuple[int, Value]]) -
     """[x·σ(…), F(x)] with F by another resolution and back: an earlier stage's value, weighed (Oktay et al. 2018)."""
     for skip, value in moving:
         product = value.producer
-        if product is None or product.kind is not OpKind.MUL:
+        if product is None or product.kind is not OpKind.MUL or len(value.uses) != 1:
             continue
         for x, gate in (product.inputs, product.inputs[::-1]):
             others = [part for other, part in moving if other != skip]

@@ -35,7 +35,9 @@ def is_long(judgement: Judgement, draft: Draft) -> bool:
 def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
     """For each end of a branch, whether every way to it from the fork leads through an enlarging operation."""
     extents, before = _extents(draft.join_value.shape), _extents(draft.fork.shape)
-    if extents is None or (before is not None and len(before) == len(extents) and before != extents and _resizes(draft)):
+    if extents is None or (
+        before is not None and len(before) == len(extents) and before != extents and _resizes(draft)
+    ):
         return []
     inner = judgement.long if draft.kind == "dense" else ()
     if not any(_enlarges(op) or op in inner for op in draft.branch_ops):
@@ -135,5 +137,5 @@ def is_random_factor(value: Value) -> bool:
             continue
         if not op.has(Trait.SOURCE) and not op.has(Trait.ELEMENTWISE) and not op.has(Trait.FREE):
             return False
-        pending.extend(operand for operand in op.operands if not operand.constant)
+        pending.extend(operand for operand in op.operands if operand.producer is not None or not operand.constant)
     return False

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain
-from rescompile.detection.recurrences import is_step
 from rescompile.detection.reach import Reach
+from rescompile.detection.recurrences import is_step
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-
 
 _PASSED = (OpKind.IDENTITY, OpKind.CAST)
 _LOOKED_AT = 24  # values behind a sum, until it is clear what becomes of it
@@ -142,7 +141,13 @@ def cancelled(op: Op) -> Refusal | None:
         inner = op.inputs[1 - index].producer if len(op.inputs) == 2 and op.inputs[1 - index] is not None else None
         while inner is not None and inner.kind in _PASSED:
             inner = inner.operands[0].producer
-        if x is None or inner is None or inner.kind is not OpKind.ADD or len(inner.inputs) != 2 or x not in inner.inputs:
+        if (
+            x is None
+            or inner is None
+            or inner.kind is not OpKind.ADD
+            or len(inner.inputs) != 2
+            or x not in inner.inputs
+        ):
             continue
         at = inner.inputs.index(x)
         if op.scales[index] == -op.scales[1 - index] * inner.scales[at]:

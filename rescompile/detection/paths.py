@@ -162,9 +162,9 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     # Of convolutions with a larger kernel those are projections that change the extent, or are half of a separable
     # one: a depthwise one alone, at one resolution, is a position encoding. None has an activation.
     separable = spatial == depthwise == 1 and contractions == 2
-    if others or (contractions > 1 and not separable) or (spatial and (activations or not (strided or separable))):
-        shortcut = None
-    elif activations and not (contractions or norms or sums):
+    bent = activations and not (contractions or norms or sums)  # relu(x) is another value than x, and no projection
+    spread = spatial and (activations or not (strided or separable))
+    if others or bent or spread or (contractions > 1 and not separable):
         shortcut = None
     elif contractions or norms or activations:
         shortcut = "projection"

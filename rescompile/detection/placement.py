@@ -148,7 +148,8 @@ def _factors(graph: Graph, end: Value, inside: Collection[Op]) -> Iterator[tuple
             return
         if op.kind in (OpKind.MUL, OpKind.DIV):
             constant = next(value for value in op.operands if value is not step)
-            yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
+            if not is_random_factor(constant):  # stochastic depth's factor is none of the model's
+                yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
         end = step
 
 

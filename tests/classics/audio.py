@@ -87,9 +87,13 @@ class ConvTasNet(nn.Module):
         self.norm, self.bottleneck = nn.GroupNorm(1, width), nn.Conv1d(width, width, 1)
         self.body = nn.ModuleList(
             nn.Sequential(
-                nn.Conv1d(width, 12, 1), nn.PReLU(), nn.GroupNorm(1, 12),
-                nn.Conv1d(12, 12, 3, padding=2**i, dilation=2**i, groups=12), nn.PReLU(), nn.GroupNorm(1, 12),
-            )  # fmt: skip
+                nn.Conv1d(width, 12, 1),
+                nn.PReLU(),
+                nn.GroupNorm(1, 12),
+                nn.Conv1d(12, 12, 3, padding=2**i, dilation=2**i, groups=12),
+                nn.PReLU(),
+                nn.GroupNorm(1, 12),
+            )
             for i in range(blocks)
         )
         self.residual = nn.ModuleList(nn.Conv1d(12, width, 1) for _ in range(blocks))
@@ -267,7 +271,8 @@ class LSTMCells(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    "WaveNet": Case(WaveNet, floats((1, 4, 16)), {"identity": 4}, "none"),
+    # Nothing reads the last sum; the ONNX exporter leaves it out.
+    "WaveNet": Case(WaveNet, floats((1, 4, 16)), {"identity": 4}, "none", onnx={"identity": 3}),
     "TCN": Case(TCN, floats((1, 4, 12)), {"identity": 2, "projection": 1}, "none"),
     "ByteNet": Case(ByteNet, tokens(), {"identity": 2}, "pre"),
     "Conv-TasNet": Case(ConvTasNet, floats((1, 1, 20)), {"identity": 3}, "inner"),

@@ -80,9 +80,7 @@ class Affine(nn.Module):
     def __init__(self, layers: int = 3, width: int = 4) -> None:
         super().__init__()
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 1, bias=False) for _ in range(layers))
-        self.nets = nn.ModuleList(
-            nn.Sequential(conv(width // 2, 8), nn.ReLU(), conv(8, width)) for _ in range(layers)
-        )
+        self.nets = nn.ModuleList(nn.Sequential(conv(width // 2, 8), nn.ReLU(), conv(8, width)) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for mix, net in zip(self.mix, self.nets, strict=True):
@@ -155,7 +153,7 @@ class Equilibrium(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    # The first two sums start from the stem and have one of its halves as shortcut, the first sum in the second's branch;
+    # The first two sums start from the stem, with its halves as shortcuts, and the first is in the second's branch;
     # every later one starts from its own stream.
     "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4, "nested": 1}, "pre"),
     "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 1}, "pre"),

@@ -127,7 +127,7 @@ class Fpn(nn.Module):
 
 
 class BiFpn(nn.Module):
-    """One BiFPN layer on three levels: fast normalised weighted sums, in the middle of all three values (Tan 2020)."""
+    """One BiFPN layer on three levels: normalised weighted sums, of three values in the middle (Tan 2020)."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class BiFpn(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """[x, up(conv(pool₁(x))), up(conv(pool₂(x))), ...]: x joined with what went to coarser bins and back (Zhao 2017)."""
+    """[x, up(conv(pool₁(x))), ...]: x joined with what went to coarser bins and back (Zhao 2017)."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ class Upscaler(nn.Module):
 
 
 class DRRN(nn.Module):
-    """One recursive residual block, weights shared: y ← x₁ + F(y), every sum with the block's first value (Tai 2017)."""
+    """A recursive block with shared weights: y ← x₁ + F(y), each sum with the first value (Tai 2017)."""
 
     def __init__(self, width: int = 8, unit: int = 3) -> None:
         super().__init__()

@@ -165,7 +165,7 @@ class Universal(nn.Module):
 
 
 class Evolved(nn.Module):
-    """Evolved transformer encoder: GLU, a wide conv branch beside a conv branch, separable conv; then a layer (So 2019)."""
+    """Evolved transformer encoder: GLU, a linear beside a conv, a wide conv; then a layer (So 2019)."""
 
     def __init__(self, width: int = D) -> None:
         super().__init__()
