@@ -170,8 +170,8 @@ def _gated_skip(judgement: Judgement, op: Op, moving: list[tuple[int, Value]]) -
             if fork is None or way is None or way.shortcut not in _FREE or way.sums:
                 continue
             region, outside = judgement.reach.between(fork, [*others, gate])
-            way = Chain((*way.ops, product), way.shortcut, affine=False, working=False)
-            draft = _draft(op, fork, (skip, way), others, region, outside)
+            weighed = Chain((*way.ops, product), way.shortcut, affine=False, working=False)
+            draft = _draft(op, fork, (skip, weighed), others, region, outside)
             back = comes_back(judgement, draft)
             if back and all(back):
                 return draft
