@@ -139,8 +139,8 @@ def _across(judgement: Judgement, op: Op, newest: list[tuple[int, Value]]) -> Dr
         for skip, old in newest[-_TRIED:]:
             crossed = crossing(judgement, old, new) if skip != index and order(old) < order(new) else None
             if crossed is not None:
-                way = Chain(tuple(crossed.shortcut_ops), crossed.shortcut, affine=True, working=False)
-                return _draft(op, crossed.fork, (skip, way), [new], crossed.region, crossed.outside)
+                moved = Chain(tuple(crossed.shortcut_ops), crossed.shortcut, affine=True, working=False)
+                return _draft(op, crossed.fork, (skip, moved), [new], crossed.region, crossed.outside)
     for skip, old in newest[-_TRIED:]:
         others = [value for other, value in newest if other != skip]
         fork = judgement.reach.meet(old, others)
