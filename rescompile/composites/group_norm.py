@@ -37,7 +37,7 @@ def group_norm(recogniser: Recogniser, norm: Op) -> Op | None:
         if user is None or part is None:
             parts.append(None)
             continue
-        parts.append(_flat(recogniser, part, before))
+        parts.append(_flat(recogniser, part, f"{user.output.name}.vector", before))
         region.append(user)
         value = user.output
     attrs = {"groups": groups, "eps": norm.attr("eps")}
@@ -79,7 +79,7 @@ def _by_channel(op: Op, value: Value, rank: int, channels: object) -> Value | No
     return other if padded[1] == channels and all(extent == 1 for extent in (padded[0], *padded[2:])) else None
 
 
-def _flat(recogniser: Recogniser, value: Value, before: list[_Step]) -> Value:
+def _flat(recogniser: Recogniser, value: Value, name: str, before: list[_Step]) -> Value:
     """The constant as a vector."""
     maker = value.producer
     if maker is not None and maker.kind is OpKind.RESHAPE and maker.operands[0].rank == 1:
@@ -87,7 +87,7 @@ def _flat(recogniser: Recogniser, value: Value, before: list[_Step]) -> Value:
     if value.rank == 1:
         return value
     size = max((extent for extent in value.shape or () if isinstance(extent, int)), default=1)
-    vector = recogniser.new_value(f"{value.name}.vector", (size,), value.dtype)
+    vector = recogniser.new_value(name, (size,), value.dtype)
     vector.constant = True
     before.append((OpKind.RESHAPE, [value], vector, {}))
     return vector
