@@ -285,7 +285,8 @@ COUPLINGS: dict[str, Case] = {
     "three_couplings": case(coupled, *["add view none"] * 2, *PLAIN * 4, fs=halves(3), gs=halves(3)),
     "affine_coupling": case(affine_coupling, "dense identity none", g=nn.Linear(4, 8)),
     "euler": case(euler, *["add identity none branch-constant"] * 3),
-    "momentum": case(momentum, *PLAIN * 3),
+    # v₂ = 0.9·v₁ + 0.1·F(x₁) is a block of the velocity's stream: x₁ came from v₁.
+    "momentum": case(momentum, *PLAIN, *["add identity none branch-constant"] * 2),
     "fractal_mean": case(
         lambda s, x: (s.f(x) + s.g(s.h(x))) / 2, refused="two working branches", g=mlp(), h=nn.Linear(WIDTH, WIDTH)
     ),

@@ -179,8 +179,16 @@ def _judge(graph: Graph) -> Judgement:
 
 
 def _lies_in(inner: Draft, outer: Draft) -> bool:
-    """Whether a block whose join is in another's branch starts there too: blocks of two streams may interleave."""
-    return order(inner.fork) >= order(outer.fork)
+    """Whether a block whose join is in another's branch starts there too: blocks of two streams may interleave.
+
+    Two that start from parts of one value are beside each other where the inner one's stream goes on by itself.
+    """
+    if order(inner.fork) < order(outer.fork):
+        return False
+    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
+        return True
+    own = {*outer.branch_ops, outer.join_op}
+    return all(user in own for user, _ in inner.join_value.uses)
 
 
 def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, Sequence[Block]]]) -> list[Block]:
