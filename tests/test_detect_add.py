@@ -7,6 +7,7 @@ import pytest
 from rescompile.blocks import Block, Report
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Value
+from rescompile.kinds import OpKind
 from tests.graphs import Builder, K, attention, mlp, residual_mlp, resnet_block, transformer_layer
 
 
@@ -69,6 +70,17 @@ def test_convolution_of_three_by_three_is_no_shortcut() -> None:
     x = b.input(1, 8, 8, 8)
     y = b.conv(b.relu(b.conv(x, 8)), 8)
     assert refused(b.output(b.add(y, b.relu(b.conv(x, 8))))).startswith("two working branches")
+
+
+@pytest.mark.parametrize("kind", [K.AMAX, K.MEAN])
+@pytest.mark.parametrize("projected", [True, False])
+def test_pool_as_a_reduction_over_windows(kind: OpKind, projected: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 16, 8))
+    y = b.linear(b.op(K.MAX_POOL, b.linear(x, 8), shape=(1, 4, 8)), 8)
+    skip = b.reshape(b.linear(x, 8) if projected else x, 1, 4, 4, 8)
+    skip = b.op(kind, skip, shape=(1, 4, 8), axes=(1,), keepdims=False)
+    assert only(b.output(b.add(skip, y))).shortcut == ("projection" if projected else "pool")
 
 
 @pytest.mark.parametrize("spelling", ["strided", "strided depthwise", "separable", "separable, pointwise first"])

@@ -15,6 +15,8 @@ _RANK = {"identity": 0, "view": 1, "pad": 2, "pool": 3, "projection": 4}
 
 # Steps that leave a way free of work and of moved elements. An ADD with one way back adds constants only.
 _NOTHING = (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG, OpKind.DROPOUT, OpKind.ADD)
+# Pooling in other words: a reduction over windows that a reshape put on an axis of their own.
+_POOLING = (OpKind.INTERPOLATE, OpKind.AMAX, OpKind.MEAN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,9 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.has(Trait.NORM):
             norms += 1
             bends += op.kind is not OpKind.BATCH_NORM
-        elif op.has(Trait.POOL) or op.kind is OpKind.INTERPOLATE:
+        elif op.has(Trait.POOL) or op.kind in _POOLING:
             pools += 1
-            bends += op.kind is OpKind.MAX_POOL
+            bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
         elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
             pads += 1
         elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
