@@ -407,6 +407,18 @@ def test_two_blocks_in_a_row_are_not_parallel() -> None:
     assert [block.kind for block in report] == ["add", "add"]
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_sum_of_convolutions_of_one_fork_is_branches_unless_one_bends(affine: bool) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    y = b.batch_norm(b.conv(x, 8, 3, groups=8))
+    total = b.add(b.batch_norm(b.conv(x, 8, 5, groups=8)), y if affine else b.relu(y))
+    total = b.add(total, b.batch_norm(b.conv(x, 8, 1, groups=8)))
+    report = inspect_graph(b.output(b.relu(total)))
+    assert [block.kind for block in report] == (["branches"] if affine else ["parallel"])
+    assert len(report.blocks[0].join_ops) == 2
+
+
 def test_sum_of_affine_branches_is_reported_for_reparameterisation() -> None:
     b = Builder()
     x = b.relu(b.input(1, 8, 8, 8))

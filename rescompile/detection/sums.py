@@ -65,6 +65,9 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
+        found = _branches(judgement, op, fork, (left, *rest))
+        if found is not None:
+            return found
         text = (
             f"two working branches: {names} both work on what they come from, '{fork.name}', so neither is a shortcut"
         )
@@ -78,6 +81,27 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:
+    """The sum as re-parameterisable branches, none of which could be a shortcut: y = conv₃(x) + conv₅(x)."""
+    ways = [chain(judgement.reach, fork, value) for _, value in operands]
+    if any(way is None or not (way.affine and way.working) for way in ways):
+        return None
+    tops = [value for _, value in operands]
+    region, outside = judgement.reach.between(fork, tops)
+    return Draft(
+        kind="branches",
+        shortcut="projection",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=operands[0][0],
+        branches=tops,
+        branch_ops=region,
+        shortcut_ops=[],
+        outside=outside,
+    )
 
 
 def _block(
