@@ -83,6 +83,20 @@ def test_pool_as_a_reduction_over_windows(kind: OpKind, projected: bool) -> None
     assert only(b.output(b.add(skip, y))).shortcut == ("projection" if projected else "pool")
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_pool_behind_a_class_token(whole: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 17, 8))
+
+    def pooled(value: Value) -> Value:
+        tokens = b.op(K.MAX_POOL, b.slice(value, 1, 1, 17), shape=(1, 4, 8))
+        return b.concat(b.slice(value if whole else b.input(1, 17, 8), 1, 0, 1), tokens)
+
+    y = b.linear(b.op(K.GELU, b.linear(pooled(b.linear(x, 8)), 8)), 8)
+    report = inspect_graph(b.output(b.layer_norm(b.add(pooled(x), y))))
+    assert [block.shortcut for block in report] == (["pool"] if whole else [])
+
+
 @pytest.mark.parametrize("spelling", ["strided", "strided depthwise", "separable", "separable, pointwise first"])
 def test_projection_of_a_larger_kernel(spelling: str) -> None:
     b = Builder()
@@ -417,6 +431,13 @@ def test_sum_of_convolutions_of_one_fork_is_branches_unless_one_bends(affine: bo
     report = inspect_graph(b.output(b.relu(total)))
     assert [block.kind for block in report] == (["branches"] if affine else ["parallel"])
     assert len(report.blocks[0].join_ops) == 2
+
+
+def test_sum_of_two_heads_on_two_tokens_is_no_branches() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    heads = [b.linear(b.reshape(b.slice(x, 1, index, index + 1), 1, 8), 4) for index in range(2)]
+    assert refused(b.output(b.add(*heads))).startswith("two working branches")
 
 
 def test_sum_of_affine_branches_is_reported_for_reparameterisation() -> None:

@@ -86,7 +86,7 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
 def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:
     """The sum as re-parameterisable branches, none of which could be a shortcut: y = conv₃(x) + conv₅(x)."""
     ways = [chain(judgement.reach, fork, value) for _, value in operands]
-    if any(way is None or not (way.affine and way.working) for way in ways):
+    if any(way is None or not (way.affine and way.working) or _takes_part(way) for way in ways):
         return None
     tops = [value for _, value in operands]
     region, outside = judgement.reach.between(fork, tops)
@@ -138,6 +138,9 @@ def _block(
             return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
+        if affine and way.affine and (_takes_part(way) or any(other and _takes_part(other) for other in ways)):
+            text = f"two working branches: each of them maps a part of '{fork.name}'"
+            return Refusal(text, fork, working=True)
     if way.sums:
         return _absorb(judgement, draft, way, affine)
     if way.working and way.affine and affine:
@@ -148,6 +151,11 @@ def _block(
         return draft
     _parallel_tail(judgement, draft)
     return draft
+
+
+def _takes_part(way: Chain) -> bool:
+    """Whether the way starts from some of the fork's elements: two heads on two tokens are no branches of one value."""
+    return any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops)
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
