@@ -414,6 +414,19 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+@pytest.mark.parametrize("linears", [1, 2])
+def test_parallel_branches_may_share_one_linear_and_no_more(linears: int) -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    both = b.layer_norm(x)
+    for _ in range(linears):
+        both = b.linear(both, 32)
+    q, k, v, f = b.ops(K.SPLIT, both, shapes=[(1, 5, 8)] * 4, axis=2, sizes=(8,) * 4).outputs
+    a = b.linear(b.op(K.ATTENTION, q, k, v, None, shape=q.shape), 8)
+    block = only(b.output(b.add(x, b.add(a, b.linear(b.op(K.GELU, f), 8)))))
+    assert block.kind == ("parallel" if linears == 1 else "add")
+
+
 def test_two_blocks_in_a_row_are_not_parallel() -> None:
     b = Builder()
     x = transformer_layer(b, b.input(1, 5, 8))

@@ -221,13 +221,16 @@ def _tail(value: Value) -> Op | None:
 
 
 def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
-    """Whether a branch's parts meet at the fork, or at its normalised form."""
+    """Whether a branch's parts meet at the fork, at its normalised form, or at one linear that both take parts of."""
     if meet is None or order(meet) < order(fork):
         return False
     if meet is fork:
         return True
     way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) for op in way.ops)
+    if way is None:
+        return False
+    rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE))]
+    return not rest or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)
 
 
 def _may_be_stream(judgement: Judgement, value: Value) -> bool:
