@@ -24,6 +24,7 @@ from rescompile.kinds import OpKind, Trait
 
 _INTEGERS = ("int", "uint", "bool")
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -115,6 +116,9 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
+    if way.working and _takes_part(way) and all(_is_part(judgement, fork, reader) for reader in region):
+        text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
+        return Refusal(text, fork, working=True)
     if _is_recurrence(way, region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
@@ -154,8 +158,13 @@ def _block(
 
 
 def _takes_part(way: Chain) -> bool:
-    """Whether the way starts from some of the fork's elements: two heads on two tokens are no branches of one value."""
-    return any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops)
+    """Whether the way goes on from some elements only: two heads on two tokens are no branches of one value."""
+    return any(op.kind in _PARTS for op in way.ops)
+
+
+def _is_part(judgement: Judgement, fork: Value, op: Op) -> bool:
+    """Whether the operation, if it reads the fork, takes a part of it."""
+    return op.kind in _PARTS or fork not in judgement.reach.sources(op.outputs[0])
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
