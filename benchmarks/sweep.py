@@ -1,4 +1,4 @@
-"""Detection over the architectures of whole model libraries: `python -m benchmarks.sweep [--source timm] [--only NAME]`.
+"""Detection over the architectures of whole libraries: `python -m benchmarks.sweep [--source timm] [--only NAME]`.
 
 Every model is built with random weights, captured by torch.export, and exported to ONNX from the same program. What
 detection finds in both is compared with each other, and with `benchmarks.sweep_expected` where the definition of an
@@ -89,7 +89,7 @@ def _stage(name: str, verbose: bool = False) -> Iterator[None]:
 
 
 def check(source: str, name: str, irs: tuple[str, ...] = IRS, keep: Path | None = None) -> dict[str, Any]:
-    """What detection finds in one model, by IR. `keep`: a folder for the ONNX files, which are read again from there."""
+    """What detection finds in one model, by IR. `keep`: a folder for ONNX files, which are read again from there."""
     record: dict[str, Any] = {"source": source, "name": name}
     start = time.perf_counter()
     program: Any = None
@@ -280,7 +280,7 @@ class _Share:
 def _line(record: dict[str, Any]) -> str:
     from benchmarks.sweep_table import agreement, counts_text, verdict
 
-    head = f"{record['seconds'] if 'seconds' in record else '-':>6} {record['source']}:{record['name']:40}"
+    head = f"{record.get('seconds', '-'):>6} {record['source']}:{record['name']:40}"
     failed = record.get("build") or record.get("export")
     if failed:
         return f"{head} not exported: {failed[:120]}"

@@ -132,7 +132,11 @@ _TIMM: dict[str, Expected] = {
     "hieradet_small": _of(
         "where the stage changes, the shortcut is a linear and a max pool", identity=29, projection=3
     ),
-    "swiftformer_xs": _of("12 encoders, 4 blocks of three, and the attention's own x + proj(x·g)", identity=28),
+    "swiftformer_xs": _of(
+        "12 encoders, 4 blocks of three, the attention's own x + proj(x·g); branches: the mean of two heads",
+        identity=28,
+        branches=1,
+    ),
     "poolformer_s12": _of(_POOLING, identity=36),
     "poolformerv2_s12": _of(_POOLING, identity=36),
     "csatv2": _of(identity=68),
@@ -145,11 +149,12 @@ _TIMM: dict[str, Expected] = {
         "x + γ·(pool(x) − x) is one block; branches: the mean of two linear heads", identity=30, branches=1
     ),
     "efficientformerv2_s0": _of(
-        "long: attention at half the resolution, brought back; branches: a query of a convolution and a pool",
+        "long: attention at half the resolution, brought back; projection: beside the strided attention a convolution, "
+        "and inside it one of the values; branches: its query, of a convolution and a pool, and the mean of two heads",
         identity=16,
         long=2,
-        projection=1,
-        branches=1,
+        projection=2,
+        branches=2,
     ),
     "nextvit_small": _of("dense: [x, P(x)] between the two halves of a transformer block", identity=44, dense=4),
     "edgenext_xx_small": _of(
@@ -453,6 +458,12 @@ _TORCHVISION: dict[str, Expected] = {
     "regnet_x_400mf": _staged(1, 2, 7, 12),
     "regnet_y_400mf": _staged(1, 3, 6, 6),
     "maxvit_t": _of(identity=36, projection=4),
+    "mvit_v2_s": _of(
+        "view: the attention's residual pooling of the tokens behind the class token",
+        identity=29,
+        projection=3,
+        view=16,
+    ),
     "r3d_18": _RESNET_18,
     "mc3_18": _RESNET_18,
     "r2plus1d_18": _RESNET_18,

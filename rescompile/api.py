@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
     from rescompile.differences import GraphDiff
+    from rescompile.gradients import GradientFlow
 
 PassLike: TypeAlias = str | Pass | Pipeline
 Passes: TypeAlias = PassLike | Sequence[PassLike]
@@ -73,6 +74,21 @@ def inspect(model: Any, example_inputs: Any = None) -> Report:
     from rescompile.detection import inspect_graph
 
     return inspect_graph(capture(model, example_inputs))
+
+
+def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None, seed: int = 0) -> GradientFlow:
+    """Forward variance and gradient norm of every residual block, from one forward and one backward pass.
+
+    `example_inputs`: what capturing a module needs. `inputs`: the data, by name or in order; random inputs of the
+    model's shapes from `seed` where there are none. The gradient is that of L = Σ ⟨c, output⟩, c ~ N(0, 1) from `seed`;
+    see `rescompile.gradients`. RescompileError names an operation that torch cannot compute, and says where there is
+    no gradient. The model itself, its gradients included, stays as it is.
+    """
+    from rescompile.detection import inspect_graph
+    from rescompile.fx_gradients import measure
+
+    graph = capture(model, example_inputs)
+    return measure(graph, inspect_graph(graph), inputs, seed)
 
 
 def explain(graph: Graph, report: Report, node: str) -> str:

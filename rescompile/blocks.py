@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log2
 from typing import TYPE_CHECKING, Any
 
-from rescompile.graph import Op, Shape, Value
+from rescompile.graph import Graph, Op, Shape, Value
 
 if TYPE_CHECKING:  # rich takes longer to import than all of rescompile
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -72,6 +72,7 @@ class Block:
     shape: Shape | None = None
     module: str = ""
     fused: bool = False
+    path: str = ""  # of the graph, inside an operation of the model's graph, that all names are of; "" for the latter
 
     @property
     def fork(self) -> str:
@@ -114,20 +115,25 @@ class Block:
             "shape": None if self.shape is None else list(self.shape),
             "module": self.module,
             "fused": self.fused,
+            "path": self.path,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class NotResidual:
-    """A join that is no residual one, and why. `meet`: the nearest value that its operands both come from."""
+    """A join that is no residual one, and why. `meet`: the nearest value that its operands both come from.
+
+    `path`: of the graph that the join is in, as `Block.path`.
+    """
 
     join: str
     reason: str
     meet: str | None = None
+    path: str = ""
 
     def to_dict(self) -> dict[str, object]:
         """As in `inspect --json`, schema 1."""
-        return {"join": self.join, "reason": self.reason}
+        return {"join": self.join, "reason": self.reason, "path": self.path}
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class Report:
     parameters: int
     blocks: tuple[Block, ...]
     not_residual: tuple[NotResidual, ...] = field(default=())
+    bodies: Mapping[str, Graph] = field(default_factory=dict)  # the graphs that operations hold, by path
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
@@ -156,7 +163,10 @@ class Report:
         return nested
 
     def all_branch_ops(self, block: Block) -> list[Op]:
-        """The branch's operations with those of the blocks nested in it, in topological order."""
+        """The branch's operations with those of the blocks nested in it, in topological order.
+
+        Blocks inside an operation of the branch are of other graphs: that operation stands for them.
+        """
         found: dict[Op, None] = {}
         pending = [block]
         while pending:
@@ -164,7 +174,7 @@ class Report:
             found.update((op, None) for op in inner.branch_ops)
             if inner is not block:
                 found.update((op, None) for op in (*inner.shortcut_ops, *inner.join_ops))
-            pending.extend(self.children.get(inner.id, ()))
+            pending.extend(nested for nested in self.children.get(inner.id, ()) if nested.path == block.path)
         return sorted(found, key=lambda op: op.order)
 
     def summary(self) -> dict[str, Any]:
@@ -234,7 +244,8 @@ class Report:
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
-        for title in ("", "kind", "shortcut", "norm", "scale", "fork", "join", "ops", "shape", "module"):
+        inside = ["path"] if any(block.path for block in self.blocks) else []
+        for title in ("", "kind", "shortcut", "norm", "scale", "fork", "join", "ops", "shape", "module", *inside):
             table.add_column(title, justify="right" if title in ("", "ops") else "left", no_wrap=title != "module")
         depth: dict[int, int] = {}
         for block in reversed(self.blocks):
@@ -251,6 +262,7 @@ class Report:
                 str(len(block.branch_ops)),
                 "" if block.shape is None else "×".join(str(extent) for extent in block.shape),
                 block.module,
+                *(block.path for _ in inside),
             )
             table.add_row(*map(Text, cells))
         return table

@@ -89,10 +89,24 @@ def inspect(
     why: Annotated[
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="run the model forwards and backwards: variance and gradient by block")
+    ] = False,
+    input_file: Annotated[
+        Path | None, typer.Option("--input-file", metavar="X.npz", help="data for --gradients, by name; else random")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw what --gradients found, as .png or .svg")
+    ] = None,
 ) -> None:
     """Show the residual structure of MODEL."""
     from rescompile.cli_files import check_writable, write_text
 
+    flow = None
+    if gradients or input_file is not None or plot is not None:
+        from rescompile.cli_gradients import Flow
+
+        flow = Flow(input_file, plot)
     if html is not None:
         check_writable(html)
     graph = _load(model, inputs, trust)
@@ -100,9 +114,20 @@ def inspect(
 
     with stage("Looking for residual blocks"):
         report = api.inspect(graph)
+    if flow is not None:
+        with stage("Following the gradient"):
+            flow.measure(graph, report)
     if html is not None:
-        write_text(html, html_page(report, model))
-    if why is not None:
+        write_text(html, html_page(report, model) if flow is None else flow.html(report, model))
+    if flow is not None and why is None:
+        if as_json:
+            say_json(flow.to_dict(report))
+        else:
+            show(report)
+            if flow.found is not None:
+                say("")
+                show(flow.found)
+    elif why is not None:
         explanation = api.explain(graph, report, why)
         if as_json:
             say_json({"node": why, "explanation": explanation})
@@ -110,6 +135,8 @@ def inspect(
             say(explanation)
     else:
         _print_result(report, as_json)
+    if flow is not None and flow.refusal is not None:
+        raise flow.refusal
 
 
 @app.command()
@@ -410,6 +437,7 @@ def _failed(sentence: str, status: int, show_traceback: bool) -> int:
 
 
 _EXTRAS = {
+    "matplotlib": "plot",
     "torch": "torch",
     "onnx": "onnx",
     "onnx_ir": "onnx",

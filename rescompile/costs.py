@@ -20,15 +20,14 @@ constants only is computed once, not on each call, and costs nothing.
 
 from __future__ import annotations
 
-import ast
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rescompile.extents import extent_of
 from rescompile.fused import expand
-from rescompile.graph import Attrs, Dim, Graph, Op, Shape, Value
+from rescompile.graph import Attrs, Body, Dim, Graph, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _K = OpKind
@@ -114,6 +113,11 @@ def cost_lines(before: Costs, after: Costs) -> list[str]:
 def parameter_count(graph: Graph) -> int:
     """How many numbers training would change: what torch counts over `module.parameters()`."""
     return sum(_elements(value.shape, {}) for value in trained_parameters(graph))
+
+
+def own_parameter_count(body: Body) -> int:
+    """As `parameter_count`, of a graph inside an operation: without those that the graph around it has."""
+    return sum(_elements(value.shape, {}) for value in trained_parameters(body.graph) if value not in body.operands)
 
 
 def trained_parameters(graph: Graph) -> list[Value]:
@@ -306,42 +310,10 @@ def _nbytes(value: Value, extents: Mapping[str, int]) -> int:
     return _elements(value.shape, extents) * _WIDTHS.get(value.dtype or "", _DEFAULT_WIDTH)
 
 
-_OPERATORS: dict[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: lambda base, exponent: base**exponent if abs(base) < 1 << 32 and 0 <= exponent <= 4 else 1,
-}
-_LONGEST = 256  # characters of an extent's expression; a file may hold any text
-
-
 def _extent(dim: Dim, extents: Mapping[str, int]) -> int:
-    """An extent as a number: `N` and expressions such as `2*N + 1` by what `extents` says, 1 otherwise."""
-    if isinstance(dim, int):
-        return dim
-    if dim in extents:
-        return extents[dim]
-    if len(dim) > _LONGEST:
-        return 1
-    try:
-        return max(0, _evaluate(ast.parse(dim, mode="eval").body, extents))
-    except (SyntaxError, ValueError, ZeroDivisionError):
-        return 1
-
-
-def _evaluate(node: ast.expr, extents: Mapping[str, int]) -> int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.Name):
-        return extents.get(node.id, 1)
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        return _OPERATORS[type(node.op)](_evaluate(node.left, extents), _evaluate(node.right, extents))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_evaluate(node.operand, extents)
-    raise ValueError(ast.unparse(node))
+    """An extent as a number: by what `extents` says, otherwise 1."""
+    known = extent_of(dim, extents, default=1)
+    return 1 if known is None else known
 
 
 def _symbols(graph: Graph) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,10 @@ def _symmetric(pads: Sequence[int]) -> tuple[int, ...] | None:
     return tuple(pads[:half]) if tuple(pads[:half]) == tuple(pads[half:]) else None
 
 
-def _spatial_pad(t: Torch, x: Any, pads: Sequence[int]) -> Any:
+def _spatial_pad(t: Torch, x: Any, pads: Sequence[int], value: float = 0.0) -> Any:
     half = len(pads) // 2
     flat = [amount for axis in reversed(range(half)) for amount in (pads[axis], pads[axis + half])]
-    return t(aten.constant_pad_nd.default, x, flat)
+    return t(aten.constant_pad_nd.default, x, flat, value)
 
 
 def _conv(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
@@ -36,12 +37,14 @@ def _conv(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
 
 def _conv_transpose(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
     x, weight, bias = inputs
-    padding = _symmetric(attrs["pads"])
-    if padding is None:
-        raise GraphError("A transposed convolution with uneven pads has no torch form: leave it as it is.")
+    pads = attrs["pads"]
+    dims = len(pads) // 2
+    padding = _symmetric(pads)
     table = {1: aten.conv_transpose1d.default, 2: aten.conv_transpose2d.input, 3: aten.conv_transpose3d.input}
     extra = list(attrs["output_padding"]), attrs["groups"], list(attrs["dilation"])
-    return t(table[len(padding)], x, weight, bias, list(attrs["stride"]), list(padding), *extra)
+    y = t(table[dims], x, weight, bias, list(attrs["stride"]), list(padding or (0,) * dims), *extra)
+    # Pads of a transposed convolution cut its result.
+    return y if padding is not None else _spatial_pad(t, y, [-amount for amount in pads])
 
 
 def _linear(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
@@ -106,8 +109,10 @@ def _softmax(t: Torch, x: list[Any], attrs: Attrs) -> Any:
 def _max_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     value, padding = x[0], _symmetric(attrs["pads"])
     dims = len(attrs["kernel"])
-    if padding is None:
-        raise GraphError("A max pool with uneven pads has no torch form: leave it as it is.")
+    if padding is None or any(2 * pad > extent for pad, extent in zip(padding, attrs["kernel"], strict=True)):
+        if attrs["ceil_mode"]:
+            raise GraphError("A max pool with uneven pads and ceil_mode has no torch form: leave it as it is.")
+        value, padding = _spatial_pad(t, value, attrs["pads"], -math.inf), (0,) * dims
     overload = {1: aten.max_pool1d, 2: aten.max_pool2d, 3: aten.max_pool3d}[dims].default
     lists = [list(attrs["kernel"]), list(attrs["stride"]), list(padding), list(attrs["dilation"] or (1,) * dims)]
     return t(overload, value, *lists, attrs["ceil_mode"])
@@ -116,10 +121,22 @@ def _max_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
 def _avg_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     padding = _symmetric(attrs["pads"])
     if padding is None:
-        raise GraphError("An average pool with uneven pads has no torch form: leave it as it is.")
+        return _uneven_avg_pool(t, x[0], attrs)
     overload = {1: aten.avg_pool1d, 2: aten.avg_pool2d, 3: aten.avg_pool3d}[len(padding)].default
     lists = [list(attrs["kernel"]), list(attrs["stride"]), list(padding)]
     return t(overload, x[0], *lists, attrs["ceil_mode"], attrs["count_include_pad"])
+
+
+def _uneven_avg_pool(t: Torch, x: Any, attrs: Attrs) -> Any:
+    """The average over the padded operand, divided by the share of each window that is no padding."""
+    if attrs["ceil_mode"]:
+        raise GraphError("An average pool with uneven pads and ceil_mode has no torch form: leave it as it is.")
+    plain = {**attrs, "pads": (0,) * len(attrs["pads"])}
+    pooled = _avg_pool(t, [_spatial_pad(t, x, attrs["pads"])], plain)
+    if attrs["count_include_pad"]:
+        return pooled
+    ones = t(aten.ones_like.default, x)
+    return t(aten.div.Tensor, pooled, _avg_pool(t, [_spatial_pad(t, ones, attrs["pads"])], plain))
 
 
 def _adaptive_avg_pool(t: Torch, x: list[Any], attrs: Attrs) -> Any:

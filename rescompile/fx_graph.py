@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
+from rescompile.fx_bodies import read_bodies
 from rescompile.fx_emit import EMITTERS, emit
 from rescompile.fx_functional import make_functional
 from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
@@ -30,7 +31,7 @@ from rescompile.fx_result import Origin, save, to_user
 from rescompile.fx_tree import add_tensor, copy_module, device_of, owner_of, remove_tensor, to_numpy, to_torch
 from rescompile.fx_types import Dims
 from rescompile.fx_view import Item, Native
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Body, Graph, Op, Value
 from rescompile.kinds import OpKind
 
 
@@ -79,6 +80,10 @@ class FxGraph(Graph):
             module, leaf = owner_of(self.module, native.target)
             return to_numpy(getattr(module, leaf))
         return np.asarray(native, dtype=value.dtype if value.dtype != "bfloat16" else "float32")
+
+    def native_bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs that the operation's node runs."""
+        return read_bodies(self, op)
 
     def native_emit(self, op: Op) -> None:
         """Nodes for `op`, before the node that it replaces or else behind its last operand."""
@@ -193,6 +198,15 @@ class FxGraph(Graph):
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
         """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
+        device = device_of(self.module)
+        arguments = self.arguments({name: to_torch(array).to(device) for name, array in inputs.items()})
+        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
+        with torch.no_grad():
+            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
+        return dict(zip(self.output_names, map(to_numpy, self.results(result)), strict=True))
+
+    def arguments(self, inputs: Mapping[str, torch.Tensor]) -> list[Any]:
+        """What the module's graph takes, in order, for named inputs. GraphError for a missing or unknown one."""
         placeholders = [node for node in self.module.graph.nodes if node.op == "placeholder"]
         # fx renames an argument that is called like a builtin ("input"): both names are understood.
         inputs = {**{n.name: inputs[str(n.target)] for n in placeholders if str(n.target) in inputs}, **inputs}
@@ -204,16 +218,22 @@ class FxGraph(Graph):
         missing = [n.name for n in placeholders if n.name not in inputs and not n.args and n.users]
         if missing:
             raise GraphError(f"The model's input '{missing[0]}' is missing.")
-        device = device_of(self.module)
-        arguments = [
-            to_torch(inputs[n.name]).to(device) if n.name in inputs else (n.args[0] if n.args else None)
-            for n in placeholders
-        ]
-        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
-        with torch.no_grad():
-            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
-        tensors = _pick(module.graph.output_node().args[0], result)
-        return dict(zip(self.output_names, (to_numpy(torch.as_tensor(t)) for t in tensors), strict=True))
+        return [inputs[n.name] if n.name in inputs else (n.args[0] if n.args else None) for n in placeholders]
+
+    def results(self, result: Any) -> list[torch.Tensor]:
+        """The tensors of what the module's graph returned, in the order of the graph's outputs."""
+        return [torch.as_tensor(t) for t in _pick(self.module.graph.output_node().args[0], result)]
+
+    def reads(self, node: fx.Node, attr: Attr) -> bool:
+        """Whether a node reads that tensor of the module tree, by whichever of its names."""
+        targets = self.native.targets
+        return node.op == "get_attr" and targets.get(str(node.target)) is targets.get(attr.target)
+
+    def functionalise(self) -> None:
+        """Let every native operation in place compute a new tensor, as the view shows it."""
+        self._edit()
+        self._dirty = True
+        self.commit()
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

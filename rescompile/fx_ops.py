@@ -84,6 +84,7 @@ OPERATORS: dict[Callable[..., Any], str] = {
 _AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "idiv": "div"}
 _OPERATOR_NAMES = ("input", "other")
 _RENAMED = {"self": "input", "tensor": "input", "x": "input", "axis": "dim", "keepdims": "keepdim", "a": "input"}
+_RENAMED |= {"axis0": "dim0", "axis1": "dim1"}  # of swapaxes
 # Functions whose name in torch differs from that of the ATen operation.
 _ALIASES = {
     "cat": "cat",
@@ -191,6 +192,8 @@ def _fits(value: Any, wanted: str, numbers_as_tensors: bool) -> bool:
     if wanted.endswith("?"):
         return value is None or _fits(value, wanted[:-1], numbers_as_tensors)
     if isinstance(value, fx.Node):
+        if wanted in ("int[]", "SymInt[]") and _is_shape(value):
+            return True
         return wanted not in ("bool", "str", "ScalarType", "int", "int[]", "SymInt[]") or not _holds_tensor(value)
     if wanted in ("int", "SymInt"):
         return isinstance(value, int) and not isinstance(value, bool)
@@ -212,6 +215,13 @@ def _fits(value: Any, wanted: str, numbers_as_tensors: bool) -> bool:
     if wanted == "Tensor":
         return isinstance(value, Attr) or (numbers_as_tensors and isinstance(value, int | float))
     return True
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node of a graph without shapes gives all extents of a tensor."""
+    if node.op == "call_method":
+        return node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return node.target is getattr and node.args[1] == "shape"
 
 
 def _holds_tensor(node: fx.Node) -> bool:

@@ -290,12 +290,25 @@ def _pixel_shuffle(c: Site) -> Step | None:
     return _through(c, inner, (0, 1, 3, 5, 2, 4), (batch, channels, r, r, height // r, width // r))
 
 
-def _scatter(axis_name: str, accumulate: bool) -> Rule:
-    def rule(c: Site) -> Step:
-        rest = [value for name, value in c.args.items() if name != "input" for value in _tensors(value)]
-        added = accumulate or bool(c.get("accumulate"))
-        attrs = {"axis": c.axis(c.get(axis_name, 0)) if is_number(c.get(axis_name, 0)) else 0, "accumulate": added}
-        return Step(K.SCATTER, [c["input"], *rest], attrs)
+_REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", "mean": "mean"}
+_SOURCES = ("src", "source", "values", "value")
+
+
+def _scatter(reduction: str) -> Rule:
+    """x with `src` at the places that an index, or a range, names; the source is the last operand"""
+
+    def rule(c: Site) -> Step | None:
+        name = next((name for name in _SOURCES if name in c.args), None)
+        how = "add" if c.get("accumulate") else _REDUCTIONS.get(c.get("reduce", ""), reduction)
+        scale = c.get("alpha", 1)
+        if name is None or not is_number(scale) or not c.get("include_self", True):
+            return None
+        source: Any = c[name]
+        if scale != 1:
+            source = Step(K.MUL, [source, scale], suffix="scaled", types=c.retype(c.shape(c[name])))
+        places = [x for key, x in c.args.items() if key not in ("input", name) for x in _tensors(x)]
+        dim = c.get("dim", 0)
+        return Step(K.SCATTER, [c["input"], *places, source], {"axis": c.axis(dim), "reduction": how})
 
     return rule
 
@@ -338,7 +351,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "flip": lambda c: Step(K.FLIP, [c["input"]], {"axes": c.axes(c["dims"])}),
     **dict.fromkeys(("repeat", "tile"), _tile),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), _pixel_shuffle),
-    **dict.fromkeys(("scatter", "index_copy", "slice_scatter", "select_scatter"), _scatter("dim", False)),
-    **dict.fromkeys(("scatter_add", "index_add"), _scatter("dim", True)),
-    "index_put": _scatter("", False),
+    **dict.fromkeys(("scatter", "index_copy", "slice_scatter", "select_scatter", "index_put"), _scatter("none")),
+    **dict.fromkeys(("masked_scatter", "diagonal_scatter", "as_strided_scatter"), _scatter("none")),
+    **dict.fromkeys(("scatter_add", "index_add", "scatter_reduce", "index_reduce"), _scatter("add")),
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from rescompile.errors import GraphError, nearest
 from rescompile.kinds import OpKind, Trait
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
 
-__all__ = ["Attrs", "Dim", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+__all__ = ["Attrs", "Body", "Dim", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
 
 
 class Graph:
@@ -84,6 +85,10 @@ class Graph:
     def has_name(self, name: str) -> bool:
         """Whether a value or an operation has that name."""
         return name in self._values or name in self._ops
+
+    def bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs that an operation holds: a condition's branches, a loop's body, what a call runs."""
+        return self.native_bodies(op) if op.kind is OpKind.OPAQUE else ()
 
     def is_output(self, value: Value) -> bool:
         """Whether the value is one of the graph's outputs."""
@@ -375,6 +380,16 @@ class Graph:
         """Contents of a parameter or literal."""
         return np.asarray(value.native)
 
+    def native_bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs inside the native nodes of an opaque operation, read anew on each call."""
+        return ()
+
+    def native_evaluate(
+        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
+    ) -> list[np.ndarray[Any, Any]]:
+        """What an operation that no kind describes gives for these operands."""
+        raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
+
     def native_emit(self, op: Op) -> None:
         """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
 
@@ -478,3 +493,18 @@ class Graph:
                     stack.pop()
                     done[op.name] = op
         self._ops = done
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A graph inside an operation. It is a copy: editing it changes nothing.
+
+    What it captures from outside is an input of it, or a constant where it is one outside. `operands`: the values of
+    the outer graph that its inputs and constants are on every run; others, like what a loop carries, are not listed.
+    `call`: it runs exactly once, and its outputs are the operation's.
+    """
+
+    label: str
+    graph: Graph
+    operands: Mapping[Value, Value]
+    call: bool = False

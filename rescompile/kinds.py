@@ -61,6 +61,10 @@ class KindSpec:
 class OpKind(Enum):
     """Kinds of operation; the value is the printed name."""
 
+    bits: int  # the kind's traits as a number: combining enum members costs a microsecond
+    # Members are singletons. Enum's own hash is a Python function, and kinds are keys everywhere.
+    __hash__ = object.__hash__
+
     # moves elements
     IDENTITY = "identity"
     CAST = "cast"
@@ -177,8 +181,8 @@ class OpKind(Enum):
 
     def has(self, trait: Trait) -> bool:
         """Whether the kind has all of `trait`."""
-        # The plain integers: combining enum members costs a microsecond, and this is asked for every operation.
-        return KINDS[self].traits._value_ & trait._value_ == trait._value_
+        wanted = trait._value_
+        return self.bits & wanted == wanted
 
 
 def _kind(operands: str, traits: Trait, outputs: int = 1, **attrs: Any) -> KindSpec:
@@ -270,7 +274,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.FFT: _kind("x", Trait.WORK),
     K.EMBEDDING: _kind("weight indices", Trait.WORK | Trait.PARAMETRIC),
     K.GATHER: _kind("x indices", Trait.NONE, axis=0),
-    K.SCATTER: _kind("x *rest", Trait.NONE),
+    # The last operand is what is put at the given places of x; reduction: none (it replaces), add, mul, max, min, mean.
+    K.SCATTER: _kind("x *rest", Trait.NONE, reduction="none"),
     # statistics over all but axis 1; with training they are of the batch, and weight folding is not exact
     K.BATCH_NORM: _kind("x weight? bias? mean? var?", _NORM | Trait.LINEAR_IN_INPUT, eps=1e-5, training=False),
     # over the dimensions from `axis` to the last
@@ -318,7 +323,8 @@ KINDS: dict[OpKind, KindSpec] = {
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
 }
 del K
-_TRAIT_BITS: dict[OpKind, int] = {kind: spec.traits.value for kind, spec in KINDS.items()}
+for _spelled, _spec in KINDS.items():
+    _spelled.bits = _spec.traits.value
 
 # Activations that a fused kind can carry, by the name its `inner` and `outer` attributes use.
 ACTIVATIONS: dict[str, tuple[OpKind, dict[str, object]] | None] = {

@@ -113,7 +113,7 @@ def _scatter(b: Builder, r: Request) -> ir.Value:
     op_type = r.attrs.get("op")
     if op_type is None:
         raise GraphError("A scatter that does not come from an ONNX model cannot be written as ONNX nodes.")
-    extras = {name: value for name, value in r.attrs.items() if name not in ("op", "accumulate")}
+    extras = {name: value for name, value in r.attrs.items() if name != "op"}
     return b.node(op_type, list(r.args), **extras)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -20,7 +20,7 @@ from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
 from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within
-from rescompile.onnx_run import Session
+from rescompile.onnx_run import Session, run_node
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
 
 
@@ -133,6 +133,19 @@ class OnnxGraph(Graph):
             return tensor.numpy()
         except (OSError, ValueError) as error:
             raise GraphError(f"The contents of '{value.name}' cannot be read: {error}") from error
+
+    def native_evaluate(
+        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
+    ) -> list[np.ndarray[Any, Any]]:
+        """The outputs of the operation's one node, computed by the runtime alone."""
+        if len(op.native) != 1:
+            raise GraphError(f"'{op.name}' stands for several nodes, which are not computed one by one.")
+        feeds = {
+            value.native.name: array
+            for value, array in zip(op.inputs, operands, strict=True)
+            if value is not None and array is not None
+        }
+        return run_node(op.native[0], feeds, self.model.opset_imports)
 
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
         """A new initializer."""

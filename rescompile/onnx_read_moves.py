@@ -281,8 +281,7 @@ def _sequence_at(s: Site) -> Reading:
 
 def _scatter(s: Site) -> Reading:
     extras = {name: attribute.value for name, attribute in s.node.attributes.items()}
-    accumulate = s.attr("reduction", "none") == "add"
-    return s.one(K.SCATTER, list(s.node.inputs), op=s.node.op_type, accumulate=accumulate, **extras)
+    return s.one(K.SCATTER, list(s.node.inputs), op=s.node.op_type, **extras)
 
 
 MOVES_READERS: dict[str, Reader] = {

@@ -56,6 +56,20 @@ def _check(name: str, array: np.ndarray[Any, Any], value: ir.Value) -> None:
         raise GraphError(f"Input '{name}' is {array.dtype}{list(array.shape)} and the model takes {wanted}.")
 
 
+def run_node(node: ir.Node, feeds: Arrays, opsets: Mapping[str, int]) -> list[np.ndarray[Any, Any]]:
+    """The outputs of one node alone, for its operands by name. GraphError for what the runtime says."""
+    proto = ir.serde.serialize_node(node)
+    infos = [
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feeds.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
+    imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    body = onnx.helper.make_graph([proto], "node", infos, outputs)
+    model = onnx.helper.make_model(body, opset_imports=imports, ir_version=8)
+    return [np.asarray(array) for array in _prepare(ir.from_proto(model))(feeds)]
+
+
 def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
     try:
         onnxruntime: Any = importlib.import_module("onnxruntime")

@@ -118,7 +118,8 @@ class Op:
 
     def has(self, trait: Trait) -> bool:
         """Whether the operation's kind has all of `trait`."""
-        return self.kind.has(trait)
+        wanted = trait._value_
+        return self.kind.bits & wanted == wanted
 
     def attr(self, name: str) -> Any:
         """An attribute, by its schema's default where the operation does not set it."""

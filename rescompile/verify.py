@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from rescompile.errors import RescompileError
+from rescompile.extents import extent_of
 from rescompile.graph import Graph, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -108,15 +109,21 @@ def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed
 
 
 def make_inputs(
-    graph: Graph, make: Callable[[np.random.Generator, tuple[int, ...]], Array], seed: int
+    graph: Graph,
+    make: Callable[[np.random.Generator, tuple[int, ...]], Array],
+    seed: int,
+    extents: Mapping[str, int] | None = None,
 ) -> Inputs | None:
-    """One array for each input, None when a shape or dtype is unknown. Integers stay inside the tables they index."""
+    """One array for each input, None when a shape or dtype is unknown. Integers stay inside the tables they index.
+
+    `extents`: what symbolic extents are, 2 otherwise.
+    """
     arrays: Inputs = {}
     for value in graph.inputs:
         if value.shape is None or value.dtype is None:
             return None
         rng = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
-        shape = tuple(extent if isinstance(extent, int) else _SYMBOLIC_EXTENT for extent in value.shape)
+        shape = tuple(extent_of(dim, extents or {}, _SYMBOLIC_EXTENT) or _SYMBOLIC_EXTENT for dim in value.shape)
         dtype = numpy_dtype(value.dtype)
         if _is_float(dtype):
             arrays[value.name] = np.asarray(make(rng, shape)).astype(dtype)

@@ -404,6 +404,33 @@ def test_near_attention_is_left_alone(why: str) -> None:
     assert K.ATTENTION not in kinds(graph)
 
 
+# ---- moves ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_slices_joined_the_other_way_round_are_a_roll() -> None:
+    b = Builder()
+    x = b.input("N", 7, 16)
+    y = b.concat(b.slice(x, 1, 5, 7), b.slice(x, 1, 0, 5), axis=1)
+    graph = b.output(b.relu(y))
+    recognise(graph)
+    assert kinds(graph) == [K.ROLL, K.RELU]
+    rolled = the(graph, K.ROLL)
+    assert (rolled.attr("axes"), rolled.attr("shifts"), rolled.output) == ((1,), (2,), y)
+
+
+@pytest.mark.parametrize("why", ["gap", "overlap", "other axis", "two values", "in order", "read elsewhere"])
+def test_near_roll_is_left_alone(why: str) -> None:
+    b = Builder()
+    x = b.input(2, 8, 8)
+    axis = 2 if why == "other axis" else 1
+    stop = {"gap": 4, "overlap": 6}.get(why, 5)
+    back, front = b.slice(x, axis, 5, 8), b.slice(b.input(2, 8, 8) if why == "two values" else x, axis, 0, stop)
+    y = b.concat(*((front, back) if why == "in order" else (back, front)), axis=1)
+    graph = b.output(y, back) if why == "read elsewhere" else b.output(y)
+    recognise(graph)
+    assert kinds(graph) == [K.SLICE, K.SLICE, K.CONCAT]
+
+
 # ---- the scan ------------------------------------------------------------------------------------------------------
 
 

@@ -512,6 +512,17 @@ def test_norm_that_one_of_two_readers_applies_is_not_post() -> None:
     assert block.norm == "none"
 
 
+@pytest.mark.parametrize("closing", [True, False])
+def test_norm_that_closes_a_block_does_not_open_the_next(closing: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    x = b.add(x, b.linear(b.relu(b.linear(x, 8)), 8)) if closing else b.linear(x, 8)
+    x = b.layer_norm(x)
+    y = b.add(b.linear(x, 8), b.linear(b.relu(b.linear(x, 8)), 8))
+    norms = [block.norm for block in inspect_graph(b.output(b.linear(y, 3)))]
+    assert norms == (["post", "none"] if closing else ["pre"])
+
+
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ def test_json_has_the_fields_of_schema_1() -> None:
         "shape",
         "module",
         "fused",
+        "path",
     ]
     assert data["summary"] == {
         "blocks": 4,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from rescompile.composites.activations import activation
 from rescompile.composites.attention import attention
 from rescompile.composites.linear import linear_bias
+from rescompile.composites.moves import roll
 from rescompile.composites.norms import norm
 from rescompile.composites.region import Recogniser
 from rescompile.graph import Graph, Op
@@ -30,6 +31,7 @@ _ANCHORS: dict[OpKind, Rule] = {
     OpKind.HARDSIGMOID: activation,
     OpKind.SOFTMAX: attention,
     OpKind.ADD: linear_bias,
+    OpKind.CONCAT: roll,
 }
 
 

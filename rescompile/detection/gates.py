@@ -29,6 +29,8 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | None:
     1. The sum mixes two values, x and H, by one gate, T and 1 − T.
     2. The way from the fork to x is free or a projection; the way to H, or to the gate, works.
     """
+    if len(op.inputs) != 2 or not any(_producer(value, OpKind.MUL) for value in op.inputs) or op.scales != (1.0, 1.0):
+        return None
     reach = judgement.reach
     best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
     for mix in (*_differences(op), *_convex(judgement.graph, op)):
@@ -88,8 +90,6 @@ def _differences(op: Op) -> Iterator[_Mix]:
 
 def _convex(graph: Graph, op: Op) -> Iterator[_Mix]:
     """t·h + (1 − t)·x, with either of them the shortcut"""
-    if len(op.inputs) != 2 or op.scales != (1.0, 1.0):
-        return
     products = [_producer(value, OpKind.MUL) for value in op.inputs]
     left, right = products
     if left is None or right is None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from rescompile.blocks import Block, NotResidual, Report
-from rescompile.costs import parameter_count
+from rescompile.costs import own_parameter_count, parameter_count
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
+from rescompile.detection.scatters import residual_scatter
+from rescompile.detection.selections import selection, unknown
 from rescompile.detection.sums import residual_sum
-from rescompile.detection.unfused import has_fused, unfuse
+from rescompile.detection.view import View, path_of, written_out
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -24,11 +27,16 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
     OpKind.ADD: (gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
+    OpKind.SCATTER: (residual_scatter,),
+    OpKind.MAXIMUM: (selection,),
+    OpKind.MINIMUM: (selection,),
+    OpKind.WHERE: (selection,),
+    OpKind.OPAQUE: (unknown,),
 }
 
 
 def inspect_graph(graph: Graph) -> Report:
-    """The residual blocks of a committed graph, and a reason for every add and concat that ends none.
+    """The residual blocks of a committed graph, and a reason for every join that ends none.
 
     Time is near-linear in the number of operations. The graph does not change; blocks refer to its operations.
     """
@@ -48,53 +56,116 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+@dataclass(slots=True)
+class _Part:
+    """What was found in one graph, and in the graphs that its operations hold."""
+
+    blocks: list[Block]
+    not_residual: list[NotResidual]
+    bodies: dict[str, Graph]
+    parameters: int
+
+
 def _inspect(graph: Graph) -> Report:
-    if has_fused(graph):
-        view, origin, values = unfuse(graph)
-        judgement = _judge(view)
-        translate = _Original(origin, values)
-    else:
-        judgement = _judge(graph)
-        translate = _Original({}, {})
-    blocks = _blocks(judgement, translate)
-    joins = {op: None for block in blocks for op in block.join_ops}
-    refused = {translate.op(op): refusal for op, refusal in judgement.refusals.items()}
-    not_residual = tuple(
-        NotResidual(op.name, refusal.reason, None if refusal.meet is None else translate.value(refusal.meet).name)
-        for op, refusal in refused.items()
-        if op not in joins
+    part = _inspect_part(graph, "")
+    return Report(
+        graph.name,
+        graph.ir,
+        len(graph),
+        parameter_count(graph) + part.parameters,
+        tuple(part.blocks),
+        tuple(part.not_residual),
+        part.bodies,
     )
-    return Report(graph.name, graph.ir, len(graph), parameter_count(graph), tuple(blocks), not_residual)
 
 
-class _Original:
-    """From the operations and values that were judged to those of the user's graph."""
+def _inspect_part(graph: Graph, path: str) -> _Part:
+    """What is in a graph; `path` leads to it from the outermost one."""
+    view = written_out(graph)
+    judgement = _judge(graph if view is None else view)
+    telling = _Telling(view, path)
+    part = _Part([], [], {}, 0)
+    inner: list[tuple[Op, list[Block]]] = []
+    if view is not None:
+        part.bodies = {_join(path, at): body.graph for at, body in view.called.items()}
+        part.parameters = sum(own_parameter_count(body) for body in view.called.values())
+        for holder, body in view.held:
+            at = _join(path, f"{path_of(view.levels[holder])}/{body.label}")
+            found = _inspect_part(body.graph, at)
+            inner.append((holder, found.blocks))
+            part.bodies |= {at: body.graph, **found.bodies}
+            part.not_residual += found.not_residual
+            part.parameters += found.parameters + own_parameter_count(body)
+    part.blocks = _blocks(judgement, telling, inner)
+    joins = {op: None for block in part.blocks for op in block.join_ops}
+    refused: dict[tuple[Op, str], NotResidual] = {}
+    for op, refusal in judgement.refusals.items():
+        told, where = telling.place(op)
+        if told is not None and told not in joins:
+            meet = None if refusal.meet is None else telling.name(refusal.meet, op)
+            refused[told, where] = NotResidual(told.name, refusal.reason, meet, where)
+    part.not_residual = [*refused.values(), *part.not_residual]
+    return part
 
-    def __init__(self, ops: dict[Op, Op], values: dict[Value, Value]) -> None:
-        self._ops = ops
-        self._values = values
 
-    def op(self, op: Op) -> Op:
-        return self._ops.get(op, op)
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
 
-    def ops(self, ops: Iterable[Op]) -> tuple[Op, ...]:
-        return tuple(dict.fromkeys(self._ops.get(op, op) for op in ops))
 
-    def value(self, value: Value) -> Value:
-        return self._values.get(value, value)
+class _Telling:
+    """From the operations and values that were judged to those of the user's graph and of the graphs inside it."""
 
-    def exists(self, value: Value) -> bool:
-        return not self._values or value in self._values
+    def __init__(self, view: View | None, path: str) -> None:
+        self._view = view
+        self._path = path
+
+    def place(self, op: Op) -> tuple[Op | None, str]:
+        """The operation in its own graph, and the path of that."""
+        if self._view is None:
+            return op, self._path
+        calls = self._view.levels[op][:-1]
+        return self._view.told_op(op, len(calls)), _join(self._path, path_of(calls)) if calls else self._path
+
+    def name(self, value: Value, op: Op) -> str:
+        """The name of a value where the operation is."""
+        return value.name if self._view is None else self._view.told_value(value, len(self._view.levels[op]) - 1).name
+
+    def calls(self, draft: Draft) -> tuple[Op, ...]:
+        """The calls that a block lies in from fork to join."""
+        return () if self._view is None else self._view.common(draft.join_op, draft.fork)
+
+    def path(self, calls: tuple[Op, ...]) -> str:
+        """The path of what is inside those calls."""
+        return _join(self._path, path_of(calls)) if calls else self._path
+
+    def op(self, op: Op, depth: int) -> Op:
+        """A join, told inside so many calls."""
+        return op if self._view is None else self._view.told_op(op, depth) or op
+
+    def ops(self, ops: Iterable[Op], depth: int) -> tuple[Op, ...]:
+        """Operations, told inside so many calls."""
+        return tuple(ops) if self._view is None else self._view.told_ops(ops, depth)
+
+    def value(self, value: Value, depth: int) -> Value:
+        """A value, told inside so many calls."""
+        return value if self._view is None else self._view.told_value(value, depth)
+
+    def shown(self, value: Value, depth: int) -> Value | None:
+        """A value, where there is one to be told."""
+        return value if self._view is None else self._view.visible(value, depth)
 
 
 def _judge(graph: Graph) -> Judgement:
     judgement = Judgement(graph)
     for op in graph:
         judgement.reach.extend(op)
-        for rule in _RULES.get(op.kind, ()):
-            if op.kind is OpKind.ADD and (total := completes(op)) is not None:
-                judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
-                break
+        rules = _RULES.get(op.kind)
+        if rules is None:
+            continue
+        if op.kind is OpKind.ADD and (total := completes(op)) is not None:
+            judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
+            continue
+        for rule in rules:
             found = rule(judgement, op)
             if isinstance(found, Draft):
                 judgement.accept(found)
@@ -105,27 +176,51 @@ def _judge(graph: Graph) -> Judgement:
     return judgement
 
 
-def _blocks(judgement: Judgement, original: _Original) -> list[Block]:
+def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, Sequence[Block]]]) -> list[Block]:
+    """All blocks in the order of their joins; those that an operation holds come where the operation does."""
     drafts = list(judgement.drafts.values())
     number = {draft.join_op: index for index, draft in enumerate(drafts)}
-    parents: dict[int, int] = {}
+    parents: dict[Op, int] = {}  # of a join, or of an operation that holds graphs: the innermost block around it
+    held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
-        for op in draft.branch_ops:
-            inner = number.get(op)
-            if inner is not None and inner != index:
-                parents.setdefault(inner, index)
+        for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
+            if (op in number and number[op] != index) or op in held:
+                parents.setdefault(op, index)
+    ids: list[int] = []
+    offsets: list[int] = []
+    count = 0
+    for draft in drafts:
+        while len(offsets) < len(inner) and inner[len(offsets)][0].order < draft.join_op.order:
+            offsets.append(count)
+            count += len(inner[len(offsets) - 1][1])
+        ids.append(count)
+        count += 1
+    while len(offsets) < len(inner):
+        offsets.append(count)
+        count += len(inner[len(offsets) - 1][1])
     forks = {draft.fork for draft in drafts}
-    return [_block(judgement, original, draft, index, parents.get(index), forks) for index, draft in enumerate(drafts)]
+    around = {op: ids[index] for op, index in parents.items()}
+    blocks = [
+        _block(judgement, telling, draft, at, around.get(draft.join_op), forks)
+        for at, draft in zip(ids, drafts, strict=True)
+    ]
+    for (holder, found), offset in zip(inner, offsets, strict=True):
+        for block in found:
+            parent = around.get(holder) if block.parent is None else block.parent + offset
+            blocks.append(replace(block, id=block.id + offset, parent=parent))
+    return sorted(blocks, key=lambda block: block.id)
 
 
 def _block(
-    judgement: Judgement, original: _Original, draft: Draft, index: int, parent: int | None, forks: set[Value]
+    judgement: Judgement, telling: _Telling, draft: Draft, index: int, parent: int | None, forks: set[Value]
 ) -> Block:
     norm, norms = norm_placement(judgement, draft, forks)
-    join_op = original.op(draft.join_op)
+    calls = telling.calls(draft)
+    depth = len(calls)
+    join_op = telling.op(draft.join_op, depth)
     skip_index = draft.skip_index
     if join_op is not draft.join_op:
-        skip = original.value(draft.skip)
+        skip = telling.value(draft.skip, depth)
         skip_index = next((at for at, value in enumerate(join_op.inputs) if value is skip), skip_index)
     return Block(
         id=index,
@@ -134,28 +229,29 @@ def _block(
         shortcut=shortcut_kind(judgement, draft),
         norm=norm,
         scale=find_scale(judgement.graph, draft),
-        fork_value=original.value(draft.fork),
+        fork_value=telling.value(draft.fork, depth),
         join_op=join_op,
-        join_value=original.value(draft.join_value) if original.exists(draft.join_value) else None,
+        join_value=telling.shown(draft.join_value, depth),
         skip_index=skip_index,
-        branch_ops=original.ops(draft.branch_ops),
-        shortcut_ops=original.ops(draft.shortcut_ops),
-        norm_ops=original.ops(norms),
-        join_ops=original.ops(draft.join_ops),
-        outside=tuple(original.value(value) for value in draft.outside if not value.constant),
+        branch_ops=telling.ops(draft.branch_ops, depth),
+        shortcut_ops=telling.ops(draft.shortcut_ops, depth),
+        norm_ops=telling.ops(norms, depth),
+        join_ops=telling.ops(draft.join_ops, depth),
+        outside=tuple(telling.value(value, depth) for value in draft.outside if not value.constant),
         shape=draft.join_value.shape,
         module=_module(draft),
         fused=join_op.has(Trait.FUSED),
+        path=telling.path(calls),
     )
 
 
 def _module(draft: Draft) -> str:
     """The innermost module that the branch and the join run in, by the longest common path of theirs."""
     common: list[str] | None = None
-    for op in (*draft.branch_ops, draft.join_op):
-        if not op.module:
+    for module in dict.fromkeys(op.module for op in (*draft.branch_ops, draft.join_op)):
+        if not module:
             continue
-        parts = op.module.split(".")
+        parts = module.split(".")
         if common is None:
             common = parts
             continue

@@ -53,6 +53,7 @@ class Judgement:
         self.drafts: dict[Op, Draft] = {}  # by join
         self.refusals: dict[Op, Refusal] = {}
         self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
+        self.closing: set[Op] = set()  # norms that are the post norm of a block
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
 
     def only_user(self, value: Value) -> Op | None:

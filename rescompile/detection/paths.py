@@ -145,7 +145,11 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.has(Trait.POOL) or op.kind in _POOLING:
             pools += 1
             bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
-        elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
+        elif (
+            op.kind is OpKind.PAD
+            or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1)
+            or (op.kind is OpKind.SCATTER and op.inputs[0] is not None and op.inputs[0].constant)
+        ):
             pads += 1
         elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
             views += 1

@@ -6,7 +6,7 @@ sandwich  y = x + N(F(N(x)))       inner  norms inside F only      none
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from rescompile.blocks import Scale
 from rescompile.detection.judgement import Draft, Judgement
@@ -17,7 +17,10 @@ _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 
 
 def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
-    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start."""
+    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start.
+
+    Blocks are asked about in the order of their joins: a norm that closes one opens none behind it.
+    """
     inside = set(draft.branch_ops)
     first = _entries(judgement, draft)
     last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
@@ -31,9 +34,10 @@ def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value])
     after = _after(judgement, draft.join_value)
     inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
     if after is not None and (not inner or _goes_on(judgement, after, forks)):
+        judgement.closing.add(after)
         return "post", [after]
     before = _before(draft, inside)
-    if before is not None:
+    if before is not None and before not in judgement.closing:
         return "pre", [before]
     return ("inner", inner) if inner else ("none", [])
 
@@ -118,34 +122,33 @@ def _before(draft: Draft, inside: Collection[Op]) -> Op | None:
 
 
 def find_scale(graph: Graph, draft: Draft) -> Scale | None:
-    """The factor on the branch, else on the skip."""
+    """The factor on the branch, else on the skip; one that is trained before a literal one."""
     op = draft.join_op
-    if op.kind is not OpKind.ADD:
+    if op.kind not in (OpKind.ADD, OpKind.SCATTER):
         return None
-    for index, value in enumerate(op.inputs):
-        factor = op.scales[index]
-        on = "skip" if index == draft.skip_index else "branch"
-        if factor not in (1.0, -1.0) and value is not None and not value.constant:
-            return Scale(on, "constant", float(factor))
     inside = set(draft.branch_ops)
-    for end in draft.branches:
-        found = _factor(graph, end, inside)
-        if found is not None:
-            return Scale("branch", *found)
-    found = _factor(graph, draft.skip, set(draft.shortcut_ops))
-    return None if found is None else Scale("skip", *found)
+    factors = {"branch": [factor for end in draft.branches for factor in _factors(graph, end, inside)]}
+    factors["skip"] = list(_factors(graph, draft.skip, set(draft.shortcut_ops)))
+    for index, value in enumerate(op.inputs if op.kind is OpKind.ADD else ()):
+        if op.scales[index] not in (1.0, -1.0) and value is not None and not value.constant:
+            factors["skip" if index == draft.skip_index else "branch"].append(("constant", float(op.scales[index])))
+    for on, found in factors.items():
+        if found:
+            trained = [factor for factor in found if factor[0] != "constant"]
+            return Scale(on, *(trained or found)[0])
+    return None
 
 
-def _factor(graph: Graph, end: Value, inside: Collection[Op]) -> tuple[str, float | str] | None:
+def _factors(graph: Graph, end: Value, inside: Collection[Op]) -> Iterator[tuple[str, float | str]]:
+    """What multiplies a path, from its end on as far as it is nothing but factors and free operations."""
     while (op := end.producer) is not None and op in inside:
         step = _through_scale(op)
         if step is None:
-            return None
+            return
         if op.kind in (OpKind.MUL, OpKind.DIV):
             constant = next(value for value in op.operands if value is not step)
-            return _describe(graph, constant, inverse=op.kind is OpKind.DIV)
+            yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
         end = step
-    return None
 
 
 def _describe(graph: Graph, constant: Value, inverse: bool) -> tuple[str, float | str]:

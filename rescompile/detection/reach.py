@@ -25,6 +25,9 @@ _STREAM_OPERAND: dict[OpKind, int] = {
 _STREAM_OPERAND[OpKind.EMBEDDING] = 1
 
 
+_RESULT, _INPUT = Role.RESULT, Role.INPUT  # looking a member of an enumeration up costs as much as the test
+
+
 def _position(op: Op) -> int:
     return op.order
 
@@ -57,9 +60,7 @@ class Reach:
         only = _STREAM_OPERAND.get(op.kind)
         found: dict[Value, None] = {}
         for value in op.inputs if only is None else op.inputs[only : only + 1]:
-            if value is None:
-                continue
-            if value.role is Role.RESULT or value.role is Role.INPUT or value in self.streams:
+            if value is not None and (value.role is _RESULT or value.role is _INPUT or value in self.streams):
                 found[value] = None
         return tuple(found)
 

@@ -22,7 +22,8 @@ from rescompile.detection.paths import Chain, branch_works, chain, is_scale, wor
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
-_INTEGERS = ("int", "uint", "bool")
+INTEGERS = ("int", "uint", "bool")
+_IDENTITY = Chain((), "identity", affine=True, working=False)
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
 _PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
@@ -30,7 +31,7 @@ _PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     """A block that ends in the sum `op`, or why it is none."""
     output = op.outputs[0]
-    if output.dtype is not None and output.dtype.startswith(_INTEGERS):
+    if output.dtype is not None and output.dtype.startswith(INTEGERS):
         return Refusal("integer arithmetic: the sum computes positions or sizes, not features")
     operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
     if len({value for _, value in operands}) == 1:
@@ -52,14 +53,26 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     return refusal
 
 
+def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int, Value]) -> Draft | Refusal:
+    """A block that ends in an operation which adds two of its operands, each with its index, or why it is none."""
+    if x[1] is y[1]:
+        return Refusal(f"x + x: every operand is '{x[1].name}'", x[1])
+    return _two(judgement, op, x, [y])
+
+
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
     """Judge one operand against the others; of two, either may be the shortcut."""
     reach = judgement.reach
     fork = reach.meet(left[1], [value for _, value in rest])
-    names = " and ".join(f"'{value.name}'" for _, value in (left, *rest))
     if fork is None:
+        names = _names(left, *rest)
         return Refusal(f"no common origin: none of {names} comes from another's stream, nor all from one value")
     sides = [(left, rest)] if len(rest) > 1 else [(left, rest), (rest[0], [left])]
+    for skip, others in sides:
+        if skip[1] is fork:  # no shortcut ranks before the fork itself, so the other way need not be followed
+            found = _block(judgement, op, fork, _IDENTITY, skip, others)
+            if isinstance(found, Draft):
+                return found
     ranked: list[tuple[Chain, tuple[int, Value], Sequence[tuple[int, Value]]]] = []
     for skip, others in sides:
         way = chain(reach, fork, skip[1])
@@ -70,7 +83,8 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if found is not None:
             return found
         text = (
-            f"two working branches: {names} both work on what they come from, '{fork.name}', so neither is a shortcut"
+            f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
+            "is a shortcut"
         )
         return Refusal(text, fork, working=True)
     ranked.sort(key=lambda item: (item[0].rank, len(item[0].ops)))
@@ -103,6 +117,10 @@ def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tupl
         shortcut_ops=[],
         outside=outside,
     )
+
+
+def _names(*operands: tuple[int, Value]) -> str:
+    return " and ".join(f"'{value.name}'" for _, value in operands)
 
 
 def _block(

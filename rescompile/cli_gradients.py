@@ -1,0 +1,67 @@
+"""`rescompile inspect --gradients`: data in, gradient flow out, as text, JSON and pictures."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rescompile.blocks import Report
+from rescompile.cli_files import check_writable, write_whole
+from rescompile.cli_output import html_page
+from rescompile.cli_run import Arrays, load_arrays
+from rescompile.errors import RescompileError
+from rescompile.gradients import GradientFlow
+from rescompile.graph import Graph
+
+
+class Flow:
+    """What the command line asks for, checked before anything long begins; then what was found, or the refusal."""
+
+    def __init__(self, input_file: Path | None, plot: Path | None) -> None:
+        self.data: Arrays | None = None if input_file is None else load_arrays(input_file)
+        self.plot = plot
+        self.found: GradientFlow | None = None
+        self.refusal: RescompileError | None = None
+        if plot is not None:
+            from rescompile.plots import format_of
+
+            self.format = format_of(plot)
+            check_writable(plot)
+            if find_spec("matplotlib") is None:
+                raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    def measure(self, graph: Graph, report: Report) -> None:
+        """Run the two passes, and draw the picture. A refusal is kept: the report is printed all the same."""
+        from rescompile.fx_gradients import measure
+
+        try:
+            self.found = measure(graph, report, self.data)
+        except RescompileError as error:
+            self.refusal = error
+            return
+        if self.plot is not None:
+            from rescompile.plots import draw
+
+            picture = draw(self.found, self.format)
+            write_whole(self.plot, lambda part: part.write_bytes(picture))
+
+    def to_dict(self, report: Report) -> dict[str, Any]:
+        """The report's JSON with the flow under "gradients", or the reason why there is none."""
+        found = {"refused": str(self.refusal)} if self.found is None else self.found.to_dict()
+        return {**report.to_dict(), "gradients": found}
+
+    def html(self, report: Report, title: str) -> str:
+        """The report's page with the flow's table and, where matplotlib is installed, its picture."""
+        page = html_page(report, title)
+        if self.found is None:
+            return page
+        table = html_page(self.found, title)
+        table = table[table.index("<body>") + len("<body>") : table.index("</body>")]
+        picture = ""
+        if self.found.blocks and find_spec("matplotlib") is not None:
+            from rescompile.plots import draw
+
+            svg = draw(self.found, "svg").decode()
+            picture = svg[svg.index("<svg") :]
+        return page.replace("</body>", f"{table}{picture}\n</body>", 1)
