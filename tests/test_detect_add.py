@@ -453,6 +453,15 @@ def test_sum_of_two_heads_on_two_tokens_is_no_branches() -> None:
     assert refused(b.output(b.add(*heads))).startswith("two working branches")
 
 
+def test_sum_of_a_head_on_one_token_and_a_pooled_head_on_the_others_is_no_block() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    first = b.linear(b.reshape(b.slice(x, 1, 0, 1), 1, 8), 4)
+    rest = b.linear(b.slice(b.op(K.IDENTITY, x), 1, 1, 5), 4)
+    graph = b.output(b.add(first, b.op(K.AMAX, rest, shape=(1, 4), axes=(1,), keepdims=False)))
+    assert refused(graph).startswith("two working branches")
+
+
 def test_sum_of_affine_branches_is_reported_for_reparameterisation() -> None:
     b = Builder()
     x = b.relu(b.input(1, 8, 8, 8))

@@ -134,7 +134,7 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
-    if way.working and _takes_part(way) and all(_is_part(judgement, fork, reader) for reader in region):
+    if way.working and _takes_part(way) and _works_on_parts(judgement, fork, region):
         text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
         return Refusal(text, fork, working=True)
     if _is_recurrence(way, region):
@@ -180,9 +180,16 @@ def _takes_part(way: Chain) -> bool:
     return any(op.kind in _PARTS for op in way.ops)
 
 
-def _is_part(judgement: Judgement, fork: Value, op: Op) -> bool:
-    """Whether the operation, if it reads the fork, takes a part of it."""
-    return op.kind in _PARTS or fork not in judgement.reach.sources(op.outputs[0])
+def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> bool:
+    """Whether what works in the region reads parts of the fork only."""
+    whole = {fork}
+    for op in region:
+        if op.kind in _PARTS or whole.isdisjoint(judgement.reach.sources(op.outputs[0])):
+            continue
+        if not op.has(Trait.FREE):
+            return False
+        whole.update(op.outputs)
+    return True
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
