@@ -79,9 +79,9 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
-        found = _branches(judgement, op, fork, (left, *rest))
-        if found is not None:
-            return found
+        branches = _branches(judgement, op, fork, (left, *rest))
+        if branches is not None:
+            return branches
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
             "is a shortcut"
