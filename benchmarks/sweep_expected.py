@@ -428,7 +428,7 @@ _TIMM: dict[str, Expected] = {
     "repghostnet_050": _of(_SEPARABLE, identity=11, projection=5, branches=32),
 }
 
-# maxvit_t: 2 blocks a stage in 4 stages, the first of each with avg pool and 1×1; attention twice with an MLP each.
+# maxvit_t: 2, 2, 5, 2 layers, in each an MBConv (a stage's first with avg pool and 1×1) and twice attention and MLP.
 _TORCHVISION: dict[str, Expected] = {
     "alexnet": _of(),
     "vgg11": _of(),
@@ -457,7 +457,7 @@ _TORCHVISION: dict[str, Expected] = {
     "vit_b_32": _of(identity=24),
     "regnet_x_400mf": _staged(1, 2, 7, 12),
     "regnet_y_400mf": _staged(1, 3, 6, 6),
-    "maxvit_t": _of(identity=36, projection=4),
+    "maxvit_t": _of(identity=51, projection=4),
     "mvit_v2_s": _of(
         "view: the attention's residual pooling of the tokens behind the class token",
         identity=29,
@@ -470,7 +470,7 @@ _TORCHVISION: dict[str, Expected] = {
     "s3d": _of(),
     "ssdlite320_mobilenet_v3_large.backbone": _of(identity=10),
     "raft_small": _of(
-        "two encoders of six blocks; 12 steps of a GRU, each with two concatenations of a value and what was made of it "
+        "two encoders of six blocks; 12 steps of a GRU, with two concatenations of a value and what it became each "
         "(the flow, the GRU's input); the coordinates' own sum is refused, for the stream runs along the hidden state",
         identity=8,
         projection=4,
