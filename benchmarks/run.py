@@ -15,7 +15,7 @@ from pathlib import Path
 import rescompile as rc
 from benchmarks.corpus import CORPUS
 from benchmarks.kernels import ceiling_gflops
-from benchmarks.scale import measure_inspect, print_scale, scale_data
+from benchmarks.scale import SIZES, measure_inspect, print_scale, scale_data
 from rescompile.backends.kernels import Machine
 from rescompile.cli_bench import OURS, Measured, bench_graph
 from rescompile.cli_files import write_text
@@ -59,7 +59,8 @@ def main() -> None:
         write_text(RESULTS / f"{name}.json", _json(data))
         measured.append((found.timings, bound))
     if not arguments.no_readme:
-        fill_readme("\n".join([*bench_table(measured), "", print_scale(scale)]))
+        largest = [row for row in scale if row.nodes > 2 * SIZES[-2]]
+        fill_readme("\n".join([*bench_table(measured), "", print_scale(largest)]))
 
 
 @dataclass(frozen=True)

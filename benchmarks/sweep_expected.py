@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.sweep_expected_transformers import EXPECTED as TRANSFORMERS
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -494,4 +496,5 @@ _TORCHVISION: dict[str, Expected] = {
 EXPECTED: dict[str, Expected] = {
     **{f"timm:{name}": expected for name, expected in _TIMM.items()},
     **{f"torchvision:{name}": expected for name, expected in _TORCHVISION.items()},
+    **{f"transformers:{name}": Expected(entry.counts, None, entry.because) for name, entry in TRANSFORMERS.items()},
 }

@@ -51,7 +51,7 @@ class Hidden(torch.nn.Module):
         return tensors[0] if len(tensors) == 1 else tensors
 
 
-def names() -> list[str]:
+def names(everything: bool = False) -> list[str]:
     """The model types that transformers has a base model for."""
     import_torchvision()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -138,6 +138,8 @@ def _model(name: str, narrow: bool) -> Any:
 
 
 def _from_config(auto: Any, config: Any) -> Any:
+    for part in _parts(config):
+        part._experts_implementation = "batched_mm"  # matrices by a gather, which ONNX has
     try:
         return auto.from_config(config, attn_implementation="eager")
     except ValueError as error:
@@ -195,12 +197,19 @@ _NARROW: tuple[tuple[str, Callable[[int], int]], ...] = (
 )
 
 
+# Lists of the number of layers in each stage.
+_STAGES = {"depths", "depth", "num_block_repeats", "stage_num_blocks", "blocks_per_stage", "stage_numb_of_layers"}
+_STAGES |= {"layer_depths", "num_blocks"}
+
+
 def _shrink(config: Any, narrow: bool) -> None:
     """Make the numbers of one configuration small, lists that have one entry for each layer with them."""
     deep = next((getattr(config, field, None) for field in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
                  if isinstance(getattr(config, field, None), int)), None)  # fmt: skip
     fields = {name: value for name, value in vars(config).items() if value is not None and not isinstance(value, bool)}
-    kept = _kept_layers(fields, deep)
+    kept = (
+        None if any(isinstance(fields.get(stage), (list, tuple)) for stage in _STAGES) else _kept_layers(fields, deep)
+    )
     for name, value in fields.items():
         new = value
         if isinstance(value, int):
@@ -211,8 +220,8 @@ def _shrink(config: Any, narrow: bool) -> None:
             new = type(value)(value[index] for index in kept)
             if name.endswith("heads_per_layer"):
                 new = type(value)(min(number, HEADS) for number in new)
-        elif name in ("depths", "num_block_repeats", "stage_num_blocks", "blocks_per_stage", "stage_numb_of_layers"):
-            new = type(value)(min(number, LAYERS) for number in value)
+        elif name in _STAGES and isinstance(value, (list, tuple)):
+            new = type(value)(min(number, LAYERS) if isinstance(number, int) else number for number in value)
         elif narrow and name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             new = _rope(value)
         if new is not value and new != value:

@@ -37,7 +37,8 @@ class FuseJoins:
         return gather(self.name, self.preserves, graph, self._decisions(graph))
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
-        skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in inspect_graph(graph).blocks}
+        blocks = inspect_graph(graph).blocks
+        skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in blocks if not block.path}
         rules: list[Decide] = []
         if self.norm:
             rules.append(add_norm)
@@ -51,6 +52,10 @@ class FuseJoins:
             if isinstance(decision, Rewrite):
                 taken.update(name for edit in decision.edits for name in getattr(edit, "ops", ()))
             yield decision
+        for block in blocks:
+            if block.path or block.join_op.kind is OpKind.OPAQUE:
+                where = f"{block.path}/{block.join}" if block.path else block.join
+                yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
 
 
 def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:

@@ -16,6 +16,7 @@ from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
     from rescompile.blocks import Report
+    from rescompile.detection import Explanation
     from rescompile.differences import GraphDiff
     from rescompile.gradients import GradientFlow
 
@@ -91,11 +92,11 @@ def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None,
     return measure(graph, inspect_graph(graph), inputs, seed)
 
 
-def explain(graph: Graph, report: Report, node: str) -> str:
-    """Which block the operation or value belongs to and in which role, or which rule turned it down."""
-    from rescompile.detection import explain as explain_node
+def explain(graph: Graph, report: Report, node: str) -> Explanation:
+    """Which block the operation or value belongs to and in which role, or which rule turned it down; prints as text."""
+    from rescompile.detection import Explainer
 
-    return explain_node(graph, report, node)
+    return Explainer(graph, report).why(node)
 
 
 def resolve(passes: Passes) -> list[Pass | Pipeline]:

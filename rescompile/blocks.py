@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import log2
 from typing import TYPE_CHECKING, Any
 
 from rescompile.graph import Graph, Op, Shape, Value
+from rescompile.structure.lengths import Lengths, path_lengths
+from rescompile.structure.members import Members
 
 if TYPE_CHECKING:  # rich takes longer to import than all of rescompile
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.table import Table
+
+    from rescompile.structure.depth import Depth
+    from rescompile.structure.equations import Chain
+    from rescompile.structure.overhead import Overhead
 
 SCHEMA = 1
 
@@ -72,7 +76,9 @@ class Block:
     shape: Shape | None = None
     module: str = ""
     fused: bool = False
+    undecided: tuple[str, ...] = ()  # what could not be told, for want of shapes
     path: str = ""  # of the graph, inside an operation of the model's graph, that all names are of; "" for the latter
+    branch_count: int = 1  # how many branches a `parallel` block, or a sum of `branches`, has
 
     @property
     def fork(self) -> str:
@@ -116,6 +122,7 @@ class Block:
             "module": self.module,
             "fused": self.fused,
             "path": self.path,
+            "undecided": list(self.undecided),
         }
 
 
@@ -138,7 +145,11 @@ class NotResidual:
 
 @dataclass(frozen=True)
 class Report:
-    """The residual structure of one graph."""
+    """The residual structure of one graph.
+
+    What the structure means (`lengths`, `depth`, `chains`, `overhead`) is computed when it is first asked for, from the
+    graph as it is then: ask before you edit the graph.
+    """
 
     model: str
     ir: str
@@ -147,6 +158,8 @@ class Report:
     blocks: tuple[Block, ...]
     not_residual: tuple[NotResidual, ...] = field(default=())
     bodies: Mapping[str, Graph] = field(default_factory=dict)  # the graphs that operations hold, by path
+    graph: Graph | None = field(default=None, repr=False, compare=False)
+    show_costs: bool = field(default=False, repr=False, compare=False)  # whether the printed table has costs
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
@@ -162,10 +175,16 @@ class Report:
             nested.setdefault(block.parent, []).append(block)
         return nested
 
+    @cached_property
+    def members(self) -> Members:
+        """The part of every operation in the blocks: as long as the graph, however deep blocks nest."""
+        return Members(self.blocks)
+
     def all_branch_ops(self, block: Block) -> list[Op]:
         """The branch's operations with those of the blocks nested in it, in topological order.
 
-        Blocks inside an operation of the branch are of other graphs: that operation stands for them.
+        Blocks inside an operation of the branch are of other graphs: that operation stands for them. For many blocks at
+        once ask `members` instead: the lists of n blocks nested in one another are n² long.
         """
         found: dict[Op, None] = {}
         pending = [block]
@@ -176,6 +195,42 @@ class Report:
                 found.update((op, None) for op in (*inner.shortcut_ops, *inner.join_ops))
             pending.extend(nested for nested in self.children.get(inner.id, ()) if nested.path == block.path)
         return sorted(found, key=lambda op: op.order)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """The ways through the network, and how many branches they take (Veit et al. 2016)."""
+        return path_lengths(self.blocks, _UNCOUNTED)
+
+    @cached_property
+    def depth(self) -> Depth | None:
+        """Operations on the longest way and on the shortest; None for a report without its graph."""
+        from rescompile.structure.depth import graph_depth
+
+        return None if self.graph is None else graph_depth(self.graph, self.members)
+
+    @cached_property
+    def chains(self) -> tuple[Chain, ...]:
+        """The blocks as recursions y = head(Rₙ(…R₀(stem(x)))); none for a report without its graph."""
+        from rescompile.structure.equations import chains
+
+        return () if self.graph is None else chains(self.graph, self.members, self.bodies.values())
+
+    @cached_property
+    def overhead(self) -> Overhead | None:
+        """What branches and shortcuts cost; None for a report without its graph."""
+        from rescompile.structure.overhead import block_costs
+
+        return None if self.graph is None else block_costs(self.graph, self.members, self.bodies.values())
+
+    @cached_property
+    def dense_connections(self) -> tuple[int, ...]:
+        """Connections of each chain of dense blocks: L(L + 1)/2 where L layers append to the same list of features."""
+        chained: dict[Value, int] = {}  # layers so far, by the list that the last of them made
+        for block in self.blocks:
+            if block.kind == "dense" and block.join_value is not None:
+                layers = chained.pop(block.fork_value, 0)
+                chained[block.join_value] = layers + 1
+        return tuple(layers * (layers + 1) // 2 for layers in chained.values())
 
     def summary(self) -> dict[str, Any]:
         """Counts over all blocks, nested ones included."""
@@ -189,25 +244,23 @@ class Report:
             "by_norm": _count((block.norm for block in placed), NORMS),
         }
 
-    def paths(self) -> dict[str, float]:
-        """How many ways lead through the network, as log2, and how many branches a way takes on average.
+    def paths(self) -> dict[str, Any]:
+        """How many ways lead through the network, as log2, and how long they are, as in `inspect --json`.
 
-        A block with c ways through its branch multiplies the ways by 1 + c (Veit et al. 2016: n plain blocks make 2ⁿ);
-        blocks nested in one branch count as a series.
+        `lengths.shares[i]` is the share of the ways that take `lengths.first` + i branches; shares under 1e-12 at both
+        ends are left out. `central`: the lengths between which 95 % of the ways lie.
         """
-        inner: dict[int | None, tuple[float, float]] = {}
-        # A parent's join comes after its children's, so ascending ids see children first.
-        for block in self.blocks:
-            log_ways, length = inner.get(block.id, (0.0, 0.0))
-            if block.kind not in _UNCOUNTED:
-                log_ways += log2(len(block.join_ops)) if block.kind == "parallel" else 0.0
-                share = 1.0 / (1.0 + 2.0 ** -min(log_ways, 1000.0))
-                log_ways = log_ways + log2(1.0 + 2.0**-log_ways) if log_ways < 1000.0 else log_ways
-                length = share * (1.0 + length)
-            before = inner.get(block.parent, (0.0, 0.0))
-            inner[block.parent] = (before[0] + log_ways, before[1] + length)
-        log_ways, length = inner.get(None, (0.0, 0.0))
-        return {"log2_count": round(log_ways, 6), "mean_length": round(length, 6)}
+        lengths = self.lengths
+        low, high = lengths.central()
+        return {
+            "log2_count": round(lengths.log2_count, 6),
+            "mean_length": round(lengths.mean, 6),
+            "deviation": round(lengths.deviation, 6),
+            "central": [low, high],
+            "lengths": {"first": lengths.first, "shares": [float(f"{share:.6g}") for share in lengths.shares]},
+            "depth": None if self.depth is None else self.depth.to_dict(),
+            "dense_connections": list(self.dense_connections),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As in `inspect --json`, schema 1."""
@@ -217,55 +270,24 @@ class Report:
             "ir": self.ir,
             "nodes": self.nodes,
             "parameters": self.parameters,
-            "blocks": [block.to_dict() for block in self.blocks],
+            "blocks": [self._block_dict(block) for block in self.blocks],
             "not_residual": [join.to_dict() for join in self.not_residual],
             "summary": self.summary(),
             "paths": self.paths(),
+            "chains": [chain.to_dict() for chain in self.chains],
+            "costs": None if self.overhead is None else self.overhead.to_dict(),
         }
 
+    def _block_dict(self, block: Block) -> dict[str, Any]:
+        from rescompile.structure.equations import block_equation
+
+        costs = None if self.overhead is None else self.overhead.blocks[block.id].to_dict()
+        return {**block.to_dict(), "equation": block_equation(block), "costs": costs}
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.markup import escape
+        from rescompile.report_text import report_parts
 
-        summary = self.summary()
-        name = escape(self.model or "graph")
-        yield f"[bold]{name}[/bold] ({self.ir}, {self.nodes:,} operations, {self.parameters:,} parameters)"
-        if self.blocks:
-            yield self._table()
-        counts = ", ".join(f"{count} {kind}" for kind, count in summary["by_kind"].items())
-        nested = f", {summary['nested']} of them nested" if summary["nested"] else ""
-        yield f"{summary['blocks']} residual blocks{nested}" + (f": {counts}" if counts else "")
-        if self.not_residual:
-            reasons = Counter(join.reason.split(":")[0] for join in self.not_residual)
-            listed = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-            yield escape(f"{len(self.not_residual)} joins that are none: {listed}")
-
-    def _table(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False)
-        inside = ["path"] if any(block.path for block in self.blocks) else []
-        for title in ("", "kind", "shortcut", "norm", "scale", "fork", "join", "ops", "shape", "module", *inside):
-            table.add_column(title, justify="right" if title in ("", "ops") else "left", no_wrap=title != "module")
-        depth: dict[int, int] = {}
-        for block in reversed(self.blocks):
-            depth[block.id] = 0 if block.parent is None else depth[block.parent] + 1
-        for block in self.blocks:
-            cells = (
-                f"{'·' * min(depth[block.id], 8)}{block.id}",
-                block.kind,
-                block.shortcut,
-                block.norm,
-                "" if block.scale is None else str(block.scale),
-                block.fork,
-                block.join + (" (fused)" if block.fused else ""),
-                str(len(block.branch_ops)),
-                "" if block.shape is None else "×".join(str(extent) for extent in block.shape),
-                block.module,
-                *(block.path for _ in inside),
-            )
-            table.add_row(*map(Text, cells))
-        return table
+        yield from report_parts(self)
 
     def __str__(self) -> str:
         from rich.console import Console

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,6 +90,7 @@ def inspect(
     why: Annotated[
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
+    costs: Annotated[bool, typer.Option("--costs", help="show what every branch and shortcut costs")] = False,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="run the model forwards and backwards: variance and gradient by block")
     ] = False,
@@ -113,7 +115,7 @@ def inspect(
     from rescompile import api
 
     with stage("Looking for residual blocks"):
-        report = api.inspect(graph)
+        report = replace(api.inspect(graph), show_costs=costs)
     if flow is not None:
         with stage("Following the gradient"):
             flow.measure(graph, report)
@@ -128,11 +130,7 @@ def inspect(
                 say("")
                 show(flow.found)
     elif why is not None:
-        explanation = api.explain(graph, report, why)
-        if as_json:
-            say_json({"node": why, "explanation": explanation})
-        else:
-            say(explanation)
+        _print_result(api.explain(graph, report, why), as_json)
     else:
         _print_result(report, as_json)
     if flow is not None and flow.refusal is not None:

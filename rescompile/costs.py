@@ -147,6 +147,11 @@ def op_cost(op: Op, extents: Mapping[str, int] | None = None) -> Cost:
     return Cost(flops, sum(_nbytes(value, extents) for value in [*read, *op.outputs]))
 
 
+def tensor_size(value: Value, extents: Mapping[str, int] | None = None) -> tuple[int, int]:
+    """Elements and bytes of a value; 0 and 0 where its shape is unknown."""
+    return _elements(value.shape, extents or {}), _nbytes(value, extents or {})
+
+
 @dataclass(frozen=True, slots=True)
 class _Term:
     """An operand while a fused operation is expanded: only its shape."""

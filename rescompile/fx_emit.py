@@ -95,6 +95,14 @@ def _where(t: Torch, x: list[Any], _: Attrs) -> Any:
     return t(table[numbers], x[0], x[1], x[2])
 
 
+def _hardsigmoid(t: Torch, x: list[Any], attrs: Attrs) -> Any:
+    """torch's has a slope of one sixth only."""
+    if abs(attrs["alpha"] - 1 / 6) < 1e-6 and attrs["beta"] == 0.5:
+        return t(aten.hardsigmoid.default, x[0])
+    line = t(aten.add.Tensor, t(aten.mul.Tensor, x[0], attrs["alpha"]), attrs["beta"])
+    return t(aten.clamp.default, line, 0.0, 1.0)
+
+
 def _clip(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     return t(aten.clamp.default, x[0], attrs["min"], attrs["max"])
 
@@ -246,7 +254,7 @@ EMITTERS: dict[K, Emitter] = {
     K.SILU: _unary(aten.silu.default),
     K.SIGMOID: _unary(aten.sigmoid.default),
     K.TANH: _unary(aten.tanh.default),
-    K.HARDSIGMOID: _unary(aten.hardsigmoid.default),
+    K.HARDSIGMOID: _hardsigmoid,
     K.HARDSWISH: _unary(aten.hardswish.default),
     K.SOFTPLUS: _unary(aten.softplus.default),
     K.MISH: _unary(aten.mish.default),

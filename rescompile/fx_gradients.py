@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -132,7 +133,7 @@ class _Run:
         module.requires_grad_(False)
         for value, tensor in self.trained.items():
             tensor.requires_grad_()
-            tensor.register_post_accumulate_grad_hook(self._taker(value))
+            tensor.register_post_accumulate_grad_hook(self._taker(value))  # type: ignore[no-untyped-call]
 
     def _taker(self, value: Value) -> Callable[[Tensor], None]:
         def take(tensor: Tensor) -> None:
@@ -155,7 +156,11 @@ class _Run:
         for total in self.waiting.get(value, ()):
             total.add(value, tensor)
         if value in self.ends and tensor.requires_grad and value not in self.trained:
-            tensor.register_hook(lambda gradient: self.norms.__setitem__(value, _norm(gradient)))
+            note = partial(self._note, value)
+            tensor.register_hook(note)  # type: ignore[no-untyped-call]
+
+    def _note(self, value: Value, gradient: Tensor) -> None:
+        self.norms[value] = _norm(gradient)
 
     def backward(self, outputs: Sequence[tuple[str, Tensor]], positions: Sequence[int], seed: int) -> tuple[str, ...]:
         """Names of the outputs that the gradient came from."""
@@ -206,7 +211,8 @@ def _signal(tensor: Any) -> Signal:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).cpu()
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64)
+    return norm.cpu()
 
 
 def _cotangent(tensor: Tensor, name: str, seed: int) -> Tensor:

@@ -22,14 +22,16 @@ from rescompile.fx_rules_nn import NN_RULES
 from rescompile.fx_rules_reduce import REDUCE_RULES
 from rescompile.fx_rules_shape import SHAPE_RULES
 from rescompile.fx_types import UNKNOWN
-from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name
+from rescompile.fx_view import Deferred, Item, Native, is_check, module_path, target_name, works
 from rescompile.graph import Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 
 RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULES}
 
-_SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru"})
+_SEVERAL = frozenset(
+    {"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru", "var_mean", "std_mean"}
+)
 _COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
 _FREE = frozenset(kind for kind in K if kind.has(Trait.FREE))
 _DEFERRED = frozenset({"t", "transpose", "permute", "numpy_T", "stack"})
@@ -138,13 +140,16 @@ class Reader(Builder):
             return
         if defer and call.name in _DEFERRED and isinstance(found, Step) and self._defer(node, call, found, site):
             return
+        if call.name == "stack" and site.out.shape is None:
+            self._opaque(node, call)  # a sum of it is known without shapes, its parts' places on the axis are not
+            return
         if not several and isinstance(found, Step):
             value = self.make_one(node, found, outs[0])
             if value is not None:
                 self._publish(node, call, [value], None)
                 return
         steps = found if isinstance(found, tuple) else (found,)
-        items = self._items(node) if several else None
+        items = {index % len(outs): item for index, item in self._items(node).items()} if several else None
         self._publish(node, call, self.make_steps(node, self._shorten(steps, site), outs, items), items)
 
     def _attribute(self, call: Call) -> Call:
@@ -164,22 +169,32 @@ class Reader(Builder):
             return [self.dims.of_value(val)], False
         if call.name in _SEVERAL or (call.name in ("max", "min") and "dim" in call.args):
             chunks = call.args.get("chunks", 0)
-            count = max([chunks, 1, *(index + 1 for index in self._items(node))])
-            return [UNKNOWN] * count, True
+            sizes = call.args.get("split_size", call.args.get("split_sizes"))
+            listed = len(sizes) if isinstance(sizes, list | tuple) else 0
+            return [UNKNOWN] * max(chunks, listed, 1, self._reached(node)), True
         return [self.dims.of(node)], False
 
     def _items(self, node: fx.Node) -> dict[int, fx.Node]:
+        """The first `getitem` of each result, by index as it is written: negative ones count from the end."""
         items: dict[int, fx.Node] = {}
         for user in node.users:
             if user.target is operator.getitem and user.args[0] is node and isinstance(user.args[1], int):
                 items.setdefault(user.args[1], user)
         return items
 
+    def _reached(self, node: fx.Node) -> int:
+        """How many results a node has, by what is read of them: those counted from the end are other ones."""
+        indices = self._items(node)
+        front = max((index + 1 for index in indices if index >= 0), default=0)
+        return front + max((-index for index in indices if index < 0), default=0)
+
     def _serves(self, node: fx.Node, found: Step | tuple[Step, ...]) -> bool:
         """Whether a rule's steps give every result of a node with several that is read."""
         count = len(found) if isinstance(found, tuple) else len(found.types) if found.types is not None else 1
         return all(
-            user.target is operator.getitem and isinstance(user.args[1], int) and 0 <= user.args[1] < count
+            user.target is operator.getitem
+            and (count > 1 or isinstance(user.args[1], int))
+            and (not isinstance(user.args[1], int) or -count <= user.args[1] < count)
             for user in node.users
             if count == 1 or user.target is operator.getitem
         )
@@ -206,7 +221,7 @@ class Reader(Builder):
 
     def _summed(self, node: fx.Node, call: Call, site: Site) -> bool:
         """Whether the only reader of a stack adds up its parts."""
-        if len(node.users) != 1 or site.out.shape is None or not isinstance(call.args.get("tensors"), list | tuple):
+        if len(node.users) != 1 or not isinstance(call.args.get("tensors"), list | tuple):
             return False
         reader = next(iter(node.users))
         if reader.op in ("output", "call_module"):
@@ -214,9 +229,14 @@ class Reader(Builder):
         total = spell(reader, self.modules)
         if total is None or total.name not in ("sum", "mean") or total.args.get("dtype") is not None:
             return False
-        rank, summed = len(site.out.shape), total.args.get("dim")
+        summed, stacked = total.args.get("dim"), call.args.get("dim", 0)
         dims: list[int] = [summed] if isinstance(summed, int) else list(summed or ())
-        return [dim % rank for dim in dims] == [call.args.get("dim", 0) % rank] and not total.args.get("keepdim")
+        if total.args.get("keepdim"):
+            return False
+        if site.out.shape is None:  # then they agree where both count from the same end
+            return dims == [stacked]
+        rank = len(site.out.shape)
+        return [dim % rank for dim in dims] == [stacked % rank]
 
     def _shorten(self, steps: tuple[Step, ...], site: Site) -> tuple[Step, ...]:
         """Take a deferred operand into the one step that was waiting for it."""
@@ -279,11 +299,12 @@ class Reader(Builder):
             kinds.append(self.dims.of(member))
             natives.append(member)
         own = len(labels) - len(affected)
+        attrs = {"target": target_name(node, self.modules)} | ({} if works(node) else {"works": False})
         op = self.graph.add_op(
             K.OPAQUE,
             inputs,
             list(zip(labels, kinds, strict=True)),
-            {"target": target_name(node, self.modules)},
+            attrs,
             name=node.name,
             native=(node, *items.values()) if several else (node,),
             natives=natives,

@@ -124,6 +124,10 @@ def _gelu(c: Site) -> Step:
     return Step(K.GELU, [c["input"]], {"approximate": c.get("approximate", "none")})
 
 
+def _quantised(kind: K, scale: str, zero: str) -> Rule:
+    return lambda c: Step(kind, [c["input"], c[scale], c.get(zero, None)])
+
+
 def _glu(c: Site) -> Step | None:
     """a·sigmoid(b), a and b the halves along `dim`"""
     shape, axis = c.out.shape, c.axis(c.get("dim", -1))
@@ -271,6 +275,10 @@ MATH_RULES: dict[str, Rule] = {
     **dict.fromkeys(("full", "full_like", "new_full", "scalar_tensor"), _full(None)),
     "stochastic_depth": _stochastic_depth,
     "arange": _arange,
+    "quantize_per_tensor": _quantised(K.QUANTIZE, "scale", "zero_point"),
+    "dequantize_per_tensor": _quantised(K.DEQUANTIZE, "scale", "zero_point"),
+    "quantize_per_channel": _quantised(K.QUANTIZE, "scales", "zero_points"),
+    "dequantize_per_channel": _quantised(K.DEQUANTIZE, "scales", "zero_points"),
     "ndim": _ndim,
     **dict.fromkeys(("sym_size", "size"), _extent),
 }

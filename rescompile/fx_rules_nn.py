@@ -99,6 +99,18 @@ def _addmm(c: Site) -> Step | None:
     )
 
 
+def _addbmm(c: Site) -> Step | None:
+    """beta·x + alpha·Σ(a·b), the sum over the batch"""
+    alpha, beta = c.get("alpha", 1), c.get("beta", 1)
+    left, right = c.shape(c["batch1"]), c.shape(c["batch2"])
+    if not is_number(alpha) or not is_number(beta):
+        return None
+    shape = None if left is None or right is None else (left[0], left[1], right[2])
+    product = Step(K.MATMUL, [c["batch1"], c["batch2"]], suffix="matmul", types=c.retype(shape))
+    total = Step(K.SUM, [product], {"axes": (0,), "keepdims": False}, suffix="sum")
+    return Step(K.ADD, [c["input"], total], {} if alpha == beta == 1 else {"scales": (float(beta), float(alpha))})
+
+
 def _attention(c: Site) -> Step | None:
     """softmax(scale·q·kᵀ + mask)·v"""
     shape = c.shape(c["query"])
@@ -140,7 +152,8 @@ def _layer_norm(c: Site) -> Step:
 def _rms_norm(c: Site) -> Step | None:
     eps = c.get("eps")
     if eps is None:
-        dtype = getattr(torch, c.out.dtype or "", None)
+        weight = c.value(c.get("weight"))
+        dtype = getattr(torch, c.out.dtype or (weight.dtype if weight is not None else None) or "", None)
         if dtype is None:
             return None
         eps = torch.finfo(dtype).eps
@@ -273,6 +286,7 @@ NN_RULES: dict[str, Rule] = {
     "linear": _linear,
     **dict.fromkeys(("mm", "bmm", "matmul"), _matmul),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    "addbmm": _addbmm,
     "einsum": lambda c: Step(K.EINSUM, list(c["tensors"]), {"equation": c["equation"]}),
     **dict.fromkeys(_ATTENTIONS, _attention),
     **dict.fromkeys(_EVAL_NORMS, _batch_norm),

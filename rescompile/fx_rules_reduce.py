@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from rescompile.fx_rules import Rule, Site, Step, is_number
 from rescompile.fx_types import static_shape
 from rescompile.kinds import OpKind as K
 
 
-def _reduction(kind: K) -> Rule:
+def _reduction(kind: K) -> Callable[[Site], Step]:
     def rule(c: Site) -> Step:
         x, dtype = c["input"], c.get("dtype")
         if dtype is not None and not c.keeps_dtype(x):
@@ -45,9 +46,9 @@ def _spread(c: Site) -> Step | None:
     known = static_shape(shape)
     correction = c.get("correction", 1 if c.get("unbiased", True) else 0)
     correction = 1 if correction is None else correction
-    if shape is None or not is_number(correction):
+    if not is_number(correction) or (shape is None and correction != 0):
         return None
-    kept = tuple(1 if axis in axes else extent for axis, extent in enumerate(shape))
+    kept = None if shape is None else tuple(1 if axis in axes else extent for axis, extent in enumerate(shape))
     mean = Step(K.MEAN, [c["input"]], {"axes": axes, "keepdims": True}, suffix="mean", types=c.retype(kept))
     centred = Step(K.ADD, [c["input"], mean], {"scales": (1.0, -1.0)}, suffix="centred", types=c.retype(shape))
     squared = Step(K.MUL, [centred, centred], suffix="squared", types=c.retype(shape))
@@ -60,6 +61,21 @@ def _spread(c: Site) -> Step | None:
     if count <= correction:
         return None
     return Step(K.MUL, [Step(K.MEAN, [squared], attrs, suffix="mean_squared"), count / (count - correction)])
+
+
+def _with_mean(spread: Rule) -> Rule:
+    """Two results, the variance or deviation and the mean"""
+
+    def rule(c: Site) -> tuple[Step, ...] | None:
+        found = spread(c)
+        if not isinstance(found, Step):
+            return None
+        mean = _reduction(K.MEAN)(c)
+        mean.types = c.outs[1:2]
+        found.types = c.outs[:1]
+        return found, mean
+
+    return rule
 
 
 def _deviation(c: Site) -> Step | None:
@@ -112,6 +128,8 @@ REDUCE_RULES: dict[str, Rule] = {
     "min": _extreme(K.AMIN, K.MINIMUM, K.OPAQUE),
     "var": _spread,
     "std": _deviation,
+    "var_mean": _with_mean(_spread),
+    "std_mean": _with_mean(_deviation),
     **dict.fromkeys(("linalg_vector_norm", "norm"), _vector_norm),
     "normalize": _normalize,
     "argmax": _argmax,

@@ -134,14 +134,19 @@ def _getitem(c: Site) -> Step | None:
     items = list(index) if isinstance(index, tuple | list) else [index]
     shape = c.shape()
     consumed = sum(item is not None and item is not Ellipsis for item in items)
+    first = 0
     if Ellipsis in [item for item in items if not isinstance(item, fx.Node)]:
-        if shape is None:
-            return None
         at = next(position for position, item in enumerate(items) if item is Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(shape) - consumed)
+        if shape is not None:
+            items[at : at + 1] = [slice(None)] * (len(shape) - consumed)
+        elif at == 0 and all(isinstance(item, slice) for item in items[1:]):
+            del items[0]
+            first = -len(items)  # dimensions of a tensor of unknown rank, counted from the end
+        else:
+            return None
     if any(isinstance(item, fx.Node) or not (item is None or isinstance(item, int | slice)) for item in items):
         return None
-    axis, reshaped = 0, False
+    axis, reshaped = first, False
     cuts: list[tuple[int, dict[str, Any]]] = []
     for item in items:
         if item is None or isinstance(item, bool):
@@ -211,11 +216,11 @@ def _concat(c: Site) -> Step:
 
 def _stack(c: Site) -> Step | None:
     tensors, shape = c.get("tensors", c.get("input")), c.out.shape
-    if not isinstance(tensors, list | tuple) or shape is None:
+    if not isinstance(tensors, list | tuple):
         return None
     dim = c.get("dim", 0)
-    axis = dim + len(shape) if dim < 0 else dim
-    part = c.retype((*shape[:axis], 1, *shape[axis + 1 :]))
+    axis = dim + len(shape) if dim < 0 and shape is not None else dim
+    part = c.retype(None if shape is None else (*shape[:axis], 1, *shape[axis + 1 :]))
     parts = [Step(K.RESHAPE, [x], suffix=f"part{index}", types=part) for index, x in enumerate(tensors)]
     return Step(K.CONCAT, parts, {"axis": axis})
 

@@ -7,6 +7,7 @@ tensors: training it, or taking gradients, leaves the graph as it is.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from rescompile.extents import extent_of
 from rescompile.fx_graph import FxGraph
 from rescompile.fx_ops import Attr
 from rescompile.fx_torch import Emitter
-from rescompile.fx_tree import copy_children, device_of, owner_of, to_torch
+from rescompile.fx_tree import copy_children, copy_graph, device_of, owner_of, to_torch
 from rescompile.fx_twin_rules import rule_of
 from rescompile.fx_types import TORCH_DTYPES
 from rescompile.fx_view import Item, tensor_at
@@ -31,6 +32,7 @@ Data: TypeAlias = Tensor | np.ndarray[Any, Any]
 See: TypeAlias = Callable[[Value, Tensor], Any]
 
 _SOURCES = (torch.ops.aten.full.default, torch.ops.aten.arange.start_step, torch.ops.aten.scalar_tensor.default)
+_SHOWS = "_rescompile_shows"
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
 
 
@@ -103,27 +105,19 @@ class FxTwin(Twin):
         copy.module.__dict__.update(copy_children(copy.module, _own))
         self.__dict__["_copy"] = copy
         self.module = copy.module
+        self._ready: tuple[list[Value], Callable[..., Any], _Shows] | None = None
 
     def run(
         self, inputs: Mapping[str, Data], watch: Iterable[Value] = (), see: See = lambda _, tensor: tensor
     ) -> tuple[dict[str, Tensor], dict[Value, Any]]:
         copy: FxGraph = self.__dict__["_copy"]
         watched = _Watch(watch, see)
-        places: dict[fx.Node, list[tuple[Value, int | None]]] = {}
-        for value in watched.values:
-            native = self._native(copy, copy.value(value.name))
-            if isinstance(native, fx.Node):
-                places.setdefault(native, []).append((value, None))
-            elif isinstance(native, Item):
-                places.setdefault(native.node, []).append((value, native.index))
-            elif isinstance(native, Attr):
-                getter = next((n for n in copy.module.graph.nodes if copy.reads(n, native)), None)
-                if getter is not None:
-                    places.setdefault(getter, []).append((value, None))
+        forward, shows = self._compiled(copy, list(watched.values))
+        shows.watch = watched
         device = device_of(copy.module)
         arguments = copy.arguments({name: _as_tensor(data).to(device) for name, data in inputs.items()})
         try:
-            result = _Interpreter(copy.module, places, watched).run(*arguments, enable_io_processing=False)
+            result = forward(copy.module, *arguments)
         except _FAILURES as error:
             raise GraphError(f"The model cannot be run on these inputs: {_first_line(error)}.") from error
         return dict(zip(copy.output_names, copy.results(result), strict=True)), watched.found
@@ -136,6 +130,28 @@ class FxTwin(Twin):
             raise GraphError(f"'{value.name}' is no tensor of the model's state.")
         return tensor
 
+    def _compiled(self, copy: FxGraph, watched: list[Value]) -> tuple[Callable[..., Any], _Shows]:
+        """The module's code with a call behind every watched node, which shows its result; kept for the next run."""
+        if self._ready is not None and self._ready[0] == watched:
+            return self._ready[1:]
+        natives = {value: self._native(copy, copy.value(value.name)) for value in watched}
+        memo: dict[fx.Node, fx.Node] = {}
+        graph = copy_graph(copy.module.graph, memo)
+        graph.set_codegen(fx.graph.CodeGen())
+        shows = _Shows()
+        for value, native in natives.items():
+            node = next((n for n in memo if copy.reads(n, native)), None) if isinstance(native, Attr) else native
+            if isinstance(node, Item):
+                with graph.inserting_after(memo[node.node]):
+                    item = graph.call_function(operator.getitem, (memo[node.node], node.index))
+                    shows.put(graph, item, value)
+            elif isinstance(node, fx.Node):
+                shows.put(graph, memo[node], value)
+        copy.module.__dict__[_SHOWS] = shows  # found by the code, and no part of the module's state
+        forward: Any = type(fx.GraphModule(copy.module, graph)).forward
+        self._ready = watched, forward, shows
+        return forward, shows
+
     def _native(self, copy: FxGraph, value: Value) -> Any:
         """What the value is natively; an operation inside a larger native one gets nodes of its own first."""
         if value.native is None and value.producer is not None:
@@ -144,27 +160,24 @@ class FxTwin(Twin):
         return value.native
 
 
-class _Interpreter(fx.Interpreter):
-    def __init__(
-        self, module: fx.GraphModule, places: Mapping[fx.Node, list[tuple[Value, int | None]]], watch: _Watch
-    ) -> None:
-        super().__init__(module)
-        self.places = places
-        self.watch = watch
+class _Shows(nn.Module):
+    """The calls behind watched nodes."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        places = self.places.get(n)
-        if places is None:
-            return result
-        operands = [self.env[operand] for operand in n.all_input_nodes]
-        for value, index in places:
-            if index is None:
-                result = self.watch.show(value, result, operands)
-            else:
-                result = list(result)
-                result[index] = self.watch.show(value, result[index], operands)
-        return result
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self.watch: _Watch
+
+    def put(self, graph: fx.Graph, node: fx.Node, value: Value) -> None:
+        """A call behind `node` that its readers read instead."""
+        operands = [operand for operand in node.all_input_nodes if operand.op != "get_attr"]
+        with graph.inserting_after(node):
+            call = graph.call_module(_SHOWS, (len(self.values), node, *operands))
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        self.values.append(value)
+
+    def forward(self, index: int, tensor: Any, *operands: Any) -> Any:
+        return self.watch.show(self.values[index], tensor, operands)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -359,13 +372,14 @@ def _bind(graph: Graph, inputs: Mapping[str, Data], device: torch.device) -> lis
             raise GraphError(f"The model's input '{value.name}' is missing: it takes {', '.join(names)}.")
         tensor = _as_tensor(inputs[value.name]).to(device)
         given = str(tensor.dtype)[6:]
+        shape = tuple(tensor.shape)
         fits = value.shape is None or (
-            len(value.shape) == tensor.ndim
-            and all(isinstance(dim, str) or dim == extent for dim, extent in zip(value.shape, tensor.shape, strict=True))
+            len(value.shape) == len(shape)
+            and all(isinstance(dim, str) or dim == extent for dim, extent in zip(value.shape, shape, strict=True))
         )
         if not fits or value.dtype not in (None, given):
             wanted = f"{value.dtype or ''}{'' if value.shape is None else list(value.shape)}"
-            raise GraphError(f"Input '{value.name}' is {given}{list(tensor.shape)} and the model takes {wanted}.")
+            raise GraphError(f"Input '{value.name}' is {given}{list(shape)} and the model takes {wanted}.")
         bound.append((value, tensor))
     return bound
 

@@ -34,7 +34,6 @@ def recurrent(t: Any, inputs: list[Any], attrs: Attrs) -> tuple[Tensor, ...]:
         (peepholes is not None, "peepholes"),
         (attrs.get("clip") is not None, "clipping"),
         (bool(attrs.get("input_forget")), "coupled gates"),
-        (mode == "gru" and not attrs.get("linear_before_reset"), "the reset gate in front of the recurrence"),
     ):
         if refused:
             raise GraphError(f"a recurrent layer with {what} has no torch form")
@@ -56,13 +55,35 @@ def recurrent(t: Any, inputs: list[Any], attrs: Attrs) -> tuple[Tensor, ...]:
         if bias is not None:
             parts += bias[index].chunk(2)
         parameters += [_reordered(part, mode) for part in parts]
-    options = (bias is not None, 1, 0.0, False, directions == 2, False)
-    y, *last = _LAYERS[mode](x, first if mode == "lstm" else first[0], parameters, *options)
+    if mode == "gru" and not attrs.get("linear_before_reset"):
+        y, *last = _early_reset(x, first[0], parameters, bias is not None)
+    else:
+        options = (bias is not None, 1, 0.0, False, directions == 2, False)
+        y, *last = _LAYERS[mode](x, first if mode == "lstm" else first[0], parameters, *options)
     y = y.flip(0) if backwards else y
     y = y.reshape(y.shape[0], y.shape[1], directions, hidden)
     if batch_first:
         return (y.transpose(0, 1), *(part.transpose(0, 1) for part in last))
     return (y.transpose(1, 2), *last)
+
+
+def _early_reset(x: Tensor, first: Tensor, parameters: list[Tensor], biased: bool) -> tuple[Tensor, Tensor]:
+    """A GRU whose reset gate acts in front of the recurrence: n = tanh(W·x + R·(r ⊙ h) + b). torch has none."""
+    each = 4 if biased else 2
+    outputs, last = [], []
+    for index, h in enumerate(first):
+        weight, recurrence, *biases = parameters[each * index : each * (index + 1)]
+        steps = x if index == 0 else x.flip(0)
+        given = (steps @ weight.T + (biases[0] + biases[1] if biases else 0)).chunk(3, -1)
+        reset, update, new = recurrence.chunk(3)
+        states = []
+        for in_reset, in_update, in_new in zip(*given, strict=True):
+            r, z = torch.sigmoid(in_reset + h @ reset.T), torch.sigmoid(in_update + h @ update.T)
+            h = (1 - z) * torch.tanh(in_new + (r * h) @ new.T) + z * h
+            states.append(h)
+        outputs.append(torch.stack(states if index == 0 else states[::-1]))
+        last.append(h)
+    return torch.cat(outputs, -1), torch.stack(last)
 
 
 def _reordered(part: Tensor, mode: str) -> Tensor:

@@ -39,6 +39,7 @@ def rule_of(graph: Graph, op: Op) -> Emitter:
 
 def _evaluated(graph: Graph, op: Op) -> Emitter:
     target = op.attr("target") or op.kind.value
+    evaluate = graph.native_evaluator(op)
 
     def rule(t: Any, x: list[Any], _: Attrs) -> Any:
         if torch.is_grad_enabled() and any(isinstance(operand, Tensor) and operand.requires_grad for operand in x):
@@ -46,7 +47,7 @@ def _evaluated(graph: Graph, op: Op) -> Emitter:
                 f"'{op.name}' ({target}) has no torch form, and no gradient goes through it: "
                 "give the model with that operation replaced."
             )
-        arrays = graph.native_evaluate(op, [None if operand is None else to_numpy(operand) for operand in x])
+        arrays = evaluate([None if operand is None else to_numpy(operand) for operand in x])
         return [to_torch(array).to(t.device) for array in arrays]
 
     return rule
@@ -91,10 +92,15 @@ def _slice(t: Any, x: list[Any], attrs: Attrs) -> Any:
             raise GraphError("a slice ends at an extent that is not known")
         return known
 
-    starts, stops = ([number(bound) for bound in attrs[key]] for key in ("starts", "stops"))
-    if any(step < 0 for step in attrs["steps"]):
-        raise GraphError("a slice that runs backwards has no torch form")
-    return EMITTERS[K.SLICE](t, x, {**attrs, "starts": starts, "stops": stops})
+    result = x[0]
+    for axis, start, stop, step in zip(*(attrs[key] for key in ("axes", "starts", "stops", "steps")), strict=True):
+        first, last = number(start), number(stop)
+        if step > 0:
+            result = t(aten.slice.Tensor, result, axis, first, last, step)
+        else:
+            places = range(*slice(first, last, step).indices(result.shape[axis]))
+            result = t(aten.index_select.default, result, axis, torch.tensor(list(places), device=t.device))
+    return result
 
 
 def _topk(t: Any, x: list[Any], attrs: Attrs) -> Any:
@@ -119,8 +125,8 @@ def _local_response_norm(t: Any, x: list[Any], attrs: Attrs) -> Any:
 
 def _scatter(t: Any, x: list[Any], attrs: Attrs) -> Any:
     data, indices, updates = x[0], x[1].long(), x[2]
-    accumulate = attrs.get("accumulate", False)
-    if attrs.get("reduction", "none") not in ("none", "add"):
+    accumulate = attrs["reduction"] == "add"
+    if attrs["reduction"] not in ("none", "add"):
         raise GraphError(f"a scatter that takes the '{attrs['reduction']}' has no torch form here")
     if attrs.get("op") == "ScatterND":
         coordinates = [torch.where(i < 0, i + n, i) for i, n in zip(indices.unbind(-1), data.shape, strict=False)]

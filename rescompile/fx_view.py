@@ -93,6 +93,19 @@ def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     return f"{getattr(target, '__module__', None) or ''}.{getattr(target, '__name__', target)}".lstrip(".")
 
 
+# Operators that move elements, by a schema that does not tell.
+_MOVES = {f"aten::{name}" for name in ("index", "gather", "take", "repeat", "repeat_interleave", "tril", "triu")}
+
+
+def works(node: fx.Node) -> bool:
+    """Whether the operator that a node calls may do more than to move elements, or reduce, or compute each alone."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    idle = torch.Tag.pointwise in target.tags or torch.Tag.reduction in target.tags
+    return not (idle or target.is_view or target._schema.name in _MOVES)
+
+
 def tensor_at(module: nn.Module, path: str) -> Any:
     """What is at a dotted path of the module, None when nothing is."""
     found: Any = module

@@ -242,7 +242,7 @@ def join_of(block: Block) -> Value:
 
 
 def branch_parameters(graph: Graph, report: Report) -> dict[int, list[Value]]:
-    """By block, the trained parameters that its branch reads, nested blocks included, casts and views looked through."""
+    """By block, the trained parameters that its branch reads, also through casts and views; nested blocks count."""
     trained = set(trained_parameters(graph))
     found: dict[int, list[Value]] = {}
     for block in report.blocks:
@@ -265,9 +265,7 @@ def final_outputs(graph: Graph, report: Report) -> list[int]:
     """Positions of the outputs that depend on a set of blocks to which no other output adds one."""
     joins = {op: block.id for block in report.blocks for op in block.join_ops}
     behind = [_joins_behind(value, joins) for value in graph.outputs]
-    return [
-        index for index, blocks in enumerate(behind) if not any(blocks < other for other in behind)
-    ]
+    return [index for index, blocks in enumerate(behind) if not any(blocks < other for other in behind)]
 
 
 def _joins_behind(value: Value, joins: Mapping[Op, int]) -> frozenset[int]:

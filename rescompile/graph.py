@@ -13,9 +13,9 @@ methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from rescompile.errors import GraphError, nearest
 from rescompile.kinds import OpKind, Trait
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
 
-__all__ = ["Attrs", "Body", "Dim", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+__all__ = ["Attrs", "Body", "Dim", "Evaluator", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
+
+Evaluator: TypeAlias = Callable[[Sequence[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
 
 
 class Graph:
@@ -136,8 +138,9 @@ class Graph:
     ) -> Op:
         """An operation that is already part of the native object. `natives`: one native value for each output."""
         values = [Value(label, kind_.shape, kind_.dtype, Role.RESULT) for label, kind_ in outputs]
-        for index, value in enumerate(values):
-            value.native = natives[index] if natives is not None else None
+        if natives is not None:
+            for value, native_value in zip(values, natives, strict=False):
+                value.native = native_value
         op = Op(kind, self.unique_op_name(name or values[0].name), inputs, values, attrs or {}, native, module)
         self._link(op)
         return op
@@ -156,18 +159,18 @@ class Graph:
 
         `before`: operations, each with its inputs, one new value and attributes, that prepare operands out of what the
         region reads; together with the one they stand for the native nodes. Only while reading, and only for operations
-        that stand for whole native nodes (`group` is None).
+        that together stand for whole native nodes.
         """
         inside, kept = frozenset(ops), frozenset(outputs)
         for op in ops:
-            if op.group is not None:
-                raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered.")
+            if op.group is not None and not set(op.group) <= set(ops):
+                raise GraphError(f"'{op.name}' shares its native node with others and cannot be covered without them.")
             self._check_unread(op, inside, kept)
         orphans = dict(self._orphans)
         for op in ops:
             self._unlink(op, keep=kept)
         self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
-        native = tuple(node for op in ops for node in op.native)
+        native = tuple(dict.fromkeys(node for op in ops for node in op.native))
         order = max(member.order for member in ops)
         members = []
         for step_kind, step_inputs, step_outputs, step_attrs in (
@@ -384,10 +387,8 @@ class Graph:
         """The graphs inside the native nodes of an opaque operation, read anew on each call."""
         return ()
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
-        """What an operation that no kind describes gives for these operands."""
+    def native_evaluator(self, op: Op) -> Evaluator:
+        """What computes an operation that no kind describes: its results for its operands."""
         raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
 
     def native_emit(self, op: Op) -> None:
@@ -430,12 +431,14 @@ class Graph:
     def _link(self, op: Op) -> None:
         op.order = len(self._ops)
         self._ops[op.name] = op
+        alone, constant = True, True
         for index, value in enumerate(op.inputs):
             if value is not None:
                 value.uses[op, index] = None
-        operands = op.operands
-        constant = not op.has(Trait.RANDOM) and op.kind is not OpKind.OPAQUE
-        constant = constant and all(value.constant for value in operands) and (bool(operands) or op.has(Trait.SOURCE))
+                alone = False
+                constant = constant and value.constant
+        if constant:
+            constant = not (op.kind is OpKind.OPAQUE or op.has(Trait.RANDOM) or (alone and not op.has(Trait.SOURCE)))
         for value in op.outputs:
             if self._values.get(value.name) is not value:
                 self._register(value)

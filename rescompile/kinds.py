@@ -68,6 +68,8 @@ class OpKind(Enum):
     # moves elements
     IDENTITY = "identity"
     CAST = "cast"
+    QUANTIZE = "quantize"
+    DEQUANTIZE = "dequantize"
     RESHAPE = "reshape"
     PERMUTE = "permute"
     SLICE = "slice"
@@ -148,6 +150,7 @@ class OpKind(Enum):
     GROUP_NORM = "group_norm"
     INSTANCE_NORM = "instance_norm"
     LOCAL_RESPONSE_NORM = "local_response_norm"
+    NORMALISE = "normalise"
     # across positions
     SOFTMAX = "softmax"
     MAX_POOL = "max_pool"
@@ -197,6 +200,9 @@ KINDS: dict[OpKind, KindSpec] = {
     # dropout: the rate of a dropout that evaluation switches off, 0 for what never does anything.
     K.IDENTITY: _kind("x", _VIEW | _UNARY, dropout=0.0),
     K.CAST: _kind("x", _VIEW | _UNARY, dtype="float32"),
+    # Casts between floats and integers with a scale: q = round(x / scale) + zero, x = (q − zero)·scale.
+    K.QUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
+    K.DEQUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
     # The target shape is the output's; a shape operand of the IR (ONNX) is kept by the adapter only.
     K.RESHAPE: _kind("x", _VIEW),
     K.PERMUTE: _kind("x", _VIEW, perm=()),
@@ -286,6 +292,9 @@ KINDS: dict[OpKind, KindSpec] = {
     K.LOCAL_RESPONSE_NORM: _kind(
         "x", Trait.WORK | Trait.NORM | Trait.SHAPE_PRESERVING, size=5, alpha=1e-4, beta=0.75, bias=1.0
     ),
+    # x / a spread or length of x over `axes`, in an equation that none of the above is; what else the native nodes read
+    # follows. centred: the mean is taken off.
+    K.NORMALISE: _kind("x *constants", _NORM, axes=(), centred=False, eps=0.0),
     K.SOFTMAX: _kind("x", Trait.WORK | Trait.SHAPE_PRESERVING, axis=-1, log=False),
     K.MAX_POOL: _kind("x", _POOL, kernel=(), stride=(), pads=(), dilation=(), ceil_mode=False),
     K.AVG_POOL: _kind("x", _POOL, kernel=(), stride=(), pads=(), ceil_mode=False, count_include_pad=True),
@@ -320,7 +329,8 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
-    K.OPAQUE: _kind("*x", Trait.WORK, 0, target=""),
+    # works: False where it is known to move elements, to reduce, or to compute each alone
+    K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", works=True),
 }
 del K
 for _spelled, _spec in KINDS.items():

@@ -8,6 +8,7 @@ from rescompile.graph import ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import activation_name
 from rescompile.onnx_ops import Reading, Step
+from rescompile.onnx_read_math import MATH_READERS
 from rescompile.onnx_read_nn import conv_attrs
 from rescompile.onnx_site import Reader, Site
 
@@ -73,5 +74,7 @@ CONTRIB_READERS: dict[str, Reader] = {
     "FastGelu": lambda s: _bias_gelu(s, "tanh"),
     "Gelu": lambda s: _bias_gelu(s, "none"),
     "QuickGelu": _quick_gelu,
+    "QuantizeLinear": MATH_READERS["QuantizeLinear"],
+    "DequantizeLinear": MATH_READERS["DequantizeLinear"],
     "FusedMatMul": _fused_matmul,
 }

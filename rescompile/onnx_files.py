@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
-from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, nodes_within
+from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, nodes_within
 from rescompile.onnx_serial import uncollected
+from rescompile.onnx_wiring import put_in_order
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
@@ -46,6 +47,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
     ir.external_data.set_base_dir(model.graph, path.parent.resolve())
     _check_external(model, path)
     _check_operators(model, str(path))
+    put_in_order(model, str(path))
     graph = OnnxGraph.read(model)
     graph.source = "file"
     return graph
@@ -67,6 +69,7 @@ def capture(model: Any) -> OnnxGraph:
             "torch.onnx.export returns."
         )
     _check_operators(native, "The model")
+    put_in_order(native, "The model")
     graph = OnnxGraph.read(native)
     graph.source = source
     graph.origin = model if source == "program" else None
@@ -84,6 +87,7 @@ def save(graph: OnnxGraph, path: str | os.PathLike[str]) -> None:
 def _check_proto(proto: onnx.ModelProto, where: str) -> None:
     if not proto.HasField("graph") or not proto.opset_import or not proto.ir_version:
         raise RescompileError(f"{where} is not an ONNX model: it has no graph or no opset.")
+    _check_sparse(proto, where)
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx") and not OLDEST_OPSET <= entry.version <= newest:
@@ -91,6 +95,19 @@ def _check_proto(proto: onnx.ModelProto, where: str) -> None:
             raise RescompileError(
                 f"{where} uses opset {entry.version}, and opsets {OLDEST_OPSET} to {newest} are known: {advice}."
             )
+
+
+def _check_sparse(proto: onnx.ModelProto, where: str) -> None:
+    names = [tensor.values.name for tensor in proto.graph.sparse_initializer]
+    names += [
+        node.output[0]
+        for node in proto.graph.node
+        if any(attribute.type == onnx.AttributeProto.SPARSE_TENSOR for attribute in node.attribute)
+    ]
+    if names:
+        raise RescompileError(
+            f"{where} keeps '{names[0]}' as a sparse tensor, which is not supported: store it as a dense one."
+        )
 
 
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
@@ -150,6 +167,12 @@ def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:
 
 def _check_operators(model: ir.Model, where: str) -> None:
     """Standard operators must exist in the model's opset; those of other domains may be anything, if imported."""
+    for function in model.functions.values():
+        if expanded_size(model.functions, function) < 0:
+            raise RescompileError(
+                f"{where}'s function {function.domain}::{function.name} calls itself, which ONNX does not allow: "
+                "export the model again."
+            )
     opset = model.opset_imports.get("", 0)
     known: set[tuple[str, str]] = set()
     for node in nodes_within(model.graph):

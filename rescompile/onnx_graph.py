@@ -11,8 +11,9 @@ import onnx_ir
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Body, Evaluator, Graph, Op, Value
 from rescompile.kinds import OpKind
+from rescompile.onnx_bodies import read_bodies
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
 from rescompile.onnx_functions import call
@@ -20,7 +21,7 @@ from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
 from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within
-from rescompile.onnx_run import Session, run_node
+from rescompile.onnx_run import Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
 
 
@@ -134,18 +135,18 @@ class OnnxGraph(Graph):
         except (OSError, ValueError) as error:
             raise GraphError(f"The contents of '{value.name}' cannot be read: {error}") from error
 
-    def native_evaluate(
-        self, op: Op, operands: Sequence[np.ndarray[Any, Any] | None]
-    ) -> list[np.ndarray[Any, Any]]:
-        """The outputs of the operation's one node, computed by the runtime alone."""
+    def native_evaluator(self, op: Op) -> Evaluator:
+        """Computes the operation's one node by the runtime alone."""
         if len(op.native) != 1:
             raise GraphError(f"'{op.name}' stands for several nodes, which are not computed one by one.")
-        feeds = {
-            value.native.name: array
-            for value, array in zip(op.inputs, operands, strict=True)
-            if value is not None and array is not None
-        }
-        return run_node(op.native[0], feeds, self.model.opset_imports)
+        run = node_runner(op.native[0], self.model.opset_imports)
+        names = [None if value is None else value.native.name for value in op.inputs]
+
+        def evaluate_node(operands: Sequence[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
+            pairs = zip(names, operands, strict=True)
+            return run({name: array for name, array in pairs if name is not None and array is not None})
+
+        return evaluate_node
 
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
         """A new initializer."""
@@ -157,6 +158,10 @@ class OnnxGraph(Graph):
         if isinstance(value.native, onnx_ir.Value):
             self.native.drop_constant(value.native)
             self._session = None
+
+    def native_bodies(self, op: Op) -> tuple[Body, ...]:
+        """The graphs of an If, a Loop, a Scan; what a call of a model-local function runs."""
+        return read_bodies(self, op)
 
     # ---- edits ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ rest is presented.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,16 @@ if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+# torch says of each parameter and buffer what it is; a number without it is a literal of the module's code.
+_SIGNATURE_KEY = "pkg.torch.export.graph_signature.InputSpec.kind"
+
+# Operators without a kind that are elementwise, or reductions, or move elements.
+_IDLE = {
+    *("Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Celu", "Cosh", "Selu", "Shrink", "Sinh", "Softsign", "Tan"),
+    *("BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "IsInf", "ThresholdedRelu", "Xor"),
+    *("GatherElements", "GatherND", "Tile", "Trilu"),
+    *("ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceSumSquare"),
+}
 
 
 def read(graph: OnnxGraph) -> None:
@@ -59,9 +70,12 @@ class _Import:
             if value.name not in native.initializers:
                 kind = self.facts.type(value)
                 self.values[value] = self.graph.add_input(_name(value), kind.shape, kind.dtype, value)
+        exported = any(_SIGNATURE_KEY in value.metadata_props for value in native.initializers.values())
         for value in native.initializers.values():
             if value in needed:
-                self._present_constant(value, Role.PARAMETER)
+                number = value.shape is not None and math.prod(value.shape.numpy()) == 1
+                written = exported and number and not value.metadata_props
+                self._present_constant(value, Role.CONSTANT if written else Role.PARAMETER)
         self._present(needed)
         self.graph.set_outputs([self.values[value] for value in native.outputs])
 
@@ -104,10 +118,17 @@ class _Import:
 
     def _constant(self, steps: list[Step]) -> bool:
         """Whether the results do not depend on the graph's inputs."""
-        listed = [operand for step in steps for operand in step.inputs if operand is not None]
-        operands = [operand for operand in listed if not isinstance(operand, np.ndarray)]
-        pure = all(step.kind is not K.OPAQUE and not step.kind.has(Trait.RANDOM) for step in steps)
-        return pure and bool(operands) and all(operand in self.constants or operand in steps for operand in operands)
+        found = False
+        for step in steps:
+            if step.kind is K.OPAQUE or step.kind.has(Trait.RANDOM):
+                return False
+            for operand in step.inputs:
+                if operand is None or isinstance(operand, np.ndarray):
+                    continue
+                if operand not in self.constants and operand not in steps:
+                    return False
+                found = True
+        return found
 
     def _type_literals(self, node: ir.Node) -> bool:
         """Whether types and extents of all outputs are known, if need be by computing them."""
@@ -138,7 +159,8 @@ class _Import:
         if reading:
             self.graph.notes.append(f"'{node.name or _name(node.outputs[0])}' ({label}) is opaque: {reading}.")
         inputs = [*node.inputs, *captured(node)]
-        return [Step(K.OPAQUE, inputs, {"target": label}, tuple(range(len(node.outputs))))]
+        attrs = {"target": label} | ({"works": False} if label in _IDLE else {})
+        return [Step(K.OPAQUE, inputs, attrs, tuple(range(len(node.outputs))))]
 
     def _site(self, node: ir.Node) -> Site:
         opset = self.model.opset_imports.get(node.domain, 1)
@@ -206,10 +228,11 @@ class _Import:
                 self._present_item(item, name)
 
     def _present_constant(self, value: ir.Value, role: Role) -> None:
-        kind = self.facts.type(value)
         tensor = literal(value)
         if tensor is not None:
-            kind = ValueType(tuple(int(extent) for extent in tensor.shape.numpy()), dtype_name(tensor.dtype))
+            kind = ValueType(tuple(tensor.shape.numpy()), dtype_name(tensor.dtype))
+        else:
+            kind = self.facts.type(value)
         self.values[value] = self.graph.add_constant(_name(value), kind.shape, kind.dtype, value, role)
 
     def _present_item(self, item: Item, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from rescompile.onnx_ops import SMALL, PartialShape, constant_tensor, dtype_name
+from rescompile.onnx_ops import SMALL, PartialShape, can_be_written_out, constant_tensor, dtype_name
 
 # Operators outside the standard that have, for inference, the meaning of a standard one on their first inputs, and the
 # outputs that have the type of the first.
@@ -47,6 +47,8 @@ def infer(model: ir.Model) -> dict[str, tuple[PartialShape | None, str | None]]:
     for value in model.graph.outputs:
         ir.serde.serialize_value_into(graph.output.add(), value)
     for function in model.functions.values():
+        if not can_be_written_out(model.functions, function):
+            continue  # onnx would write it out
         ir.serde.serialize_function_into(skeleton.functions.add(), function)
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, check_type=False, strict_mode=False, data_prop=True)

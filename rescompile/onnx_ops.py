@@ -7,7 +7,7 @@ opsets, have a reader in `onnx_read` and a writer in `onnx_emit`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +23,7 @@ FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that s
 PROVENANCE_KEY = "rescompile.pass"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
 OLDEST_INITIALIZERS = 4  # the IR version from which initializers need not be inputs as well
+LARGEST_CALL = 50_000  # nodes that a call of a model-local function may stand for, to be looked into
 SMALL = 1024  # elements: constants up to this size may hold shapes, axes, scales
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -202,3 +203,33 @@ def nodes_within(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
         if node.attributes:
             for graph in own_graphs(node):
                 yield from nodes_within(graph)
+
+
+def can_be_written_out(functions: Mapping[ir.OperatorIdentifier, ir.Function], root: ir.Function) -> bool:
+    """Whether a call of the function stands for a number of nodes that can be looked at."""
+    return 0 <= expanded_size(functions, root) <= LARGEST_CALL
+
+
+def expanded_size(functions: Mapping[ir.OperatorIdentifier, ir.Function], root: ir.Function) -> int:
+    """How many nodes a call of the function stands for, all calls written out; −1 where it ends up calling itself.
+
+    Functions that call each other twice at every level stand for exponentially many.
+    """
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    entered: set[ir.OperatorIdentifier] = set()
+    stack = [root]
+    while stack:
+        function = stack[-1]
+        key = function.identifier()
+        entered.add(key)
+        nodes = list(nodes_within(function))
+        called = [name for node in nodes if (name := node.op_identifier()) in functions]
+        missing = next((name for name in called if name not in sizes), None)
+        if missing is None:
+            sizes[key] = len(nodes) + sum(sizes[name] for name in called)
+            stack.pop()
+        elif missing in entered:
+            return -1
+        else:
+            stack.append(functions[missing])
+    return sizes[root.identifier()]

@@ -248,6 +248,11 @@ def _random(s: Site) -> Reading:
     return s.one(K.RANDOM, list(s.node.inputs), op=s.node.op_type, **extras)
 
 
+def _quantised(kind: K) -> Reader:
+    """A scale for each tensor or each channel; one for each block of elements has the shape to show it."""
+    return lambda s: s.one(kind, s.inputs(3), **{name: attr.value for name, attr in s.node.attributes.items()})
+
+
 MATH_READERS: dict[str, Reader] = {
     **{row.op_type: _plain(row.kind) for row in PLAIN},
     **dict.fromkeys(REDUCTIONS, _reduce),
@@ -260,6 +265,8 @@ MATH_READERS: dict[str, Reader] = {
     "Min": _extremum(K.MINIMUM),
     "Cast": _cast,
     "CastLike": _cast,
+    "QuantizeLinear": _quantised(K.QUANTIZE),
+    "DequantizeLinear": _quantised(K.DEQUANTIZE),
     "Clip": _clip,
     "LeakyRelu": _attrs(K.LEAKY_RELU, slope=("alpha", 0.01)),
     "PRelu": _prelu,

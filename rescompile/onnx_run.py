@@ -56,18 +56,29 @@ def _check(name: str, array: np.ndarray[Any, Any], value: ir.Value) -> None:
         raise GraphError(f"Input '{name}' is {array.dtype}{list(array.shape)} and the model takes {wanted}.")
 
 
-def run_node(node: ir.Node, feeds: Arrays, opsets: Mapping[str, int]) -> list[np.ndarray[Any, Any]]:
-    """The outputs of one node alone, for its operands by name. GraphError for what the runtime says."""
+def node_runner(node: ir.Node, opsets: Mapping[str, int]) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
+    """Computes the outputs of one node alone, for its operands by name. GraphError for what the runtime says."""
+    prepared: dict[tuple[str, ...], Callable[[Arrays], list[np.ndarray[Any, Any]]]] = {}
+
+    def run(feeds: Arrays) -> list[np.ndarray[Any, Any]]:
+        types = tuple(str(array.dtype) for array in feeds.values())
+        if types not in prepared:
+            prepared[types] = _prepare(_alone(node, feeds, opsets))
+        return [np.asarray(array) for array in prepared[types](feeds)]
+
+    return run
+
+
+def _alone(node: ir.Node, feeds: Arrays, opsets: Mapping[str, int]) -> ir.Model:
     proto = ir.serde.serialize_node(node)
     infos = [
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), None)
         for name, array in feeds.items()
     ]
     outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     body = onnx.helper.make_graph([proto], "node", infos, outputs)
-    model = onnx.helper.make_model(body, opset_imports=imports, ir_version=8)
-    return [np.asarray(array) for array in _prepare(ir.from_proto(model))(feeds)]
+    return ir.from_proto(onnx.helper.make_model(body, opset_imports=imports, ir_version=8))
 
 
 def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +29,11 @@ def declared_type(value: ir.Value) -> tuple[PartialShape | None, str | None]:
     shape = value.shape
     if shape is None:
         return None, dtype
-    return tuple(extent if isinstance(extent, int) else extent.value for extent in shape.dims), dtype
+    dims = shape.dims
+    for extent in dims:
+        if not isinstance(extent, int):
+            return tuple(extent if isinstance(extent, int) else extent.value for extent in dims), dtype
+    return cast("PartialShape", dims), dtype
 
 
 class Facts:
@@ -122,6 +126,8 @@ def name_extents(shape: PartialShape | None, stem: str) -> Shape | None:
     """The shape with a name of its own for each extent that nobody knows."""
     if shape is None:
         return None
+    if None not in shape:
+        return cast("Shape", shape)
     return tuple(f"{stem}.{axis}" if extent is None else extent for axis, extent in enumerate(shape))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def draw(flow: GradientFlow, format_: str) -> bytes:
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     signals, gradients = figure.subplots(2, 1, sharex=True)
-    places = range(len(flow.blocks))
+    places = [block.block.id for block in flow]
     for name in ("fork", "join", "branch", "skip"):
         _line(signals, places, [_variance(getattr(block, name)) for block in flow], name)
     for name, label in (("fork", "∂L/∂fork"), ("join", "∂L/∂join"), ("parameter", "∂L/∂θ of the branch")):
@@ -65,6 +66,6 @@ def _variance(signal: Any) -> float | None:
 
 def _line(axes: Any, places: Any, numbers: list[float | None], label: str) -> None:
     """A line with gaps where a block has no number, or one that a logarithm has no place for."""
-    heights = [number if number is not None and number > 0 else float("nan") for number in numbers]
-    if any(height == height for height in heights):
+    heights = [number if number is not None and number > 0 else math.nan for number in numbers]
+    if not all(math.isnan(height) for height in heights):
         axes.plot(places, heights, marker=".", linewidth=1, label=label)

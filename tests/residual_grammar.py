@@ -226,6 +226,8 @@ class _Network:
         """[x₁, F(x₂)]: the concatenation of one half and the work on the other (ShuffleNet v2)"""
         w, at, axis = self.w, len(self.made), self.axis()
         half = self.width(x) // 2
+        if half < 2:  # halves of one channel each are a stack
+            return self._add(x, depth)
         first, second = w.slice(x, axis, 0, half), w.slice(x, axis, half, 2 * half)
         y = self.branch(second, depth, "none")
         join = w.concat(*((first, y) if self.flip() else (y, first)), axis=axis)

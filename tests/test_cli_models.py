@@ -143,6 +143,19 @@ def test_inspect_explains_a_node(run: Run, residual_onnx: Path) -> None:
     code, _, err = run("inspect", residual_onnx, "--why", "jion")
     assert code == 1
     assert "join" in err
+    code, out, _ = run("inspect", residual_onnx, "--why", "join", "--json")
+    data = json.loads(out)
+    assert (code, data["node"], data["role"], data["block"], data["rule"]) == (0, "join", "join", 0, None)
+    assert data["explanation"].startswith("'join' is the join of block 0")
+
+
+def test_inspect_shows_costs_on_request(run: Run, residual_onnx: Path) -> None:
+    code, out, _ = run("inspect", residual_onnx, "--costs")
+    assert code == 0
+    assert "shortcut: params" in out
+    code, out, _ = run("inspect", residual_onnx)
+    assert "shortcut: params" not in out
+    assert "skips cost" in out
 
 
 def test_inspect_writes_a_page_that_refers_to_nothing_outside(run: Run, residual_onnx: Path, tmp_path: Path) -> None:

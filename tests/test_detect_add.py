@@ -306,6 +306,19 @@ def test_trap_polynomial_inside_an_activation() -> None:
     assert refused(b.output(b.op(K.TANH, y))).startswith("no working branch")
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_an_unknown_operation_works_unless_it_is_known_not_to(works: bool) -> None:
+    # xIELU's (expm1(min(x, 0)) - x)·a is an activation, x - logsumexp(x) a softmax
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    y = b.op(K.OPAQUE, x, shape=(2, 8), target="expm1", works=works)
+    graph = b.output(b.linear(b.sub(y, x), 8))
+    if works:
+        assert only(graph).shortcut == "identity"
+    else:
+        assert refused(graph).startswith("no working branch")
+
+
 def test_trap_rotary_embedding() -> None:
     b = Builder()
     x, cos, sin = b.input(1, 5, 8), b.input(5, 8), b.input(5, 8)
@@ -364,7 +377,7 @@ def test_chain_of_blocks() -> None:
     assert [block.fork for block in report][1:] == [f"join_{index}" for index in range(4)]
     assert [block.module for block in report] == [f"blocks.{index}" for index in range(5)]
     assert all(block.parent is None for block in report)
-    assert report.paths() == {"log2_count": 5.0, "mean_length": 2.5}
+    assert (report.lengths.log2_count, report.lengths.mean) == (5.0, 2.5)
 
 
 def test_global_skip_encloses_the_blocks_inside() -> None:
@@ -425,6 +438,73 @@ def test_parallel_branches_may_share_one_linear_and_no_more(linears: int) -> Non
     a = b.linear(b.op(K.ATTENTION, q, k, v, None, shape=q.shape), 8)
     block = only(b.output(b.add(x, b.add(a, b.linear(b.op(K.GELU, f), 8)))))
     assert block.kind == ("parallel" if linears == 1 else "add")
+
+
+def test_the_largest_of_a_router_beside_the_others_are_no_new_features() -> None:
+    b = Builder()
+    logits = b.linear(b.input(2, 8), 6)
+    best = b.op(K.TOPK, b.slice(logits, 1, 0, 4), shape=(2, 2))
+    assert refused(b.output(b.linear(b.concat(best, b.slice(logits, 1, 4, 6)), 3))).startswith("no working branch")
+
+
+def test_a_block_inside_the_branch_from_a_slice_is_no_step_of_a_recurrence() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    part = b.slice(x, 1, 0, 4)
+    inner = b.add(part, b.linear(part, 4), name="inner")
+    rest = b.add(b.slice(x, 1, 4, 8), b.relu(inner), name="outer")
+    report = inspect_graph(b.output(b.linear(rest, 3)))
+    assert [(block.join, block.kind, block.shortcut) for block in report] == [
+        ("inner", "add", "identity"),
+        ("outer", "add", "view"),
+    ]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_sum_that_takes_away_what_it_adds_is_none(same: bool) -> None:
+    # x + stop_gradient(h - x), as vector quantisation writes h
+    b = Builder()
+    x = b.input(2, 8)
+    h = b.linear(b.relu(b.linear(x, 8)), 8)
+    inner = b.op(K.IDENTITY, b.add(h, x if same else b.input(2, 8), scales=(1.0, -1.0)))
+    graph = b.output(b.add(x, inner, name="join"))
+    if same:
+        assert refused(graph, "join").startswith("cancels")
+        assert covers_every_join(graph, inspect_graph(graph))
+    else:
+        assert only(graph).join == "join"
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_projection_shortcut_with_a_maximum_over_windows(pooled: bool) -> None:
+    # where tokens are merged, the shortcut takes the maximum of each window's; a global one is a statistic
+    b = Builder()
+    n = b.layer_norm(b.input(1, 8, 8))
+
+    def merge(value: Value) -> Value:
+        windows = b.reshape(value, 1, 2, 4, 16) if pooled else b.reshape(value, 1, 1, 8, 16)
+        return b.op(K.AMAX, windows, shape=(1, windows.shape[1], 16), axes=(2,), keepdims=False)
+
+    skip = merge(b.linear(n, 16))
+    branch = b.linear(b.matmul(b.permute(b.linear(n, 2), 0, 2, 1), b.linear(n, 16)), 16)
+    graph = b.output(b.add(skip, branch))
+    if pooled:
+        assert (only(graph).shortcut, only(graph).norm) == ("projection", "pre")
+    else:
+        assert refused(graph).startswith("broadcast")
+
+
+@pytest.mark.parametrize("beside", ["shared expert", "attention"])
+def test_a_mixture_of_experts_is_one_branch(beside: str) -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    n = b.layer_norm(x)
+    chosen = b.op(K.TOPK, b.linear(n, 8), shape=(1, 5, 8))
+    routed = b.mul(mlp(b, n), chosen)
+    other = mlp(b, n) if beside == "shared expert" else attention(b, n)
+    block = only(b.output(b.add(x, b.add(other, routed, name="sum"))))
+    assert block.kind == ("add" if beside == "shared expert" else "parallel")
+    assert block.norm == "pre"
 
 
 def test_two_blocks_in_a_row_are_not_parallel() -> None:
@@ -519,6 +599,19 @@ def test_norm_that_one_of_two_readers_applies_is_not_post() -> None:
     y = b.add(x, b.linear(x, 8))
     block = only(b.output(b.layer_norm(y), y))
     assert block.norm == "none"
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_norm_of_a_permuted_sum_is_post_where_its_output_goes_on(inner: bool) -> None:
+    # channels first outside the norm, and the norm's gain a factor of its own
+    b = Builder()
+    x = b.input(1, 8, 5, name="x")
+    for _ in range(2):
+        y = b.linear(b.permute(x, 0, 2, 1), 8)
+        total = b.add(x, b.permute(b.linear(b.layer_norm(y), 8) if inner else y, 0, 2, 1))
+        normed = b.op(K.RMS_NORM, b.permute(total, 0, 2, 1), None, shape=(1, 5, 8))
+        x = b.permute(b.mul(b.param(8), normed), 0, 2, 1)
+    assert [block.norm for block in inspect_graph(b.output(x))] == ["post", "post"]
 
 
 @pytest.mark.parametrize("closing", [True, False])

@@ -353,6 +353,14 @@ def test_a_dropout_in_training_is_one():
     assert graph.training
 
 
+def test_an_unknown_operation_works_unless_torch_says_that_it_is_elementwise_a_reduction_or_a_view():
+    def forward(x):
+        return torch.logsumexp(torch.sort(torch.expm1(x), 1)[0].diagonal(), 0)
+
+    graph = capture(wrap(forward, (X,)), tensors((X,)))
+    assert [op.attr("works") for op in graph if op.kind is K.OPAQUE] == [False, True, False, False]
+
+
 def test_a_dropout_of_rate_zero_is_none_in_training():
     assert kinds_of(capture(nn.Dropout(0.0).train(), tensors((X,)))) == []
 

@@ -12,26 +12,32 @@ from collections.abc import Callable
 
 from rescompile.composites.activations import activation
 from rescompile.composites.attention import attention
+from rescompile.composites.group_norm import group_norm
+from rescompile.composites.lerp import lerp
 from rescompile.composites.linear import linear_bias
 from rescompile.composites.moves import roll
 from rescompile.composites.norms import norm
 from rescompile.composites.region import Recogniser
+from rescompile.composites.stacks import stacked_sum
 from rescompile.graph import Graph, Op
 from rescompile.kinds import OpKind
 
 Rule = Callable[[Recogniser, Op], Op | None]
 
-# The kind of operation that every spelling of a composite contains exactly once, and the rule that starts from it.
-_ANCHORS: dict[OpKind, Rule] = {
-    OpKind.MEAN: norm,
-    OpKind.ERF: activation,
-    OpKind.TANH: activation,
-    OpKind.SIGMOID: activation,
-    OpKind.CLIP: activation,
-    OpKind.HARDSIGMOID: activation,
-    OpKind.SOFTMAX: attention,
-    OpKind.ADD: linear_bias,
-    OpKind.CONCAT: roll,
+# The kind of operation that every spelling of a composite contains once, and the rules that start from it, in turn.
+_ANCHORS: dict[OpKind, tuple[Rule, ...]] = {
+    OpKind.MEAN: (norm, stacked_sum),
+    OpKind.SUM: (norm, stacked_sum),
+    OpKind.INSTANCE_NORM: (group_norm,),
+    OpKind.ERF: (activation,),
+    OpKind.TANH: (activation,),
+    OpKind.SIGMOID: (activation,),
+    OpKind.CLIP: (activation,),
+    OpKind.HARDSIGMOID: (activation,),
+    OpKind.SOFTMAX: (attention,),
+    OpKind.ADD: (linear_bias,),
+    OpKind.WHERE: (lerp,),
+    OpKind.CONCAT: (roll,),
 }
 
 
@@ -39,12 +45,12 @@ def recognise(graph: Graph) -> None:
     """Present every decomposed composite of the graph as one logical operation.
 
     One scan over the operations, a bounded number of steps from each anchor. Only for graphs just read: operations that
-    share a native node with others (`Op.group`) are left as they are.
+    share a native node with others (`Op.group`) are covered together or not at all.
     """
     recogniser = Recogniser(graph)
     for op in graph.ops:
-        rule = _ANCHORS.get(op.kind)
-        if rule is not None and not recogniser.covered(op):
-            rule(recogniser, op)
+        for rule in _ANCHORS.get(op.kind, ()):
+            if not recogniser.covered(op):
+                rule(recogniser, op)
     if recogniser.count:
         graph.sort()

@@ -1,55 +1,51 @@
-"""Layer norm and RMS norm, as exporters decompose them.
+"""Norms, as exporters and authors decompose them.
 
-    LayerNorm:  y = (x − mean(x)) / sqrt(mean((x − mean(x))²) + eps) · weight + bias
-    RMSNorm:    y = x / sqrt(mean(x²) + eps) · weight
+    LayerNorm:     y = (x − mean(x)) / √(mean((x − mean(x))²) + eps) · weight + bias
+    RMSNorm:       y = x / √(mean(x²) + eps) · weight
+    InstanceNorm:  LayerNorm over all positions of a channel
+    any other:     `normalise`: other axes, eps outside the root, unbiased variance, x / max(‖x‖, eps) with a gain
 
-The anchor is the mean of the squares. Casts to a wider dtype inside, and back, belong to the norm. A weight is taken
-only when it is a constant of exactly the normalised shape: a rotary table is no norm's weight.
+The anchor is the mean, or the sum, of the squares. Casts to a wider dtype inside, and back, belong to the norm. A weight
+is taken only when it is a constant of exactly the normalised shape: a rotary table is no norm's weight. A length without
+a gain (cosine similarity, global response normalisation's statistic) is no norm.
 """
 
 from __future__ import annotations
 
+from rescompile.composites.group_norm import group_norm
 from rescompile.composites.region import Recogniser, close
+from rescompile.composites.statistics import Root, count, kept, root_of
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind
 
 
-def norm(recogniser: Recogniser, mean: Op) -> Op | None:
-    """A LAYER_NORM or RMS_NORM in the place of the region around a mean of squares; None when there is none."""
-    squared = _square(recogniser, mean.inputs[0])
-    axis = _trailing_axis(mean)
-    if squared is None or axis is None:
+def norm(recogniser: Recogniser, reduction: Op) -> Op | None:
+    """A norm in the place of the region around a mean or sum of squares; None when there is none."""
+    squared = _square(recogniser, reduction.inputs[0])
+    if squared is None or reduction.operands[0].constant:
         return None
     base, square = squared
-    scaled = _divided_by_root(recogniser, mean)
-    if scaled is None:
+    shape = base.shape
+    axes = _axes(reduction, shape)
+    root = root_of(recogniser, reduction)
+    if not axes or root is None or root.numerator is None or root.output is None:
         return None
-    numerator, eps, root_ops, output = scaled
-    ops = [square, mean, *root_ops]
-
-    centred = _centred(base, mean)
-    if centred is not None:
-        x, centre_ops = centred
-        other = _centred(numerator, mean)
-        if other is None or other[0] is not x:
-            return None
-        ops += [*centre_ops, *other[1]]
-        kind = OpKind.LAYER_NORM
-    else:
-        if base is numerator:
-            x = base
-        else:
-            x, casts = recogniser.through(base, OpKind.CAST)
-            same, more = recogniser.through(numerator, OpKind.CAST)
-            if same is not x:
-                return None
-            ops += [cast for cast in (*casts, *more) if recogniser.enclosed(cast, [*ops, *casts, *more])]
-        kind = OpKind.RMS_NORM
-    producer = x.producer
+    ops = [square, reduction, *root.ops]
+    x = _normalised(recogniser, root, base, axes, ops)
+    if x is None:
+        return None
+    value, centred = x
+    producer = value.producer
     if producer is not None and producer.kind is OpKind.CAST and recogniser.enclosed(producer, ops):
         ops.append(producer)
-        x = producer.operands[0]
-    return _affine(recogniser, kind, ops, x, output, axis, eps)
+        value = producer.operands[0]
+    kind = _kind(root, value.shape, axes, centred)
+    if kind is None:
+        if not centred and not _is_mean(root) and not _gained(recogniser, root):
+            return None
+        return _other_norm(recogniser, ops, value, root.output, axes, centred, root.eps)
+    found = _affine(recogniser, kind, ops, value, root, axes)
+    return (group_norm(recogniser, found) or found) if found is not None else None
 
 
 def _square(recogniser: Recogniser, value: Value | None) -> tuple[Value, Op] | None:
@@ -64,98 +60,157 @@ def _square(recogniser: Recogniser, value: Value | None) -> tuple[Value, Op] | N
     return None
 
 
-def _trailing_axis(mean: Op) -> int | None:
-    """The first of the axes that a mean reduces, when they are the last ones and kept."""
-    axes = sorted(mean.attr("axes"))
-    rank = mean.operands[0].rank
-    if not axes or not mean.attr("keepdims"):
-        return None
-    last = -1 if axes[0] < 0 or rank is None else rank - 1
-    if axes[-1] != last or axes != list(range(axes[0], last + 1)):
-        return None
-    return int(axes[0])
+def _axes(reduction: Op, shape: Shape | None) -> tuple[int, ...]:
+    """The axes that are reduced, counted from the front where the rank is known."""
+    axes = tuple(sorted(reduction.attr("axes")))
+    return axes if shape is None else tuple(sorted(axis % len(shape) for axis in axes))
 
 
-def _divided_by_root(recogniser: Recogniser, mean: Op) -> tuple[Value, float, list[Op], Value] | None:
-    """For d / sqrt(mean + eps): the numerator d, eps, the operations, and the quotient."""
-    ops: list[Op] = []
-    eps = 0.0
-    inverse = False  # whether the walk has reached 1 / sqrt, or still has sqrt
-    rooted = False
-    value = mean.output
-    while (user := recogniser.only_user(value)) is not None:
-        ops.append(user)
-        kind = user.kind
-        if kind is OpKind.ADD and not rooted and eps == 0.0 and len(user.inputs) == 2:
-            number = _other_scalar(recogniser, user, value)
-            if number is None or user.scales != (1.0, 1.0):
-                return None
-            eps = number
-        elif kind in (OpKind.SQRT, OpKind.RSQRT) and not rooted:
-            rooted, inverse = True, kind is OpKind.RSQRT
-        elif kind is OpKind.POW and not rooted and user.inputs[0] is value:
-            exponent = recogniser.scalar(user.inputs[1])
-            if exponent not in (0.5, -0.5):
-                return None
-            rooted, inverse = True, exponent < 0
-        elif rooted and not inverse and _is_reciprocal(recogniser, user):
-            inverse = True
-        elif rooted and kind is (OpKind.MUL if inverse else OpKind.DIV):
-            first, second = user.inputs
-            numerator = first if second is value else second
-            if numerator is None or numerator is value or (kind is OpKind.DIV and second is not value):
-                return None
-            return numerator, eps, ops, user.output
-        elif kind is not OpKind.CAST:
+def _normalised(
+    recogniser: Recogniser, root: Root, base: Value, axes: tuple[int, ...], ops: list[Op]
+) -> tuple[Value, bool] | None:
+    """`x`, and whether its mean is taken off, where the quotient's numerator fits what was squared; extends `ops`."""
+    numerator = _without_weight(root, ops)
+    inner = _centred(recogniser, base, axes)
+    outer = _centred(recogniser, numerator, axes)
+    if root.centred is not None:
+        mean = _square(recogniser, root.centred.inputs[1])
+        if inner is not None or outer is None or mean is None:
             return None
-        value = user.output
-        if len(ops) > 6:
+        same = _mean_of(recogniser, mean[0], axes)
+        if same is None or same[0] is not outer[0] or outer[0] is not base:
             return None
-    return None
+        ops += [mean[1], *same[1], *outer[1]]
+        return base, True
+    if inner is not None:
+        if outer is None or outer[0] is not inner[0]:
+            return None
+        ops += [*inner[1], *outer[1]]
+        return inner[0], True
+    if base is numerator:
+        return base, False
+    x, casts = recogniser.through(base, OpKind.CAST)
+    same_x, more = recogniser.through(numerator, OpKind.CAST)
+    if same_x is not x:
+        return None
+    ops += [cast for cast in (*casts, *more) if recogniser.enclosed(cast, [*ops, *casts, *more])]
+    return x, False
 
 
-def _is_reciprocal(recogniser: Recogniser, op: Op) -> bool:
-    if op.kind is OpKind.DIV:
-        return close(recogniser.scalar(op.inputs[0]), 1.0)
-    return op.kind is OpKind.RECIPROCAL
+def _without_weight(root: Root, ops: list[Op]) -> Value:
+    """The numerator before the constants that it was multiplied by."""
+    assert root.numerator is not None
+    value = root.numerator
+    while (op := value.producer) is not None and op.kind is OpKind.MUL and len(value.uses) == 1:
+        first, second = op.operands
+        if not (first.constant or second.constant):
+            break
+        root.weights.append(first if first.constant else second)
+        ops.append(op)
+        value = second if first.constant else first
+    return value
 
 
-def _other_scalar(recogniser: Recogniser, op: Op, value: Value) -> float | None:
-    first, second = op.inputs
-    return recogniser.scalar(second if first is value else first)
-
-
-def _centred(value: Value, square_mean: Op) -> tuple[Value, list[Op]] | None:
-    """`x` and the operations, where the value is x − mean(x) over the same axes."""
+def _centred(recogniser: Recogniser, value: Value, axes: tuple[int, ...]) -> tuple[Value, list[Op]] | None:
+    """`x` and the operations, where the value is x − mean(x) over the axes."""
     op = value.producer
     if op is None or op.kind is not OpKind.ADD or len(op.inputs) != 2 or op.scales != (1.0, -1.0):
         return None
-    x, mean = op.inputs
-    centre = None if mean is None else mean.producer
-    if x is None or centre is None or centre.kind is not OpKind.MEAN or centre.inputs[0] is not x:
+    x, mean = op.operands
+    found = _mean_of(recogniser, mean, axes)
+    return (x, [op, *found[1]]) if found is not None and found[0] is x else None
+
+
+def _mean_of(recogniser: Recogniser, value: Value, axes: tuple[int, ...]) -> tuple[Value, list[Op]] | None:
+    """`x` and the operations, where the value is the mean of x over the axes, kept as extents of 1."""
+    factor, ops, shape = 1.0, list[Op](), value.shape
+    while (op := value.producer) is not None and len(ops) < 4:
+        ops.append(op)
+        if op.kind in (OpKind.MEAN, OpKind.SUM):
+            x = op.operands[0]
+            size = 1 if op.kind is OpKind.MEAN else count(x.shape, axes)
+            same = _axes(op, x.shape) == axes and (bool(op.attr("keepdims")) or shape == kept(x.shape, axes))
+            return (x, ops) if same and size is not None and close(factor * size, 1.0) else None
+        number = recogniser.scalar(op.inputs[1]) if op.kind in (OpKind.MUL, OpKind.DIV) else None
+        if number:
+            factor *= number if op.kind is OpKind.MUL else 1.0 / number
+        elif op.kind is not OpKind.RESHAPE:
+            return None
+        value = op.operands[0]
+    return None
+
+
+def _kind(root: Root, shape: Shape | None, axes: tuple[int, ...], centred: bool) -> OpKind | None:
+    """The kind that the equation is exactly; None when it is a norm of its own."""
+    if not root.exact:
         return None
-    if sorted(centre.attr("axes")) != sorted(square_mean.attr("axes")) or not centre.attr("keepdims"):
-        return None
-    return x, [op, centre]
+    last = -1 if axes[0] < 0 or shape is None else len(shape) - 1
+    if axes == tuple(range(axes[0], last + 1)) and (axes[0] != 0 or shape is None):
+        if centred and shape is not None and len(shape) > 3 and axes == tuple(range(2, len(shape))):
+            return OpKind.INSTANCE_NORM
+        return OpKind.LAYER_NORM if centred else OpKind.RMS_NORM
+    return None
+
+
+def _is_mean(root: Root) -> bool:
+    return root.factor is not None and close(root.factor, 1.0)
+
+
+def _gained(recogniser: Recogniser, root: Root) -> bool:
+    """Whether a length that was divided by is made up for by a constant factor, trained or not."""
+    if root.weights:
+        return True
+    user = None if root.output is None else recogniser.only_user(root.output)
+    return user is not None and user.kind is OpKind.MUL and any(value.constant for value in user.operands)
+
+
+def _other_norm(
+    recogniser: Recogniser, ops: list[Op], x: Value, output: Value, axes: tuple[int, ...], centred: bool, eps: float
+) -> Op | None:
+    """A `normalise` over the region; the constants that it reads are operands."""
+    region = _until_dtype(recogniser, ops, output, x.dtype)
+    inside = {value for op in region for value in op.outputs}
+    read = dict.fromkeys(
+        value
+        for op in sorted(region, key=lambda op: op.order)
+        for value in op.operands
+        if value not in inside and value is not x and recogniser.scalar(value) is None
+    )
+    last = region[-1].output if region[-1] not in ops else output
+    attrs = {"axes": axes, "centred": centred, "eps": eps}
+    return recogniser.cover(region, OpKind.NORMALISE, [x, *read], last, attrs)
+
+
+def _until_dtype(recogniser: Recogniser, ops: list[Op], output: Value, dtype: str | None) -> list[Op]:
+    """The region with the cast back to the operand's dtype, when one follows."""
+    user = recogniser.only_user(output)
+    if output.dtype == dtype or user is None or user.kind is not OpKind.CAST or user.output.dtype != dtype:
+        return ops
+    return [*ops, user]
 
 
 def _affine(
-    recogniser: Recogniser, kind: OpKind, ops: list[Op], x: Value, output: Value, axis: int, eps: float
+    recogniser: Recogniser, kind: OpKind, ops: list[Op], x: Value, root: Root, axes: tuple[int, ...]
 ) -> Op | None:
     """Extend the region by cast, weight, cast, bias, cast, as far as they are there, and cover it."""
+    assert root.output is not None
     weight: Value | None = None
     bias: Value | None = None
-    region, value = list(ops), output
-    best = (list(ops), output, weight, bias) if output.dtype == x.dtype else None
-    while (user := recogniser.only_user(value)) is not None and user.group is None:
-        if user.kind is OpKind.CAST:
+    if root.weights:
+        if kind is OpKind.INSTANCE_NORM or len(root.weights) > 1 or not _fits(root.weights[0], x.shape, axes[0]):
+            return _other_norm(recogniser, ops, x, root.output, axes, kind is not OpKind.RMS_NORM, root.eps)
+        weight = root.weights[0]
+    region, value = list(ops), root.output
+    best = (list(ops), root.output, weight, bias) if root.output.dtype == x.dtype else None
+    while kind is not OpKind.INSTANCE_NORM and (user := recogniser.only_user(value)) is not None and user.group is None:
+        if user.kind in (OpKind.CAST, OpKind.IDENTITY):
             pass
         elif user.kind is OpKind.MUL and weight is None and bias is None:
-            weight = _parameter(user, value, x.shape, axis)
+            weight = _parameter(user, value, x.shape, axes[0])
             if weight is None:
                 break
         elif user.kind is OpKind.ADD and kind is OpKind.LAYER_NORM and bias is None and user.scales == (1.0, 1.0):
-            bias = _parameter(user, value, x.shape, axis)
+            bias = _parameter(user, value, x.shape, axes[0])
             if bias is None:
                 break
         else:
@@ -167,14 +222,22 @@ def _affine(
     if best is None:
         return None
     region, value, weight, bias = best
+    if kind is OpKind.INSTANCE_NORM:
+        return recogniser.cover(region, kind, [x, None, None], value, {"eps": root.eps})
     inputs = [x, weight, bias] if kind is OpKind.LAYER_NORM else [x, weight]
-    return recogniser.cover(region, kind, inputs, value, {"axis": axis, "eps": eps})
+    return recogniser.cover(region, kind, inputs, value, {"axis": axes[0], "eps": root.eps})
 
 
 def _parameter(op: Op, value: Value, shape: Shape | None, axis: int) -> Value | None:
     """The other operand, when it is a constant of exactly the normalised shape."""
     first, second = op.inputs
     other = second if first is value else first
-    if other is None or not other.constant or shape is None or other.shape != shape[axis:]:
-        return None
-    return other
+    return other if other is not None and _fits(other, shape, axis) else None
+
+
+def _fits(other: Value, shape: Shape | None, axis: int) -> bool:
+    if not other.constant or other.shape is None:
+        return False
+    if shape is None:  # a trace without shapes: as many extents as are normalised, none of which is broadcast
+        return axis == -len(other.shape) and 1 not in other.shape
+    return other.shape == shape[axis:]

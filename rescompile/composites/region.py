@@ -73,7 +73,7 @@ class Recogniser:
         region = sorted(set(ops), key=lambda op: op.order)
         inside = set(region)
         for op in region:
-            if op.group is not None:
+            if op.group is not None and not inside.issuperset(op.group):
                 return None
             if output not in op.outputs and not self.enclosed(op, inside):
                 return None

@@ -7,7 +7,7 @@ operand comes from too is free of work, or a projection, and the other way works
 
 from __future__ import annotations
 
-from rescompile.detection.explain import explain
+from rescompile.detection.explain import Explainer, Explanation, explain
 from rescompile.detection.inspect import inspect_graph
 
-__all__ = ["explain", "inspect_graph"]
+__all__ = ["Explainer", "Explanation", "explain", "inspect_graph"]

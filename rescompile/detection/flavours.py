@@ -9,7 +9,7 @@ from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _PARTS = (OpKind.SLICE, OpKind.SPLIT)
-_SAME_SIZE = (OpKind.SLICE, OpKind.PAD, OpKind.CONCAT, OpKind.TILE, OpKind.EXPAND)
+_MAY_ENLARGE = (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE)
 
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
@@ -69,15 +69,13 @@ def shortcut_kind(judgement: Judgement, draft: Draft) -> str:
 
 
 def _enlarges(op: Op) -> bool:
-    if op.kind in _SAME_SIZE or not op.operands:
+    if op.kind not in _MAY_ENLARGE or not op.operands:
         return False
     before, after = _extents(op.operands[0].shape), _extents(op.outputs[0].shape)
     if op.kind in (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE):
         return before is None or after is None or before != after
     if op.kind is OpKind.RESHAPE:
         before = _extents(_shuffled(op))
-    elif op.kind is not OpKind.OPAQUE:
-        return False
     if before is None or after is None or len(before) != len(after):
         return False
     return all(isinstance(a, int) and isinstance(b, int) and a > b > 1 for a, b in zip(after, before, strict=True))

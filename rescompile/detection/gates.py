@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rescompile.detection.judgement import Draft, Judgement
+from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
@@ -61,9 +61,36 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | None:
     )
 
 
+def straight_through(judgement: Judgement, op: Op) -> Refusal | None:
+    """x + (h − x) is h: the sum takes away again what it adds (van den Oord et al. 2017); None when it does not."""
+    inner = _taken_back(op)
+    if inner is None:
+        return None
+    return Refusal(f"cancels: '{inner.name}' took away what the sum adds (a straight-through estimator)")
+
+
+def _taken_back(op: Op) -> Op | None:
+    """The h − x of the sum x + (h − x)."""
+    if len(op.inputs) != 2 or op.scales != (1.0, 1.0):
+        return None
+    for x, other in (op.inputs, op.inputs[::-1]):
+        inner = None if other is None else other.producer
+        while inner is not None and inner.kind in (OpKind.IDENTITY, OpKind.CAST):
+            inner = inner.operands[0].producer
+        if inner is None or inner.kind is not OpKind.ADD or len(inner.inputs) != 2:
+            continue
+        if any(value is x and scale == -1.0 for value, scale in zip(inner.inputs, inner.scales, strict=True)):
+            return inner
+    return None
+
+
 def completes(op: Op) -> Op | None:
-    """The sum that completes the mix in which `op` is the h − x; None when it is not part of one."""
+    """The sum that completes the mix, or the x + (h − x), in which `op` is the h − x; None when it is part of none."""
     product = _only_user(op.outputs[0])
+    while product is not None and product.kind in (OpKind.IDENTITY, OpKind.CAST):
+        product = _only_user(product.outputs[0])
+    if product is not None and product.kind is OpKind.ADD and _taken_back(product) is op:
+        return product
     total = None if product is None or product.kind is not OpKind.MUL else _only_user(product.outputs[0])
     if total is None or total.kind is not OpKind.ADD:
         return None

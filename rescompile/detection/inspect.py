@@ -11,7 +11,7 @@ from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
-from rescompile.detection.gates import completes, gated_sum
+from rescompile.detection.gates import completes, gated_sum, straight_through
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
 from rescompile.detection.scatters import residual_scatter
@@ -25,7 +25,7 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 
 # join → the rules that may claim it, in turn; None from a rule leaves the join to the next
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
-    OpKind.ADD: (gated_sum, residual_sum),
+    OpKind.ADD: (straight_through, gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
     OpKind.SCATTER: (residual_scatter,),
     OpKind.MAXIMUM: (selection,),
@@ -76,6 +76,7 @@ def _inspect(graph: Graph) -> Report:
         tuple(part.blocks),
         tuple(part.not_residual),
         part.bodies,
+        graph,
     )
 
 
@@ -184,7 +185,9 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
         for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
-            if (op in number and number[op] != index) or op in held:
+            other = number.get(op)
+            nested = other is not None and other != index and not _beside(drafts[other], draft)
+            if nested or op in held:
                 parents.setdefault(op, index)
     ids: list[int] = []
     offsets: list[int] = []
@@ -209,6 +212,14 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
             parent = around.get(holder) if block.parent is None else block.parent + offset
             blocks.append(replace(block, id=block.id + offset, parent=parent))
     return sorted(blocks, key=lambda block: block.id)
+
+
+def _beside(inner: Draft, outer: Draft) -> bool:
+    """Whether a block in another's branch is a stream of its own: each carries a part of one fork, and goes on."""
+    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
+        return False
+    own = {*outer.branch_ops, outer.join_op}
+    return any(user not in own for user, _ in inner.join_value.uses)
 
 
 def _block(
@@ -242,6 +253,8 @@ def _block(
         module=_module(draft),
         fused=join_op.has(Trait.FUSED),
         path=telling.path(calls),
+        branch_count=max(1, len(draft.branches)) if draft.kind in ("parallel", "branches") else 1,
+        undecided=tuple(draft.undecided),
     )
 
 

@@ -23,6 +23,7 @@ class Draft:
     shortcut_ops: list[Op]
     outside: list[Value]
     join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
+    undecided: list[str] = field(default_factory=list)  # what could not be told, for want of shapes
 
     @property
     def skip(self) -> Value:

@@ -14,9 +14,19 @@ from rescompile.kinds import OpKind, Trait
 _RANK = {"identity": 0, "view": 1, "pad": 2, "pool": 3, "projection": 4}
 
 # Steps that leave a way free of work and of moved elements. An ADD with one way back adds constants only.
-_NOTHING = (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG, OpKind.DROPOUT, OpKind.ADD)
-# Pooling in other words: a reduction over windows that a reshape put on an axis of their own.
-_POOLING = (OpKind.INTERPOLATE, OpKind.AMAX, OpKind.MEAN)
+_NOTHING = (
+    OpKind.IDENTITY,
+    OpKind.CAST,
+    OpKind.QUANTIZE,
+    OpKind.DEQUANTIZE,
+    OpKind.NEG,
+    OpKind.DROPOUT,
+    OpKind.ADD,
+)
+
+
+# Besides pools: over an axis that a reshape made of the elements of a window, a mean or a maximum is one.
+_POOLING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +45,21 @@ class Chain:
         return len(_RANK) if self.shortcut is None else _RANK[self.shortcut]
 
 
-# Statistics alone (a mean, a sum) do not work: global response normalisation is no residual block.
+# Statistics alone (a mean, a sum, the k largest) do not work: global response normalisation is no residual block.
+_STATISTICS = (OpKind.SOFTMAX, OpKind.CUMSUM, OpKind.TOPK)
 _WORKING = frozenset(
-    kind
-    for kind in OpKind
-    if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+    kind for kind in OpKind if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in _STATISTICS
 )
 
 
 def works(op: Op) -> bool:
     """Whether the operation makes a branch a working one: it mixes or transforms with weights or across positions."""
-    return op.kind in _WORKING
+    return op.kind in _WORKING and (op.kind is not OpKind.OPAQUE or bool(op.attr("works")))
 
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(op.kind in _WORKING or op.outputs[0] in reach.forks for op in region)
+    return any(works(op) or op.outputs[0] in reach.forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:

@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterable, Iterator
 
 from rescompile.blocks import Scale
 from rescompile.detection.judgement import Draft, Judgement
-from rescompile.graph import Graph, Op, Role, Value
+from rescompile.graph import Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
+_TURNED = (OpKind.PERMUTE, OpKind.RESHAPE)  # channels brought to the axis that a norm works on, and back
 
 
 def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
@@ -59,15 +60,23 @@ def _entries(judgement: Judgement, draft: Draft) -> list[Op] | None:
 
 
 def _exit(end: Value, inside: Collection[Op]) -> Op | None:
-    """The norm that a branch ends in, behind at most free operations and a scale."""
+    """The norm that a branch ends in, behind at most free operations, a scale and a shift."""
     while (op := end.producer) is not None and op in inside:
         if op.has(Trait.NORM):
             return op
-        step = _through_scale(op)
+        step = _through_affine(op)
         if step is None:
             return None
         end = step
     return None
+
+
+def _through_affine(op: Op) -> Value | None:
+    """The operand, of a free operation, a factor, or an addition of a constant: a norm's own gain and shift."""
+    if op.kind is OpKind.ADD:
+        moving = [value for value in op.operands if not value.constant]
+        return moving[0] if len(moving) == 1 and len(op.operands) == 2 else None
+    return _through_scale(op)
 
 
 def _through_scale(op: Op) -> Value | None:
@@ -88,7 +97,7 @@ def _after(judgement: Judgement, joined: Value) -> Op | None:
     while (op := judgement.only_user(value)) is not None:
         if op.has(Trait.NORM):
             return op if op.inputs[0] is value else None
-        if op.kind not in _PASSED:
+        if op.kind not in _PASSED and op.kind not in _TURNED:
             return None
         value = op.outputs[0]
     return None
@@ -99,7 +108,9 @@ def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
     value = norm.outputs[0]
     while value not in judgement.outputs and value not in forks:
         op = judgement.only_user(value)
-        if op is None or not (op.kind in _PASSED or op.has(Trait.ACTIVATION)):
+        if op is None:
+            return False
+        if not (op.kind in (*_PASSED, *_TURNED) or op.has(Trait.ACTIVATION) or _through_affine(op) is value):
             return False
         value = op.outputs[0]
     return True
@@ -145,18 +156,33 @@ def _factors(graph: Graph, end: Value, inside: Collection[Op]) -> Iterator[tuple
         step = _through_scale(op)
         if step is None:
             return
-        if op.kind in (OpKind.MUL, OpKind.DIV):
+        if op.kind in (OpKind.MUL, OpKind.DIV) and not _is_gain(op, step):
             constant = next(value for value in op.operands if value is not step)
             yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
         end = step
+
+
+def _is_gain(op: Op, value: Value) -> bool:
+    """Whether a factor is the weight of the norm before it, which has none of its own."""
+    while (before := value.producer) is not None and before.kind in (OpKind.IDENTITY, OpKind.CAST, *_TURNED):
+        value = before.operands[0]
+    own = before is not None and before.has(Trait.NORM) and len(before.operands) == 1
+    return own and op.kind is OpKind.MUL
 
 
 def _describe(graph: Graph, constant: Value, inverse: bool) -> tuple[str, float | str]:
     number = graph.scalar(constant) if constant.role is Role.CONSTANT else None
     if number is not None and number != 0.0:
         return "constant", 1.0 / number if inverse else number
-    size = _size(constant.shape or (1,))
+    size = _size(_known_shape(constant))
     return ("vector" if size != 1 else "scalar"), constant.name
+
+
+def _known_shape(constant: Value) -> Shape:
+    """Shape of a constant; where it is unknown, of the one that it is computed from element by element."""
+    while constant.shape is None and (op := constant.producer) is not None and op.operands:
+        constant = op.operands[0]
+    return constant.shape or ()
 
 
 def _size(shape: Iterable[int | str]) -> int:

@@ -8,8 +8,8 @@
 5. It is no step of an unrolled recurrence.
 
 Where several operands work on the same fork beside the shortcut, the block is `parallel`: y = x + A(n(x)) + F(n(x)), as
-one sum of three, as x + (A + F) or as (x + A) + F. Where every operand is affine in the fork and works, it is a sum of
-re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
+one sum of three, as x + (A + F) or as (x + A) + F; the experts of a mixture are one branch. Where every operand is
+affine in the fork and works, it is a sum of re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from collections.abc import Sequence
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.paths import Chain, branch_works, chain, is_scale, step_back, works
+from rescompile.detection.reach import Reach
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
+_TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
 _IDENTITY = Chain((), "identity", affine=True, working=False)
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT)
+_ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
+_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 _PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
 
@@ -42,7 +45,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
     tried = sorted(streams, key=lambda item: order(item[1]))
-    for index, skip in tried if len(streams) > 2 else tried[:1]:
+    for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
         others = [(other, value) for other, value in streams if other != index]
         found = _two(judgement, op, (index, skip), others)
         if isinstance(found, Draft):
@@ -82,9 +85,12 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         branches = _branches(judgement, op, fork, (left, *rest))
         if branches is not None:
             return branches
+        coupled = _coupling(judgement, op, fork, left, rest) or _coupling(judgement, op, fork, rest[0], [left])
+        if coupled is not None:
+            return coupled
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
-            "is a shortcut"
+            "is a shortcut" + _undecided(reach, fork, (left, *rest))
         )
         return Refusal(text, fork, working=True)
     ranked.sort(key=lambda item: (item[0].rank, len(item[0].ops)))
@@ -119,8 +125,22 @@ def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tupl
     )
 
 
+def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
+    """What to add where one side could be a projection, if the shape of a kernel were known."""
+    for _, value in operands[:_TRIED]:
+        at: Value | None = value
+        while at is not None and at is not fork and (op := at.producer) is not None:
+            if op.kind is OpKind.CONV and op.inputs[1] is not None and op.inputs[1].shape is None:
+                return f"; undecided: whether the kernel of '{op.name}' has one element, for its shape is not known"
+            if op.kind is OpKind.OPAQUE:
+                return f"; undecided: whether '{op.name}', which is opaque, is a projection"
+            at = step_back(reach, at)
+    return ""
+
+
 def _names(*operands: tuple[int, Value]) -> str:
-    return " and ".join(f"'{value.name}'" for _, value in operands)
+    more = f" and {len(operands) - 8} more" if len(operands) > 8 else ""
+    return " and ".join(f"'{value.name}'" for _, value in operands[:8]) + more
 
 
 def _block(
@@ -154,6 +174,8 @@ def _block(
         shortcut_ops=list(way.ops),
         outside=outside,
     )
+    if skip[1].shape is None or op.outputs[0].shape is None:
+        draft.undecided.append(f"whether '{skip[1].name}' is broadcast: its shape, or the sum's, is not known")
     if way.working:
         if len(tops) == 1 and _is_other_projection(way, chain(reach, fork, tops[0])):
             text = f"two working branches: '{skip[1].name}' and '{tops[0].name}' are projections of '{fork.name}' alike"
@@ -190,6 +212,38 @@ def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> 
             return False
         whole.update(op.outputs)
     return True
+
+
+def _coupling(
+    judgement: Judgement, op: Op, fork: Value, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
+) -> Draft | None:
+    """Two streams that work on each other by turns: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), y₁' = y₁ + F'(y₂) (RevNet).
+
+    The skip is a block's join; the other operand works on the join of the other stream, whose branch read the skip.
+    """
+    if len(others) != 1 or skip[1] not in judgement.reach.forks:
+        return None
+    region, _ = judgement.reach.between(fork, [others[0][1]])
+    for member in reversed(region):
+        other = judgement.drafts.get(member)
+        if other is None or not (skip[1] in other.outside or skip[1].producer in other.branch_ops):
+            continue
+        branch, outside = judgement.reach.between(other.join_value, [others[0][1]])
+        if not branch_works(judgement.reach, branch):
+            return None
+        return Draft(
+            kind="add",
+            shortcut="identity",
+            fork=skip[1],
+            join_op=op,
+            join_value=op.outputs[0],
+            skip_index=skip[0],
+            branches=[others[0][1]],
+            branch_ops=branch,
+            shortcut_ops=[],
+            outside=[other.join_value, *outside],
+        )
+    return None
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
@@ -232,8 +286,12 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
         if op is None or refusal is None or not refusal.working or not _starts_at(judgement, draft.fork, refusal.meet):
             ends.append(value)
             continue
+        parts = judgement.reach.operands(op)
+        if _is_mixture(judgement, draft.fork, parts):
+            ends.append(value)
+            continue
         sums.append(op)
-        pending.extend(judgement.reach.operands(op))
+        pending.extend(parts)
     if len(ends) == 1:
         return
     working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
@@ -241,6 +299,19 @@ def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
         draft.kind = "parallel"
         draft.branches = ends
         draft.join_ops = sorted(sums, key=lambda op: op.order)
+
+
+def _is_mixture(judgement: Judgement, fork: Value, parts: Sequence[Value]) -> bool:
+    """Whether a sum is the one of a mixture of experts: some parts are routed, the others work on each position alone.
+
+    An expert that all positions share is a part of the mixture, not a branch beside it; an attention is one.
+    """
+    regions = [judgement.reach.between(fork, [part])[0] for part in parts]
+    routed = [any(op.kind in _ROUTES for op in region) for region in regions]
+    if not any(routed):
+        return False
+    plain = (region for region, is_routed in zip(regions, routed, strict=True) if not is_routed)
+    return all(op.kind is OpKind.LINEAR or op.has(Trait.NORM) or not works(op) for region in plain for op in region)
 
 
 def _tail(value: Value) -> Op | None:
@@ -263,7 +334,7 @@ def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
     way = chain(judgement.reach, fork, meet)
     if way is None:
         return False
-    rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE))]
+    rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op))]
     return not rest or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)
 
 
@@ -300,7 +371,8 @@ def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
     """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
     if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
         return False
-    return all(_weight_is_shared(op) for op in region if works(op))
+    shared = [_weight_is_shared(op) for op in region if works(op)]
+    return bool(shared) and all(shared)
 
 
 def _weight_is_shared(op: Op) -> bool:

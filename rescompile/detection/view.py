@@ -32,7 +32,8 @@ def written_out(graph: Graph) -> View | None:
 
 
 class View(Graph):
-    """`levels`: for each operation the calls that it is in, outermost first, and what it is of the graph it is in.
+    """`levels`: for each operation the calls that it is in, outermost first, and what it is of the graph it is in; ()
+    for one that stands for nothing.
     `homes`: for each value the calls that it is in, and what it is there. `held`: graphs that run any number of times,
     and the operation of the view that holds each. `called`: the bodies written out, by their path."""
 
@@ -89,7 +90,7 @@ class View(Graph):
         for value, operand in body.operands.items():
             known[value] = twins[operand]
             if not twins[operand].constant:
-                known[value] = self._edge(op, twins[operand], path_of(inner, value.name), calls)
+                known[value] = self._edge(op, twins[operand], path_of(inner, value.name))
                 self.homes[known[value]] = inner, value
         for value in body.graph.inputs:
             if value not in known:
@@ -97,14 +98,14 @@ class View(Graph):
                 self.homes[known[value]] = inner, value
         self.fill(body.graph, known, inner, _bodies(body.graph))
         results = zip(op.outputs, body.graph.outputs, strict=True)
-        return [self._edge(op, known[value], path_of(calls, out.name), calls) for out, value in results]
+        return [self._edge(op, known[value], path_of(calls, out.name)) for out, value in results]
 
-    def _edge(self, op: Op, value: Value, name: str, calls: tuple[Op, ...]) -> Value:
-        """An identity where a value goes into a body, or comes out of it; it is a part of the call."""
+    def _edge(self, op: Op, value: Value, name: str) -> Value:
+        """An identity where a value goes into a body, or comes out of it; nobody is told of it."""
         name = self._free(name)
         edge = self.add_op(OpKind.IDENTITY, [value], [(name, value.type)], name=self.unique_op_name(name))
         edge.module = op.module
-        self.levels[edge] = (*calls, op)
+        self.levels[edge] = ()
         return edge.output
 
     def _write_out(self, op: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]) -> Sequence[Value]:

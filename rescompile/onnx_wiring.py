@@ -1,0 +1,101 @@
+"""Whether the nodes of an ONNX model can be put in order: what they read exists, and nothing reads what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from rescompile.errors import RescompileError
+from rescompile.onnx_ops import own_graphs
+
+
+def put_in_order(model: ir.Model, where: str) -> None:
+    """Sort the nodes where they are not in order, which ONNX asks for and some exporters forget.
+
+    RescompileError for a cycle, for an operand that nothing produces, and for an output that nothing produces.
+    """
+    found = _check(model.graph, set(), where)
+    for function in model.functions.values():
+        name = f"{where}'s function {function.domain}::{function.name}"
+        found |= _check(function, set(), name)
+    if not found:
+        return
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        try:
+            graph.sort()
+        except ValueError as error:
+            raise RescompileError(
+                f"{where} has a cycle{_through(graph)}: no order of its nodes computes it; export it again."
+            ) from error
+
+
+def _check(graph: ir.Graph | ir.Function, known: set[ir.Value], where: str) -> bool:
+    """Whether the nodes are out of order. `known`: what has been produced before this graph is needed; grows."""
+    known.update(graph.inputs)
+    if isinstance(graph, ir.Graph):
+        known.update(graph.initializers.values())
+    disorder = False
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in known:
+                if value.producer() is None:
+                    raise RescompileError(
+                        f"{where} has a node {_label(node)} that reads '{value.name}', which nothing produces: "
+                        "export it again, or make it an input."
+                    )
+                disorder = True
+        for inner in own_graphs(node):
+            disorder |= _check(inner, known, where)
+        known.update(node.outputs)
+    for value in graph.outputs:
+        if value not in known:
+            raise RescompileError(f"{where} has the output '{value.name}', which nothing produces: export it again.")
+    return disorder
+
+
+def _through(graph: ir.Graph | ir.Function) -> str:
+    """Where the cycle is: a node of it."""
+    nodes = list(graph)
+    blocked = {node: set(_needed((node,))) for node in nodes}
+    ready = [node for node, needed in blocked.items() if not needed]
+    readers: dict[ir.Node, list[ir.Node]] = {}
+    for node, needed in blocked.items():
+        for producer in needed:
+            readers.setdefault(producer, []).append(node)
+    while ready:
+        node = ready.pop()
+        del blocked[node]
+        for reader in readers.get(node, ()):
+            blocked[reader].discard(node)
+            if not blocked[reader]:
+                ready.append(reader)
+    # What is left is on a cycle or behind one: going back from any of it, one comes to a node twice.
+    if not blocked:
+        return " in a graph inside a node"
+    node = next(iter(blocked))
+    seen: set[ir.Node] = set()
+    while node not in seen:
+        seen.add(node)
+        node = next(iter(blocked[node]))
+    return f" through the node {_label(node)}"
+
+
+def _needed(nodes: Iterable[ir.Node]) -> Iterable[ir.Node]:
+    """The nodes whose results these nodes, and the graphs inside them, read."""
+    pending = list(nodes)
+    own = pending[0].graph
+    while pending:
+        node = pending.pop()
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer.graph is own:
+                yield producer
+        for inner in own_graphs(node):
+            pending.extend(inner)
+
+
+def _label(node: ir.Node) -> str:
+    name = node.name or (node.outputs[0].name if node.outputs else "")
+    return f"'{name}' ({node.op_type})"
