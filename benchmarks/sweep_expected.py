@@ -126,7 +126,7 @@ _TIMM: dict[str, Expected] = {
         "where the stage changes, the shortcut is a linear and a max pool", identity=21, projection=3
     ),
     "hiera_small_abswin_256": _of(
-        "where the stage changes, the shortcut is a linear and a max pool", identity=29, projection=3
+        "where the stage changes, the shortcut is [max, mean] of a window", identity=29, pool=3
     ),
     "sam2_hiera_tiny": _of(
         "where the stage changes, the shortcut is a linear and a max pool", identity=21, projection=3

@@ -96,7 +96,7 @@ class _Torchvision:
         models = import_torchvision().models
         whole, _, part = name.partition(".")
         options: dict[str, Any] = {"weights": None}
-        if whole in models.list_models(module=models.detection) or "deeplab" in whole or "fcn" in whole:
+        if any(whole in models.list_models(module=library) for library in (models.detection, models.segmentation)):
             options["weights_backbone"] = None
         if whole in ("googlenet", "inception_v3"):
             options["init_weights"] = False

@@ -83,6 +83,14 @@ def test_pool_as_a_reduction_over_windows(kind: OpKind, projected: bool) -> None
     assert only(b.output(b.add(skip, y))).shortcut == ("projection" if projected else "pool")
 
 
+def test_two_pools_beside_each_other() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 16, 8))
+    pools = [b.op(kind, x, shape=(1, 4, 8)) for kind in (K.MAX_POOL, K.AVG_POOL)]
+    y = b.linear(b.op(K.GELU, b.linear(b.op(K.MAX_POOL, x, shape=(1, 4, 8)), 16)), 16)
+    assert only(b.output(b.add(b.concat(*pools, axis=2), y))).shortcut == "pool"
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_pool_behind_a_class_token(whole: bool) -> None:
     b = Builder()

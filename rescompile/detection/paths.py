@@ -96,7 +96,7 @@ def step_back(reach: Reach, value: Value) -> Value | None:
 def _parts(reach: Reach, joined: Value) -> tuple[Value | None, tuple[Chain, ...]]:
     """Where the two parts of a concatenation come from, and how, if it puts together again what slices took apart.
 
-    [x[:1], pool(x[1:])] pools the tokens behind a class token.
+    [x[:1], pool(x[1:])] pools the tokens behind a class token; [max(x), mean(x)] pools in two ways.
     """
     sources = [source for source in reach.sources(joined) if not source.constant]
     if joined in reach.forks or len(sources) != 2:
@@ -111,7 +111,7 @@ def _parts(reach: Reach, joined: Value) -> tuple[Value | None, tuple[Chain, ...]
 
 
 def _is_part(way: Chain) -> bool:
-    return bool(way.ops) and way.ops[0].kind in (OpKind.SLICE, OpKind.SPLIT)
+    return way.shortcut == "pool" or (bool(way.ops) and way.ops[0].kind in (OpKind.SLICE, OpKind.SPLIT))
 
 
 def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
