@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for line in log.read_text().splitlines():
             record = json.loads(line)
             key = record["source"], record["name"]
-            known[key] = {**known.get(key, {}), **record}
+            known[key] = _merged(known.get(key, {}), record)
     wanted = [
         (source, name)
         for source in arguments.source.split(",")
@@ -249,10 +249,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments), due):
             key = record["source"], record["name"]
-            known[key] = {**known.get(key, {}), **record}
+            known[key] = _merged(known.get(key, {}), record)
             print(json.dumps(record), file=file, flush=True)
             print(_line(known[key]), flush=True)
     return [known[key] for key in wanted if key in known]
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with the other IR's findings of an earlier run, but none of its errors."""
+    return {**{key: value for key, value in old.items() if key not in ("build", "export", "read")}, **new}
 
 
 def _is_done(record: dict[str, Any], irs: list[str]) -> bool:
