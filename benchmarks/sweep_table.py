@@ -112,7 +112,7 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
 def _markdown(rows: list[dict[str, Any]], head: dict[str, Any]) -> Iterator[str]:
     yield "# Detection over the architectures of model libraries"
     yield ""
-    yield "Written by `make sweep`, " + head["date"] + ", random weights; "
+    yield "Written by `make sweep`, " + head["date"] + ", random weights;"
     yield ", ".join(f"{name} {version}" for name, version in head["versions"].items() if version) + "."
     yield ""
     for name, number in head["totals"].items():
