@@ -15,7 +15,6 @@ from benchmarks.sweep_expected import EXPECTED
 
 BOTH = (
     "timm:dla46_c",  # trees: roots that concatenate, a pool as shortcut
-    "timm:dpn48b",  # a sum and a concatenation in one block
     "timm:ese_vovnet19b_slim",  # one-shot aggregation
     "timm:fasternet_t0",  # a convolution of a part of the channels
     "timm:lcnetv2_small",  # branches of several kernels
@@ -23,6 +22,7 @@ BOTH = (
     "timm:starnet_s050",  # products in the branch
 )
 TORCH_ONLY = (  # whose export takes long; `make sweep` compares them too
+    "timm:dpn48b",  # a sum and a concatenation in one block
     "timm:crossvit_tiny_240",  # cross-attention of two streams, a class token alone as the skip
     "timm:ghostnet_050",  # separable projections
     "timm:mobilevit_xxs",  # transformers inside convolutions
@@ -52,7 +52,7 @@ def test_every_module_of_timm_is_in_the_sweep() -> None:
 
 def test_expectations_are_of_models_that_the_sweep_looks_at() -> None:
     known = {f"{source}:{name}" for source in ("torchvision", "timm") for name in sweep.find_source(source).names()}
-    assert sorted(EXPECTED.keys() - known) == []
+    assert sorted(key for key in EXPECTED.keys() - known if not key.startswith("transformers:")) == []
 
 
 def test_a_model_that_the_definition_contradicts_is_said_to_be_bad() -> None:
