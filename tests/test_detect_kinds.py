@@ -94,6 +94,7 @@ def test_tokens_beside_tokens_are_positions_and_features_beside_features_are_den
     kept = b.slice(x, axis, 0, 2)
     made = b.linear(b.slice(x, axis, 2, 5 if axis == 1 else 8), 8)
     joined = b.concat(kept, made, axis=axis)
+    joined = b.reshape(b.reshape(joined, *(1, 1, *(joined.shape or ())[1:])), *(joined.shape or ()))
     if transposed:
         joined = b.permute(joined, 0, 2, 1)
         joined = b.op(K.CONV, joined, b.param(8, int((joined.shape or ())[1]), 1), None, shape=(1, 8, 5), groups=1)

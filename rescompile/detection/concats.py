@@ -85,25 +85,35 @@ def _feature_axis(value: Value) -> int | None:
     rank = value.rank
     if rank is None:
         return None
-    pending: list[tuple[Value, tuple[int, ...]]] = [(value, tuple(range(rank)))]  # and where each axis comes from
+    # And where each axis comes from, None for one that a reshape added.
+    pending: list[tuple[Value, tuple[int | None, ...]]] = [(value, tuple(range(rank)))]
     for _ in range(_LOOKED_AT):
         if not pending:
             return None
         value, axes = pending.pop(0)
         for user, index in islice(value.uses, _LOOKED_AT):
-            if (
-                index == 0
-                and user.kind in _LAST
-                and (user.kind is OpKind.LINEAR or user.attr("axis") in (-1, rank - 1))
-            ):
-                return axes[-1]
-            if index == 0 and user.kind in _FIRST and rank > 1:
-                return axes[1]
+            last = len(axes) - 1
+            reads_last = user.kind in _LAST and (user.kind is OpKind.LINEAR or user.attr("axis") in (-1, last))
+            if index == 0 and (reads_last or user.kind in _FIRST) and last > 0:
+                return axes[last if reads_last else 1]
             if user.kind is OpKind.PERMUTE:
                 pending.append((user.outputs[0], tuple(axes[axis] for axis in user.attr("perm"))))
+            elif user.kind is OpKind.RESHAPE and (moved := _through_ones(value, user.outputs[0])) is not None:
+                pending.append((user.outputs[0], tuple(None if axis is None else axes[axis] for axis in moved)))
             elif user.has(Trait.ELEMENTWISE) or user.kind in _SAME_AXES:
-                pending.extend((output, axes) for output in user.outputs if output.rank == rank)
+                pending.extend((output, axes) for output in user.outputs if output.rank == len(axes))
     return None
+
+
+def _through_ones(before: Value, after: Value) -> list[int | None] | None:
+    """Where the axes of a value come from that a reshape only gave, or took, axes of extent 1; None for any other."""
+    if before.shape is None or after.shape is None:
+        return None
+    kept = [axis for axis, extent in enumerate(before.shape) if extent != 1]
+    if [before.shape[axis] for axis in kept] != [extent for extent in after.shape if extent != 1]:
+        return None
+    rest = iter(kept)
+    return [None if extent == 1 else next(rest) for extent in after.shape]
 
 
 def _grown(

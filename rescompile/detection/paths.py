@@ -118,6 +118,27 @@ def _pads_channels(op: Op) -> bool:
     return half > 2 and bool(pads[1] or pads[half + 1])
 
 
+def _parts(reach: Reach, joined: Value) -> tuple[Value | None, tuple[Chain, ...]]:
+    """Where the two parts of a concatenation come from, and how, if it puts together again what slices took apart.
+
+    [x[:1], pool(x[1:])] pools the tokens behind a class token; [max(x), mean(x)] pools in two ways.
+    """
+    sources = [source for source in reach.sources(joined) if not source.constant]
+    if joined in reach.forks or len(sources) != 2:
+        return None, ()
+    origin = reach.meet(sources[0], sources[1:])
+    if origin is None:
+        return None, ()
+    ways = [chain(reach, origin, source) for source in sources]
+    if not all(way is not None and way.shortcut is not None and not way.sums and _is_part(way) for way in ways):
+        return None, ()
+    return origin, tuple(way for way in ways if way is not None)
+
+
+def _is_part(way: Chain) -> bool:
+    return way.shortcut == "pool" or (bool(way.ops) and way.ops[0].kind in (OpKind.SLICE, OpKind.SPLIT))
+
+
 def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     """The chain from `fork` to `top`; None when the way is none, because operations on it read other streams too."""
     bound = order(fork)
@@ -129,10 +150,21 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     while value is not fork:
         op = value.producer
         below = step_back(reach, value) or _padded(reach, value)
+        parts: tuple[Chain, ...] = ()
+        if op is not None and op.order > bound and below is None and op.kind is OpKind.CONCAT:
+            below, parts = _parts(reach, value)
         if op is None or below is None or op.order <= bound:
             return None
         ops.append(op)
-        if value in reach.forks:
+        if parts:
+            ops.extend(sorted({member for way in parts for member in way.ops}, key=lambda op: -op.order))
+            contractions += any(member.kind in (OpKind.CONV, OpKind.LINEAR) for way in parts for member in way.ops)
+            norms += any(way.shortcut == "projection" for way in parts)
+            pools += any(way.shortcut == "pool" for way in parts)
+            pads += any(way.shortcut == "pad" for way in parts)
+            views += 1
+            bends += not all(way.affine for way in parts)
+        elif value in reach.forks:
             if reach.forks[value] is not fork or len(op.outputs[0].uses) != 1:
                 return None
             sums.append(op)

@@ -32,6 +32,7 @@ _TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest 
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
+_PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -113,6 +114,9 @@ def _contracted(
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
+        branches = _branches(judgement, op, fork, (left, *rest))
+        if branches is not None:
+            return branches
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
             "is a shortcut" + _undecided(reach, fork, (left, *rest))
@@ -127,6 +131,27 @@ def _contracted(
         if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:
+    """The sum as re-parameterisable branches, none of which could be a shortcut: y = conv₃(x) + conv₅(x)."""
+    ways = [chain(judgement.reach, fork, value) for _, value in operands]
+    if any(way is None or not (way.affine and way.working) or takes_part(way.ops) for way in ways):
+        return None
+    tops = [value for _, value in operands]
+    region, outside = judgement.reach.between(fork, tops)
+    return Draft(
+        kind="branches",
+        shortcut="projection",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=operands[0][0],
+        branches=tops,
+        branch_ops=region,
+        shortcut_ops=[],
+        outside=outside,
+    )
 
 
 def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
@@ -161,6 +186,9 @@ def _block(
     if takes_part(way.ops) and shares_weights(region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
+    if way.working and takes_part(way.ops) and _works_on_parts(judgement, fork, region):
+        text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
+        return Refusal(text, fork, working=True)
     if way.shortcut == "view" and all(reached_by_gates_only(reach, fork, region, top) for top in tops):
         return Refusal(f"a gate: the rest of '{fork.name}' only weighs what '{skip[1].name}' is added to", fork)
     if _is_broadcast(skip[1], op.outputs[0]):
@@ -185,6 +213,10 @@ def _block(
             return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
+        parted = [other for other in (way, *ways) if other is not None and takes_part(other.ops)]
+        if affine and way.affine and parted:
+            text = f"two working branches: each of them maps a part of '{fork.name}'"
+            return Refusal(text, fork, working=True)
     if way.sums and any(comes_back(judgement, draft)):
         return draft  # the stream that runs through another block is what is joined
     if way.sums:
@@ -197,6 +229,18 @@ def _block(
         return draft
     _parallel_tail(judgement, draft)
     return draft
+
+
+def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> bool:
+    """Whether what works in the region reads parts of the fork only."""
+    whole = {fork}
+    for op in region:
+        if op.kind in _PARTS or whole.isdisjoint(judgement.reach.sources(op.outputs[0])):
+            continue
+        if not op.has(Trait.FREE):
+            return False
+        whole.update(op.outputs)
+    return True
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
@@ -279,13 +323,16 @@ def _tail(value: Value) -> Op | None:
 
 
 def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
-    """Whether a branch's parts meet at the fork, or at its normalised form."""
+    """Whether a branch's parts meet at the fork, at its normalised form, or at one linear that both take parts of."""
     if meet is None or order(meet) < order(fork):
         return False
     if meet is fork:
         return True
     way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op) for op in way.ops)
+    if way is None:
+        return False
+    rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op))]
+    return not rest or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)
 
 
 def _may_be_stream(judgement: Judgement, value: Value) -> bool:
