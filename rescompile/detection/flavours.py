@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
@@ -39,14 +40,19 @@ def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
         before is not None and len(before) == len(extents) and before != extents and _resizes(draft)
     ):
         return []
-    inner = judgement.long if draft.kind == "dense" else ()
-    if not any(_enlarges(op) or op in inner for op in draft.branch_ops):
+    back = {op for op in draft.branch_ops if _enlarges(op) or _is_beside(judgement, draft, op)}
+    if not back:
         return []
     stayed = {draft.fork}
     for op in draft.branch_ops:
-        if not (_enlarges(op) or op in inner) and not stayed.isdisjoint(judgement.reach.sources(op.outputs[0])):
+        if op not in back and not stayed.isdisjoint(judgement.reach.sources(op.outputs[0])):
             stayed.update(op.outputs)
     return [end not in stayed for end in draft.branches]
+
+
+def _is_beside(judgement: Judgement, draft: Draft, op: Op) -> bool:
+    """Whether an operation joins another long skip of the same level, which starts no later than this one (U-Net++)."""
+    return draft.kind == "dense" and op in judgement.long and order(judgement.drafts[op].fork) <= order(draft.fork)
 
 
 def _resizes(draft: Draft) -> bool:
