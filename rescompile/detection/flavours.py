@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
@@ -51,8 +50,11 @@ def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
 
 
 def _is_beside(judgement: Judgement, draft: Draft, op: Op) -> bool:
-    """Whether an operation joins another long skip of the same level, which starts no later than this one (U-Net++)."""
-    return draft.kind == "dense" and op in judgement.long and order(judgement.drafts[op].fork) <= order(draft.fork)
+    """Whether an operation joins a long skip of the same level: two features kept before one descent (U-Net++).
+
+    Where only a part of the fork goes past the branch (ShuffleNet), what lies in the branch is its own affair.
+    """
+    return draft.kind == "dense" and draft.shortcut != "view" and op in judgement.long
 
 
 def _resizes(draft: Draft) -> bool:

@@ -153,9 +153,9 @@ class Equilibrium(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    # The first two sums start from the stem, with its halves as shortcuts, and the first is in the second's branch;
-    # every later one starts from its own stream.
-    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4, "nested": 1}, "pre"),
+    # The first two sums start from the stem, with its halves as shortcuts, beside each other; every later one starts from
+    # its own stream.
+    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4}, "pre"),
     "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 1}, "pre"),
     "i-ResNet": Case(IResNet, image(4, 8), {"identity": 4}, "none"),
     # [x₁, F(x)] with F(x) = x₂ + m(x₁): dense, and the sum in it has the other half as its shortcut.
