@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.corpus import import_torchvision
 import rescompile as rc
+from benchmarks.corpus import import_torchvision
 from rescompile import fx_capture, onnx_files
 from rescompile.blocks import Report
 from rescompile.detection import inspect_graph
