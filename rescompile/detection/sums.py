@@ -7,8 +7,9 @@
 4. The shortcut is not broadcast: a bias or a table that is added everywhere is no stream.
 5. It is no step of an unrolled recurrence.
 
-Where several operands work on the same fork beside the shortcut, the block is `parallel` (see there). Where every operand
-is affine in the fork and works, it is a sum of re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
+Where several operands work on the same fork beside the shortcut, the block is `parallel` (see there). Where every
+operand is affine in the fork and works, it is a sum of re-parameterisable `branches`:
+y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
 """
 
 from __future__ import annotations
