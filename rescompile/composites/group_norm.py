@@ -16,6 +16,8 @@ _Step = tuple[OpKind, list[Value | None], Value, dict[str, object]]
 
 def group_norm(recogniser: Recogniser, norm: Op) -> Op | None:
     """A GROUP_NORM in the place of a norm of rows between two reshapes; None when it is none."""
+    if norm.kind is OpKind.RMS_NORM:  # which has no mean to take away
+        return None
     rows, back = norm.operands[0], recogniser.only_user(norm.output)
     first = rows.producer
     if first is None or back is None or first.kind is not OpKind.RESHAPE or back.kind is not OpKind.RESHAPE:
@@ -55,7 +57,7 @@ def _groups(shape: Shape | None, rows: Shape | None) -> int | None:
 
 
 def _plain(recogniser: Recogniser, norm: Op) -> bool:
-    """Whether the norm is over whole rows, [N, G, all the rest], with no weight of its own, or one that does nothing."""
+    """Whether the norm is over whole rows, [N, G, all the rest], with no weight, or one that does nothing."""
     rank = norm.operands[0].rank
     if norm.kind is OpKind.LAYER_NORM and norm.attr("axis") not in (2, None if rank is None else 2 - rank):
         return False
