@@ -162,9 +162,9 @@ def test_merging_is_exact_in_double_precision(name: str) -> None:
 class Scaled(nn.Module):
     """relu(λ·conv(x) + a·x): `shape` of λ and a, of which a divides where `divide`."""
 
-    def __init__(self, shape: tuple[int, ...], divide: bool = False, alpha: float = 1.0) -> None:
+    def __init__(self, shape: tuple[int, ...], divide: bool = False, alpha: float = 1.0, width: int = 6) -> None:
         super().__init__()
-        self.work = normed(6, 6)
+        self.work = normed(width, width)
         self.a = nn.Parameter(torch.rand(shape) + 0.5)
         self.gamma = nn.Parameter(torch.rand(shape) + 0.5)
         self.divide, self.alpha = divide, alpha
@@ -234,6 +234,42 @@ def test_reparameterisable_networks_of_timm(name: str, ir: str, torchvision: Mod
     assert len(result.applied) == found
     assert result.verification.ok
     assert not rc.inspect(result.graph).blocks
+
+
+class Nested(nn.Module):
+    """x + BN(conv₃(x) + conv₁(x) + x), without an activation (RepViT's token mixer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small, self.norm = normed(6, 6, groups=6), conv(6, 6, 1, groups=6), nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.norm(self.large(x) + self.small(x) + x))
+
+
+@pytest.mark.parametrize("ir", IRS)
+def test_block_in_a_block_merges_with_it(ir: str) -> None:
+    result = removed(Nested(), image(6), ir)
+    assert kinds(result.graph) == ["conv", "relu"]
+    assert len(result.applied) == 1
+
+
+def test_block_in_a_block_merges_alone_where_the_outer_one_cannot() -> None:
+    model = Sum(nn.Sequential(Sum(normed(6, 6), normed(6, 6, 1), skip=False), nn.Tanh()))
+    graph = rc.capture(lively(model), image(6))
+    result = rc.rewrite(graph, "remove-shortcuts")
+    assert len(rc.inspect(graph).blocks) == 2
+    assert len(result.applied) == len(result.refused) == 1
+    assert result.verification.ok
+
+
+def test_module_that_was_traced_symbolically_merges() -> None:
+    model = torch.fx.symbolic_trace(lively(nn.Sequential(RepVgg(), Scaled((12, 1, 1), width=12))))
+    graph = rc.capture(model, image(3, 16))
+    result = rc.rewrite(graph, "remove-shortcuts")
+    assert len(result.applied) == 5
+    assert result.verification.ok
+    torch.testing.assert_close(result.model(*image(3, 16)), model(*image(3, 16)), rtol=0, atol=2e-5)
 
 
 # ---- what does not merge ------------------------------------------------------------------------------------------
@@ -486,6 +522,27 @@ def test_plain_removal_of_a_parallel_block_leaves_its_branches(ir: str) -> None:
     result = rc.rewrite(captured(Sum(*branches), image(6), ir), "remove-shortcuts{how=plain}")
     assert len(result.applied) == 1
     assert kinds(result.graph).count("add") == 1
+
+
+class Split(nn.Module):
+    """x₂ + conv(x₁) of the two halves of x (a step of Res2Net)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 3), conv(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, 1)
+        left = torch.tanh(self.first(left))
+        return torch.cat([left, self.second(right + left)], 1) + x
+
+
+@pytest.mark.parametrize("ir", IRS)
+def test_plain_removal_of_one_part_of_a_split(ir: str) -> None:
+    graph = captured(Split(), image(6), ir)
+    result = rc.rewrite(graph, "remove-shortcuts{how=plain}")
+    assert len(result.applied) == len(rc.inspect(graph).blocks) == 2
+    assert "add" not in kinds(result.graph)
 
 
 @pytest.mark.parametrize("ir", IRS)
