@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -270,6 +272,44 @@ def test_module_that_was_traced_symbolically_merges() -> None:
     assert len(result.applied) == 5
     assert result.verification.ok
     torch.testing.assert_close(result.model(*image(3, 16)), model(*image(3, 16)), rtol=0, atol=2e-5)
+
+
+class Bordered(nn.Module):
+    """Pad, convolve: any kernel, border, dilation and groups that make ⌊(S − 1)/stride⌋ + 1 positions."""
+
+    def __init__(self, kernel: int, before: int, dilation: int, groups: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        reach = (kernel - 1) * dilation
+        self.border = (min(before, reach), reach - min(before, reach))
+        self.work = nn.Conv1d(4, 4, kernel, stride, dilation=dilation, groups=groups, bias=not norm)
+        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.work(F.pad(x, self.border)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_borders_dilations_and_groups_merge_exactly(data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, 3))
+    branches = [
+        Bordered(
+            data.draw(st.integers(1, 5)),
+            data.draw(st.integers(0, 8)),
+            data.draw(st.integers(1, 3)),
+            data.draw(st.sampled_from([1, 2, 4])),
+            stride,
+            data.draw(st.booleans()),
+        )
+        for _ in range(data.draw(st.integers(2 if stride > 1 else 1, 4)))
+    ]
+    model = lively(Sum(*branches, skip=stride == 1)).double()
+    x = torch.randn(2, 4, data.draw(st.integers(16, 20)), dtype=torch.float64)
+    result = rc.rewrite(rc.capture(model, (x,)), "remove-shortcuts", verify=False)
+    found = kinds(result.graph)
+    assert found.count("conv") == 1, result.refused
+    assert "add" not in found
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
 
 
 # ---- what does not merge ------------------------------------------------------------------------------------------
