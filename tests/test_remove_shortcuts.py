@@ -482,6 +482,44 @@ def test_reserving_is_exact_in_double_precision(name: str) -> None:
     assert all(check.tolerance <= 1e-12 for check in result.verification.checks)
 
 
+class BorderedBranch(nn.Module):
+    """relu(x), then s(x) + F(x), F of bordered convolutions with relus between them."""
+
+    def __init__(self, layers: list[Bordered], stride: int) -> None:
+        super().__init__()
+        parts = [part for layer in layers for part in (nn.ReLU(), layer)]
+        self.work = nn.Sequential(*parts[1:])
+        self.skip = nn.Conv1d(4, 4, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(x)
+        return torch.tanh(self.skip(x) + self.work(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_borders_dilations_and_strides_reserve_exactly(data: st.DataObject) -> None:
+    depth = data.draw(st.integers(2, 4))
+    strides = [data.draw(st.integers(1, 2)) for _ in range(depth)]
+    layers = [
+        Bordered(
+            data.draw(st.integers(1, 4)),
+            data.draw(st.integers(0, 6)),
+            data.draw(st.integers(1, 2)),
+            data.draw(st.sampled_from([1, 2, 4])) if 0 < number < depth - 1 else 1,
+            stride,
+            data.draw(st.booleans()),
+        )
+        for number, stride in enumerate(strides)
+    ]
+    model = lively(BorderedBranch(layers, int(np.prod(strides)))).double()
+    x = torch.randn(2, 4, data.draw(st.integers(16, 20)), dtype=torch.float64)
+    result = rc.rewrite(rc.capture(model, (x,)), "remove-shortcuts", verify=False)
+    assert kinds(result.graph).count("conv") == depth, result.refused
+    assert "add" not in kinds(result.graph)
+    torch.testing.assert_close(result.model(x), model(x), rtol=0, atol=1e-12)
+
+
 NOT_RESERVED: dict[str, tuple[nn.Module, str]] = {
     "fork that may be negative": (Basic(entry=nn.Tanh()), "may be negative"),
     "fork behind a leaky relu": (Basic(entry=nn.LeakyReLU()), "may be negative"),
