@@ -15,7 +15,7 @@ _ZERO_IN_ZERO_OUT = (
 )  # fmt: skip
 
 
-def drop_zero(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
+def drop_zero(graph: Graph, block: Block) -> list[Edit] | Refusal:
     """y = F(x) + 0·s(x)  →  y = F(x);  y = (1 − C)⊙F(x) + C⊙s(x), C = 0  →  y = F(x)
 
     1. The skip holds a factor of zeros, or a projection of zeros: what it adds is 0 for every finite x.
@@ -33,7 +33,7 @@ def drop_zero(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
     return _stand_in(graph, join, _unscaled(graph, rest[0][0]))
 
 
-def drop_skip(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
+def drop_skip(graph: Graph, block: Block) -> list[Edit] | Refusal:
     """y = F(x) + s(x)  →  y = F(x): another function
 
     1. The block ends in a sum, and the skip is a term of it.
@@ -59,13 +59,13 @@ def drop_skip(graph: Graph, block: Block) -> tuple[list[Edit], Value] | Refusal:
         return _stand_in(graph, join, rest[0][0])
     values, scales = [value for value, _ in rest], tuple(scale for _, scale in rest)
     edits: list[Edit] = [fuse_edit([join], K.ADD, values, [join.output], scales=scales)]
-    return [*edits, *_erased(graph, [join.operands[index]], {join})], join.output
+    return [*edits, *_erased(graph, [join.operands[index]], {join})]
 
 
-def _stand_in(graph: Graph, join: Op, new: Value) -> tuple[list[Edit], Value]:
+def _stand_in(graph: Graph, join: Op, new: Value) -> list[Edit]:
     """`new` in the place of the join, and without what nobody reads any more."""
     edits: list[Edit] = [ReplaceUses(join.output.name, new.name), Erase(join.name)]
-    return [*edits, *_erased(graph, [value for value in join.operands if value is not new], {join}, new)], new
+    return [*edits, *_erased(graph, [value for value in join.operands if value is not new], {join}, new)]
 
 
 def _erased(graph: Graph, ends: Iterable[Value], gone: set[Op], kept: Value | None = None) -> list[Edit]:

@@ -41,14 +41,14 @@ class Contraction:
     edits: list[Edit]
 
 
-def merge_branches(trace: Trace, join: Value, whole: Map, source: str, fresh: FreshNames) -> Replacement | Refusal:
+def merge_branches(trace: Trace, join: Value, fork: Value, whole: Map, fresh: FreshNames) -> Replacement | Refusal:
     """y = W·x + b + P·x + BN(x) + a·x  →  y = W'·x + b',  W' = W + pad(P) + diag(γ/√(σ²+ε) + a)
 
     RepVGG (Ding et al. 2021, section 3.3), MobileOne, DiracNet. `whole`: the join as a map of the fork alone.
     1. Every term is affine, with at most one kernel of more than one element in a row.
     2. Strides agree, and each term makes as many positions as the others.
     3. Nothing else reads what lies inside.
-    Groups: as many as all terms have in common. `source`: the name by which the fork goes now.
+    Groups: as many as all terms have in common.
     """
     refused = escapes(trace.graph, trace.ops, join)
     if refused:
@@ -57,7 +57,7 @@ def merge_branches(trace: Trace, join: Value, whole: Map, source: str, fresh: Fr
         return Refusal(join.name, "no convolution or linear is there to carry the sum")
     made = contraction(trace, whole, "merged", fresh)
     ops = sorted(trace.ops, key=lambda op: op.order)
-    fused = fuse_edit(ops, made.kind, [source, made.weight, made.bias], [join], **made.attrs)
+    fused = fuse_edit(ops, made.kind, [fork, made.weight, made.bias], [join], **made.attrs)
     replacement = Replacement([*made.edits, fused])
     replacement.count(whole, join, trace.layout)
     return replacement

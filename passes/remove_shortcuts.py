@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from msgspec.structs import replace
+
 from rescompile.blocks import Block, Report
 from rescompile.costs import op_cost, tensor_size
 from rescompile.detection import inspect_graph
@@ -17,9 +19,11 @@ from rescompile.passes.merge_branches import Replacement, merge_branches
 from rescompile.passes.reserve import reserve
 from rescompile.passes.tracing import Trace, layout_of
 from rescompile.plans import (
+    Edit,
     Erase,
     FreshNames,
     Fuse,
+    Insert,
     Plan,
     Preserves,
     Refusal,
@@ -63,7 +67,7 @@ class RemoveShortcuts:
         if not chosen:
             yield Refusal(graph.name or "model", "the model has no residual block")
         fresh = FreshNames(graph)
-        stands: dict[Value, Value] = {}  # what goes by for a join that is gone
+        stands: dict[str, str] = {}  # of a join that is gone by then: what its readers read instead
         taken: dict[Op, str] = {}
         for block in chosen:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
@@ -72,7 +76,7 @@ class RemoveShortcuts:
                 continue
             if all(op in taken for op in block.join_ops):
                 continue
-            decision = self._decide(report, graph, block, fresh, stands)
+            decision = self._decide(report, graph, block, fresh)
             if isinstance(decision, Rewrite):
                 ops = _removed(graph, decision)
                 clash = next((op for op in ops if op in taken), None)
@@ -81,29 +85,25 @@ class RemoveShortcuts:
                     yield Refusal(block.join, f"'{clash.name}' goes with '{other}' first: run the pass once more")
                     continue
                 taken |= dict.fromkeys(ops, block.join)
-                _note(graph, decision, stands)
+                decision = _standing(decision, stands)
             yield decision
 
-    def _decide(
-        self, report: Report, graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]
-    ) -> Rewrite | Refusal:
+    def _decide(self, report: Report, graph: Graph, block: Block, fresh: FreshNames) -> Rewrite | Refusal:
         if self.how == "plain":
             dropped = drop_skip(graph, block)
             if isinstance(dropped, Refusal):
                 return dropped
-            return Rewrite(block.join, "y = F(x) + s(x)  →  y = F(x)", "another function, as asked", tuple(dropped[0]))
+            return Rewrite(block.join, "y = F(x) + s(x)  →  y = F(x)", "another function, as asked", tuple(dropped))
         if graph.training:
             reason = "in training the statistics are the batch's own, and the skip's weights are trained for themselves"
             return Refusal(block.join, f"{reason}: capture the model in evaluation")
         dropped = drop_zero(graph, block)
         if not isinstance(dropped, Refusal):
-            return Rewrite(block.join, "y = F(x) + 0  →  y = F(x)", "the skip adds zeros", tuple(dropped[0]))
-        return _exact(report, graph, block, fresh, stands)
+            return Rewrite(block.join, "y = F(x) + 0  →  y = F(x)", "the skip adds zeros", tuple(dropped))
+        return _exact(report, graph, block, fresh)
 
 
-def _exact(
-    report: Report, graph: Graph, block: Block, fresh: FreshNames, stands: dict[Value, Value]
-) -> Rewrite | Refusal:
+def _exact(report: Report, graph: Graph, block: Block, fresh: FreshNames) -> Rewrite | Refusal:
     if any(op.kind is not OpKind.ADD for op in block.join_ops) or block.join_value is None:
         kind = block.join_op.kind.value
         return Refusal(block.join, f"a {kind} brings the paths together, and no convolution does the same")
@@ -111,19 +111,16 @@ def _exact(
     layout = layout_of([*report.all_branch_ops(block), *block.shortcut_ops], fork)
     if isinstance(layout, str):
         return Refusal(block.join, layout)
-    standing = fork
-    while standing in stands:
-        standing = stands[standing]
     trace = Trace(graph, fork, layout)
     ends = trace.maps(join)
     if isinstance(ends, Refusal):
         return Refusal(block.join, ends.reason)
     if list(ends) == [fork]:
-        made: Replacement | Refusal = merge_branches(trace, join, ends[fork], standing.name, fresh)
+        made: Replacement | Refusal = merge_branches(trace, join, fork, ends[fork], fresh)
         equation = "W·x + b + P(x) + BN(x) + x  →  W'·x + b'"
         what = "one affine map"
     else:
-        made = reserve(graph, fork, join, layout, standing.name, fresh)
+        made = reserve(graph, fork, join, layout, fresh)
         equation = "W₂·f(W₁·x) + P(x)  →  [W₂ P]·f([W₁; I]·x), x ≥ 0"
         what = "the skip in reserved channels"
     if isinstance(made, Refusal):
@@ -162,10 +159,23 @@ def _removed(graph: Graph, rewrite: Rewrite) -> list[Op]:
     return [graph.op(name) for name in names]
 
 
-def _note(graph: Graph, rewrite: Rewrite, stands: dict[Value, Value]) -> None:
+def _standing(rewrite: Rewrite, stands: dict[str, str]) -> Rewrite:
+    """The same with the names that values go by once the rewrites before are done; its own are noted in `stands`."""
+
+    def now(name: str | None) -> str | None:
+        while name in stands:
+            name = stands[name]
+        return name
+
+    edits: list[Edit] = []
     for edit in rewrite.edits:
         if isinstance(edit, ReplaceUses):
-            stands[graph.value(edit.old)] = graph.value(edit.new)
+            edit = ReplaceUses(edit.old, now(edit.new) or edit.new)
+            stands[edit.old] = edit.new
+        elif isinstance(edit, Fuse | Insert):
+            edit = replace(edit, inputs=tuple(now(name) for name in edit.inputs))
+        edits.append(edit)
+    return replace(rewrite, edits=tuple(edits))
 
 
 def _change(graph: Graph, replacement: Replacement) -> str:

@@ -39,26 +39,33 @@ class Branch:
     ops: dict[Op, None]
 
 
-def reserve(
-    graph: Graph, fork: Value, join: Value, layout: Layout, source: str, fresh: FreshNames
-) -> Replacement | Refusal:
+def reserve(graph: Graph, fork: Value, join: Value, layout: Layout, fresh: FreshNames) -> Replacement | Refusal:
     """y = W₂·f(W₁·x) + P·x  →  y = [W₂ P]·f([W₁; I]·x), for x ≥ 0 (Meng et al. 2021, RMNet)
 
     1. The fork is nowhere negative, and the branch's activations return what it holds as it is: relu, clipping from
        above its largest number on, leaky relu.
     2. The branch is convolutions or linears, their batch norms folded, with one activation between each two of them.
     3. The skip is the identity or an affine map at the branch's stride.
-    4. Nothing else reads what lies inside. `source`: the name by which the fork goes now.
+    4. Nothing else reads what lies inside.
     """
-    branch = _branch(graph, fork, join, layout)
-    if isinstance(branch, Refusal):
-        return branch
+    refusal: Refusal | None = None
+    for start in (*_pools_of(fork), fork):
+        branch = _branch(graph, fork, join, layout, start)
+        found = branch if isinstance(branch, Refusal) else _carried(graph, fork, join, branch, fresh)
+        if not isinstance(found, Refusal):
+            return found
+        refusal = found
+    assert refusal is not None  # the fork itself was tried
+    return refusal
+
+
+def _carried(graph: Graph, fork: Value, join: Value, branch: Branch, fresh: FreshNames) -> Replacement | Refusal:
     refused = _impassable(graph, fork, branch) or escapes(graph, branch.ops, join)
     if refused:
         return Refusal(join.name, refused)
     replacement = Replacement()
     carried = branch.skip.inputs
-    read, stride = source, (1,) * layout.spatial
+    read, stride = fork.name, (1,) * branch.trace.layout.spatial
     pool = branch.pool
     for number, stage in enumerate(branch.stages):
         taken = pool if pool is not None and pool.stride == stage.map.stride else None
@@ -80,26 +87,29 @@ def reserve(
     ops = sorted(branch.ops, key=lambda op: op.order)
     replacement.edits += end.edits
     replacement.edits.append(fuse_edit(ops, end.kind, [read, end.weight, end.bias], [join], **end.attrs))
-    replacement.count(total, join, layout)
+    replacement.count(total, join, branch.trace.layout)
     return replacement
 
 
-def _branch(graph: Graph, fork: Value, join: Value, layout: Layout) -> Branch | Refusal:
-    start, pool, ops = fork, None, {}
-    entry = _pool_of(fork)
-    if entry is not None:
-        trace = Trace(graph, fork, layout)
-        found = trace.maps(entry)
-        if not isinstance(found, Refusal) and list(found) == [fork]:
-            start, pool, ops = entry, found[fork], dict(trace.ops)
+def _branch(graph: Graph, fork: Value, join: Value, layout: Layout, start: Value) -> Branch | Refusal:
+    """`start`: where the skip starts, at the fork or at a pool of it."""
+    pool: Map | None = None
+    ops: dict[Op, None] = {}
+    if start is not fork:
+        entry = Trace(graph, fork, layout)
+        pooled = entry.maps(start)
+        if isinstance(pooled, Refusal):
+            return pooled
+        pool, ops = pooled[fork], dict(entry.ops)
     trace = Trace(graph, start, layout)
     ends = trace.maps(join)
     if isinstance(ends, Refusal):
         return ends
     others = [base for base in ends if base is not start]
-    if start not in ends or len(others) != 1:
-        what = "no skip from the fork reaches the join past the activations" if start not in ends else "more than one"
-        return Refusal(join.name, f"{what}: a branch with an activation and a skip without one are needed")
+    if start not in ends:
+        return Refusal(join.name, "every way from the fork to the sum goes through an activation")
+    if len(others) != 1:
+        return Refusal(join.name, "several branches have activations, and no one convolution stands behind all of them")
     last, value = ends[others[0]], others[0]
     if not last.works:
         return Refusal(join.name, "the branch ends in an activation, behind which no convolution could add the skip")
@@ -125,10 +135,9 @@ def _branch(graph: Graph, fork: Value, join: Value, layout: Layout) -> Branch | 
     return Branch(stages[::-1], trace, last, ends[start], pool, ops)
 
 
-def _pool_of(fork: Value) -> Value | None:
-    """The average pool of the fork that a shortcut starts with."""
-    found = [op for op in fork.users if op.kind is K.AVG_POOL]
-    return found[0].output if len(found) == 1 else None
+def _pools_of(fork: Value) -> list[Value]:
+    """The average pools that a shortcut may start with."""
+    return [op.output for op in fork.users if op.kind is K.AVG_POOL]
 
 
 def _order(value: Value) -> int:
@@ -141,13 +150,13 @@ def _impassable(graph: Graph, fork: Value, branch: Branch) -> str:
     if held.low < 0:
         return f"'{fork.name}' may be negative, and activations between the convolutions would clip it"
     for stage in branch.stages:
-        if not _passes(graph, stage.activation, held):
+        if not _passes(stage.activation, held):
             op = stage.activation
             return f"'{op.name}' ({op.kind.value}) changes non-negative values, so the skip cannot go through it"
     return ""
 
 
-def _passes(graph: Graph, op: Op, held: Bounds) -> bool:
+def _passes(op: Op, held: Bounds) -> bool:
     if op.kind is K.PRELU:
         slope = op.inputs[1]
         return slope is not None and slope.shape is not None and all(extent == 1 for extent in slope.shape)
