@@ -461,8 +461,8 @@ _TORCHVISION: dict[str, Expected] = {
     "regnet_y_400mf": _staged(1, 3, 6, 6),
     "maxvit_t": _of(identity=51, projection=4),
     "mvit_v2_s": _of(
-        "view: the attention's residual pooling of the tokens behind the class token; the exporter merges equal slices, so "
-        "in ONNX the fork is the slice itself",
+        "view: the attention's residual pooling of the tokens behind the class token; the exporter merges equal "
+        "slices, so in ONNX the fork is the slice itself",
         {"identity": 45, "projection": 3},
         identity=29,
         projection=3,
