@@ -124,8 +124,8 @@ _OTHERS: dict[str, Expected] = {
     ),
     "axk2": _of("pre", "dense: queries beside what was made of them, for the gate", identity=4, dense=2),
     # vision in stages
-    "convnext": _of("inner", identity=18),
-    "convnextv2": _of("inner", identity=18),
+    "convnext": _of("inner", identity=8),
+    "convnextv2": _of("inner", identity=8),
     "dinov3_convnext": _of("inner", identity=8),
     "cvt": _of("pre", identity=26),
     "swin": _of("pre", identity=24),

@@ -74,19 +74,22 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
     if len(rest) == 1 and dear:
         for skip, other in ((left, rest[0]), (rest[0], left)):
             crossed = crossing(judgement, skip[1], other[1], through=True)
-            if crossed is not None and not is_broadcast(skip[1], op.outputs[0]):
-                return Draft(
-                    kind="add",
-                    shortcut=crossed.shortcut,
-                    fork=crossed.fork,
-                    join_op=op,
-                    join_value=op.outputs[0],
-                    skip_index=skip[0],
-                    branches=[other[1]],
-                    branch_ops=crossed.region,
-                    shortcut_ops=crossed.shortcut_ops,
-                    outside=crossed.outside,
-                )
+            if crossed is None or is_broadcast(skip[1], op.outputs[0]):
+                continue
+            draft = Draft(
+                kind="add",
+                shortcut=crossed.shortcut,
+                fork=crossed.fork,
+                join_op=op,
+                join_value=op.outputs[0],
+                skip_index=skip[0],
+                branches=[other[1]],
+                branch_ops=crossed.region,
+                shortcut_ops=crossed.shortcut_ops,
+                outside=crossed.outside,
+            )
+            if not only_weighs(judgement, draft):  # a bias that all layers add to their attention scores
+                return draft
     if isinstance(found, Draft) and found.shortcut == "projection" and only_weighs(judgement, found):
         text = "a gate: two maps of '{}' are added to make factors or attention weights, not features"
         return Refusal(text.format(found.fork.name), found.fork)
