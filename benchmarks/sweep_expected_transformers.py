@@ -95,8 +95,8 @@ _OTHERS: dict[str, Expected] = {
     "dac": Expected(
         {"identity": 41, "dense": 1},
         "none",
-        "three units in each of eight stages; each of nine quantisers subtracts from the rest, and eight are added to what "
-        "they go by; the codes' features are a list; the exporter drops the last rest, which nothing reads",
+        "three units in each of eight stages; each of nine quantisers subtracts from the rest, and eight are added to "
+        "what they go by; the codes' features are a list; the exporter drops the last rest, which nothing reads",
         {"identity": 40, "dense": 1},
     ),
     # state spaces: the skip D·x beside the scan is nested in the mixer's branch

@@ -255,9 +255,9 @@ def only_measured(judgement: Judgement, op: Op) -> bool:
         return False
     sizes = []
     for user in difference.users:
-        if user.kind is OpKind.ABS or (user.kind is OpKind.MUL and set(user.inputs) == {difference}):
-            sizes.append(user.output)
-        elif user.kind is OpKind.POW and judgement.graph.scalar(user.inputs[1]) == 2.0:
+        squares = user.kind is OpKind.MUL and set(user.inputs) == {difference}
+        squares = squares or (user.kind is OpKind.POW and judgement.graph.scalar(user.inputs[1]) == 2.0)
+        if squares or user.kind is OpKind.ABS:
             sizes.append(user.output)
         elif user.kind is not OpKind.ADD or cancelled(user) is None:
             return False
