@@ -46,7 +46,7 @@ _STACKS: dict[str, Expected] = {
         """aimv2_vision_model apertus arcee aria aria_text audio-spectrogram-transformer beit biogpt bitnet bloom
         chinese_clip_vision_model clip_text_model clip_vision_model cpmant ctrl data2vec-vision decision_transformer
         deepseek_v2 deepseek_v3 deit diffllama dinov2 dinov2_with_registers dinov3_vit ernie4_5 ernie4_5_moe esmc
-        eurobert exaone_moe flex_olmo gemma glm gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss
+        eurobert flex_olmo gemma glm gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss
         granite granitemoe helium hunyuan_v1_dense ijepa imagegpt internlm3 jais2 lfm2 llama llama4_text megatron-bert
         minicpm3 ministral mistral mixtral mlcd modernbert modernbert-decoder mpt nanochat nemotron olmo olmoe opt
         persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma roberta-prelayernorm rwkv
@@ -92,6 +92,7 @@ _OTHERS: dict[str, Expected] = {
     "aya_vision": _of("pre", "text only", parallel=2),
     "cohere2_vision": _of("pre", "text only", parallel=2),
     "beam": _of("sandwich", "three layers", identity=6),
+    "exaone_moe": _of("pre", "three layers, for the first is dense", identity=6),
     "dac": Expected(
         {"identity": 41, "dense": 1},
         "none",
