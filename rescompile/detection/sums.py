@@ -17,9 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rescompile.detection.chains import order
+from rescompile.detection.flavours import comes_back
+from rescompile.detection.gates import only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain, is_scale, step_back, works
 from rescompile.detection.reach import Reach
+from rescompile.detection.recurrences import shares_weights, takes_part
+from rescompile.detection.streams import crossing
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -28,6 +32,7 @@ _TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest 
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
+_PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -64,6 +69,34 @@ def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int,
 
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
     """Judge one operand against the others; of two, either may be the shortcut."""
+    found = _contracted(judgement, op, left, rest)
+    dear = found.shortcut == "projection" if isinstance(found, Draft) else found.working
+    if len(rest) == 1 and dear:
+        for skip, other in ((left, rest[0]), (rest[0], left)):
+            crossed = crossing(judgement, skip[1], other[1], through=True)
+            if crossed is not None and not _is_broadcast(skip[1], op.outputs[0]):
+                return Draft(
+                    kind="add",
+                    shortcut=crossed.shortcut,
+                    fork=crossed.fork,
+                    join_op=op,
+                    join_value=op.outputs[0],
+                    skip_index=skip[0],
+                    branches=[other[1]],
+                    branch_ops=crossed.region,
+                    shortcut_ops=crossed.shortcut_ops,
+                    outside=crossed.outside,
+                )
+    if isinstance(found, Draft) and found.shortcut == "projection" and only_weighs(judgement, found):
+        text = "a gate: two maps of '{}' are added to make factors or attention weights, not features"
+        return Refusal(text.format(found.fork.name), found.fork)
+    return found
+
+
+def _contracted(
+    judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]
+) -> Draft | Refusal:
+    """Judge one operand against the others, every block before being an identity."""
     reach = judgement.reach
     fork = reach.meet(left[1], [value for _, value in rest])
     if fork is None:
@@ -81,9 +114,9 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
-        coupled = _coupling(judgement, op, fork, left, rest) or _coupling(judgement, op, fork, rest[0], [left])
-        if coupled is not None:
-            return coupled
+        branches = _branches(judgement, op, fork, (left, *rest))
+        if branches is not None:
+            return branches
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
             "is a shortcut" + _undecided(reach, fork, (left, *rest))
@@ -98,6 +131,27 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:
+    """The sum as re-parameterisable branches, none of which could be a shortcut: y = conv₃(x) + conv₅(x)."""
+    ways = [chain(judgement.reach, fork, value) for _, value in operands]
+    if any(way is None or not (way.affine and way.working) or takes_part(way.ops) for way in ways):
+        return None
+    tops = [value for _, value in operands]
+    region, outside = judgement.reach.between(fork, tops)
+    return Draft(
+        kind="branches",
+        shortcut="projection",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=operands[0][0],
+        branches=tops,
+        branch_ops=region,
+        shortcut_ops=[],
+        outside=outside,
+    )
 
 
 def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
@@ -129,9 +183,14 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
-    if _is_recurrence(way, region):
+    if takes_part(way.ops) and shares_weights(region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
+    if way.working and takes_part(way.ops) and _works_on_parts(judgement, fork, region):
+        text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
+        return Refusal(text, fork, working=True)
+    if way.shortcut == "view" and all(reached_by_gates_only(reach, fork, region, top) for top in tops):
+        return Refusal(f"a gate: the rest of '{fork.name}' only weighs what '{skip[1].name}' is added to", fork)
     if _is_broadcast(skip[1], op.outputs[0]):
         return Refusal(f"broadcast: '{skip[1].name}' is smaller than the sum, so it is no stream", fork)
     draft = Draft(
@@ -154,6 +213,12 @@ def _block(
             return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
+        parted = [other for other in (way, *ways) if other is not None and takes_part(other.ops)]
+        if affine and way.affine and parted:
+            text = f"two working branches: each of them maps a part of '{fork.name}'"
+            return Refusal(text, fork, working=True)
+    if way.sums and any(comes_back(judgement, draft)):
+        return draft  # the stream that runs through another block is what is joined
     if way.sums:
         return _absorb(judgement, draft, way, affine)
     if way.working and way.affine and affine:
@@ -166,36 +231,16 @@ def _block(
     return draft
 
 
-def _coupling(
-    judgement: Judgement, op: Op, fork: Value, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
-) -> Draft | None:
-    """Two streams that work on each other by turns: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), y₁' = y₁ + F'(y₂) (RevNet).
-
-    The skip is a block's join; the other operand works on the join of the other stream, whose branch read the skip.
-    """
-    if len(others) != 1 or skip[1] not in judgement.reach.forks:
-        return None
-    region, _ = judgement.reach.between(fork, [others[0][1]])
-    for member in reversed(region):
-        other = judgement.drafts.get(member)
-        if other is None or not (skip[1] in other.outside or skip[1].producer in other.branch_ops):
+def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> bool:
+    """Whether what works in the region reads parts of the fork only."""
+    whole = {fork}
+    for op in region:
+        if op.kind in _PARTS or whole.isdisjoint(judgement.reach.sources(op.outputs[0])):
             continue
-        branch, outside = judgement.reach.between(other.join_value, [others[0][1]])
-        if not branch_works(judgement.reach, branch):
-            return None
-        return Draft(
-            kind="add",
-            shortcut="identity",
-            fork=skip[1],
-            join_op=op,
-            join_value=op.outputs[0],
-            skip_index=skip[0],
-            branches=[others[0][1]],
-            branch_ops=branch,
-            shortcut_ops=[],
-            outside=[other.join_value, *outside],
-        )
-    return None
+        if not op.has(Trait.FREE):
+            return False
+        whole.update(op.outputs)
+    return True
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
@@ -278,13 +323,16 @@ def _tail(value: Value) -> Op | None:
 
 
 def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
-    """Whether a branch's parts meet at the fork, or at its normalised form."""
+    """Whether a branch's parts meet at the fork, at its normalised form, or at one linear that both take parts of."""
     if meet is None or order(meet) < order(fork):
         return False
     if meet is fork:
         return True
     way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op) for op in way.ops)
+    if way is None:
+        return False
+    rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op))]
+    return not rest or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)
 
 
 def _may_be_stream(judgement: Judgement, value: Value) -> bool:
@@ -314,24 +362,6 @@ def _constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
     if size is not None and len(size) == 1:
         return Refusal(f"bias: '{value.name}' is a constant")
     return Refusal(f"constant table: '{value.name}' does not depend on the inputs (a position embedding, a mask)")
-
-
-def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
-    """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
-    if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
-        return False
-    shared = [_weight_is_shared(op) for op in region if works(op)]
-    return bool(shared) and all(shared)
-
-
-def _weight_is_shared(op: Op) -> bool:
-    value = op.inputs[1] if op.kind is OpKind.LINEAR else None
-    while value is not None and value.constant:
-        if len(value.uses) > 1:
-            return True
-        producer = value.producer
-        value = producer.inputs[0] if producer is not None and producer.has(Trait.FREE) else None
-    return False
 
 
 def _is_broadcast(skip: Value, total: Value) -> bool:
