@@ -1,6 +1,6 @@
 """One tiny module for each way to write a join, a norm or a scale, and what is to be found in it.
 
-A case is a function of its layers `s` and of a stream `x` (tokens [2, 6, 8], or images [2, 8, 6, 6]); `expect` lists its
+A case is a function of its layers `s` and of a stream `x` (tokens [2, 6, 8], or images [2, 8, 6, 6]); `expect` lists
 blocks as "kind shortcut norm" or "kind shortcut norm on-type" with a scale. `onnx`, `traced`: where that form differs,
 because the exporter destroys information or a trace has no shapes. `refused`: a part of the reason that is listed.
 """
@@ -80,7 +80,7 @@ def case(run: Run, *expect: str, **options: Any) -> Case:
     return Case(run, expect, options, **known)
 
 
-# ---- sums --------------------------------------------------------------------------------------------------------------
+# ---- sums -----------------------------------------------------------------------------------------------------------
 
 
 def add_in_place(s: Any, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ SUMS: dict[str, Case] = {
     "twice": case(lambda s, x: x + x, refused="x + x", onnx=[]),
 }
 
-# ---- selections and scatters -------------------------------------------------------------------------------------------
+# ---- selections and scatters ----------------------------------------------------------------------------------------
 
 
 def experts(s: Any, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ SCATTERS: dict[str, Case] = {
     "logaddexp": case(lambda s, x: torch.logaddexp(x, s.f(x)), refused=": "),
 }
 
-# ---- couplings, solvers ------------------------------------------------------------------------------------------------
+# ---- couplings, solvers ---------------------------------------------------------------------------------------------
 
 
 def coupled(s: Any, x: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ COUPLINGS: dict[str, Case] = {
     ),
 }
 
-# ---- scales ------------------------------------------------------------------------------------------------------------
+# ---- scales ---------------------------------------------------------------------------------------------------------
 
 VECTOR, SCALAR, NUMBER = (f"add identity none branch-{kind}" for kind in ("vector", "scalar", "constant"))
 
@@ -317,7 +317,7 @@ SCALES: dict[str, Case] = {
     "factor_of_the_input": case(lambda s, x: x + torch.sigmoid(s.g(x)) * s.f(x), *PLAIN, g=nn.Linear(WIDTH, WIDTH)),
 }
 
-# ---- norms -------------------------------------------------------------------------------------------------------------
+# ---- norms ----------------------------------------------------------------------------------------------------------
 
 
 def layer_norm_by_hand(s: Any, x: Tensor) -> Tensor:

@@ -261,10 +261,14 @@ def test_trap_mask_that_reaches_every_attention() -> None:
     assert {entry.join for entry in report.not_residual} == {"mask_0", "mask_1", "mask_2"}
 
 
-def test_trap_relative_position_bias_shared_by_all_layers() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_trap_relative_position_bias_shared_by_all_layers(computed: bool) -> None:
     b = Builder()
     x = b.input(1, 5, 8)
     bias = b.op(K.MUL, b.param(1, 1, 5, 5), b.param(1, 1, 5, 5), shape=(1, 1, 5, 5))
+    if computed:  # of the inputs, behind the embedding from which the stream starts
+        segments, x = x, b.linear(x, 8)
+        bias = b.reshape(b.linear(b.matmul(segments, b.permute(segments, 0, 2, 1)), 5), 1, 1, 5, 5)
     for index in range(3):
         q, k = (b.permute(b.reshape(b.linear(x, 8), 1, 5, 1, 8), 0, 2, 1, 3) for _ in range(2))
         scores = b.add(b.matmul(q, b.permute(k, 0, 1, 3, 2)), bias, name=f"bias_{index}")
@@ -272,6 +276,16 @@ def test_trap_relative_position_bias_shared_by_all_layers() -> None:
         x = b.add(x, b.linear(b.reshape(b.permute(y, 0, 2, 1, 3), 1, 5, 8), 8), name=f"join_{index}")
     report = inspect_graph(b.output(x))
     assert [block.join for block in report] == ["join_0", "join_1", "join_2"]
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_trap_distance_of_a_loss(measured: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    difference = b.sub(b.linear(b.relu(b.linear(x, 16)), 8), x)
+    squared = b.mul(difference, difference)
+    outputs = [b.mean(squared, 0, 1)] if measured else [b.mean(squared, 0, 1), difference]
+    assert len(inspect_graph(b.output(*outputs))) == (0 if measured else 1)
 
 
 def test_trap_x_plus_x() -> None:

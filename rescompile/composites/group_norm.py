@@ -57,7 +57,7 @@ def _groups(shape: Shape | None, rows: Shape | None) -> int | None:
 
 
 def _plain(recogniser: Recogniser, norm: Op) -> bool:
-    """Whether the norm is over whole rows, [N, G, all the rest], with no weight of its own, or one that does nothing."""
+    """Whether the norm is over whole rows, [N, G, all the rest], with no weight, or one that does nothing."""
     rank = norm.operands[0].rank
     if norm.kind is OpKind.LAYER_NORM and norm.attr("axis") not in (2, None if rank is None else 2 - rank):
         return False

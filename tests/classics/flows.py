@@ -153,8 +153,8 @@ class Equilibrium(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    # The first two sums start from the stem, with its halves as shortcuts, beside each other; every later one starts from
-    # its own stream.
+    # The first two sums start from the stem, with its halves as shortcuts, beside each other; every later one from its
+    # own stream.
     "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4}, "pre"),
     "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 1}, "pre"),
     "i-ResNet": Case(IResNet, image(4, 8), {"identity": 4}, "none"),
