@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # operations this small are slower on more
     outcomes = compare(options.depth, options.steps)
     print(f"{options.depth:,} layers  {'gradient: first':>15} {'last':>9} {'ratio':>9} {'loss':>8} {'accuracy':>9}")
     for name, outcome in outcomes.items():

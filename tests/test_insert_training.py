@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 
 from examples import deep_mlp, degradation
 from examples.training import draw_curves
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations this small are slower on more threads, and other tests may have asked for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_deep_plain_network_trains_worse_than_a_shallow_one_and_better_than_both_with_shortcuts() -> None:
