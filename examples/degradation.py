@@ -47,6 +47,12 @@ class Outcome:
     accuracies: list[float] = field(default_factory=list)
 
 
+def plain_56() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    """The deep network and its input: `rescompile explore examples.degradation:plain_56`."""
+    torch.manual_seed(0)
+    return PlainNet(56), (torch.zeros(2, 1, 8, 8),)
+
+
 def with_shortcuts(model: nn.Module) -> nn.Module:
     """The same network with the same weights, and a shortcut around every two layers."""
     residual: nn.Module = rc.rewrite(model, SHORTCUTS, (torch.zeros(2, 1, 8, 8),), verify=False).model
