@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import rescompile as rc
-from rescompile.errors import UnsupportedOps
 from rescompile.graph import Graph
 from tests.plain_models import Autoencoder, PlainNet, StackedLstm, mlp
 
@@ -110,9 +109,5 @@ def test_result_is_saved_exported_and_compiled(name: str, ir: str, torchvision: 
         exported = rc.capture(torch.onnx.export(result.model, inputs, dynamo=True, verbose=False))
         assert difference(outputs(exported, inputs), expected) <= LARGEST
 
-    if (name, ir) == ("lstm", "onnx"):  # recurrent operations of ONNX files are run, not compiled
-        with pytest.raises(UnsupportedOps, match="recurrent"):
-            rc.compile(result.graph)
-        return
     program = rc.compile(result.graph)
     assert difference(program(*(tensor.numpy() for tensor in inputs)), expected) <= LARGEST
