@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from rescompile.backends.fallback import Imported
+from rescompile.backends.fallback import Imported, spelled
 from rescompile.backends.fallback_fx import example, imported
+from rescompile.errors import RescompileError
 from rescompile.fx_twin_recurrent import recurrent
 from rescompile.graph import Op
 
@@ -30,12 +31,10 @@ class _Layer(torch.nn.Module):
 
 def read(op: Op) -> Imported:
     """Import the layer. RescompileError, with its name, when torch or TVM cannot."""
-    taken = [index for index, value in enumerate(op.inputs) if value is not None]
-    extents: dict[str, int] = {}
-    examples = tuple(example(value, extents) for value in op.inputs if value is not None)
-    dynamic = tuple(
-        {axis: torch.export.Dim.AUTO for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str)}
-        for value in op.inputs
-        if value is not None
-    )
-    return imported(op, lambda: (_Layer(op, taken), taken, examples, dynamic))
+    operands = {index: value for index, value in enumerate(op.inputs) if value is not None}
+    symbolic = next((dim for value in operands.values() for dim in value.shape or () if isinstance(dim, str)), None)
+    if symbolic is not None:
+        raise RescompileError(f"{spelled(op)} (its extent '{symbolic}' is dynamic, and it is unrolled)")
+    taken = list(operands)
+    examples = tuple(example(value, {}) for value in operands.values())
+    return imported(op, lambda: (_Layer(op, taken), taken, examples, ()))

@@ -172,3 +172,20 @@ def test_recurrent_layers_are_compiled(layer: Any, ir: str) -> None:
     if ir == "onnx":
         graph = capture_onnx(torch.onnx.export(model, (x,), dynamo=True, verbose=False))
     close(compile_graph(graph, threads=1)(x), model(x))
+
+
+def test_recurrent_layer_of_dynamic_extents_is_refused_by_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)[0]
+
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=50)},)
+    exported = torch.onnx.export(
+        Model().eval(), (torch.randn(4, 3, 6),), dynamo=True, verbose=False, dynamic_shapes=dynamic
+    )
+    with pytest.raises(UnsupportedOps, match="is dynamic, and it is unrolled"):
+        compile_graph(capture_onnx(exported), threads=1)
