@@ -1,4 +1,4 @@
-"""Detection over the architectures of whole model libraries: `python -m benchmarks.sweep [--source timm] [--only NAME]`.
+"""Detection over the architectures of whole libraries: `python -m benchmarks.sweep [--source timm] [--only NAME]`.
 
 Every model is built with random weights, captured by torch.export, and exported to ONNX from the same program. What
 detection finds in both is compared with each other, and with `benchmarks.sweep_expected` where the definition of an
@@ -89,7 +89,7 @@ def _stage(name: str, verbose: bool = False) -> Iterator[None]:
 
 
 def check(source: str, name: str, irs: tuple[str, ...] = IRS, keep: Path | None = None) -> dict[str, Any]:
-    """What detection finds in one model, by IR. `keep`: a folder for the ONNX files, which are read again from there."""
+    """What detection finds in one model, by IR. `keep`: a folder for ONNX files, which are read again from there."""
     record: dict[str, Any] = {"source": source, "name": name}
     start = time.perf_counter()
     program: Any = None
@@ -238,7 +238,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for line in log.read_text().splitlines():
             record = json.loads(line)
             key = record["source"], record["name"]
-            known[key] = {**known.get(key, {}), **record}
+            known[key] = _merged(known.get(key, {}), record)
     wanted = [
         (source, name)
         for source in arguments.source.split(",")
@@ -249,10 +249,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments), due):
             key = record["source"], record["name"]
-            known[key] = {**known.get(key, {}), **record}
+            known[key] = _merged(known.get(key, {}), record)
             print(json.dumps(record), file=file, flush=True)
             print(_line(known[key]), flush=True)
     return [known[key] for key in wanted if key in known]
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record with the other IR's findings of an earlier run, but none of its errors."""
+    return {**{key: value for key, value in old.items() if key not in ("build", "export", "read")}, **new}
 
 
 def _is_done(record: dict[str, Any], irs: list[str]) -> bool:
@@ -280,7 +285,7 @@ class _Share:
 def _line(record: dict[str, Any]) -> str:
     from benchmarks.sweep_table import agreement, counts_text, verdict
 
-    head = f"{record['seconds'] if 'seconds' in record else '-':>6} {record['source']}:{record['name']:40}"
+    head = f"{record.get('seconds', '-'):>6} {record['source']}:{record['name']:40}"
     failed = record.get("build") or record.get("export")
     if failed:
         return f"{head} not exported: {failed[:120]}"

@@ -33,9 +33,7 @@ def _staged(*depths: int) -> Expected:
 _RESNET_18 = _of(identity=5, projection=3)
 _RESNET_26 = _staged(2, 2, 2, 2)
 _RESNET_50 = _staged(3, 4, 6, 3)
-_REL_POS = "branches: the logits of relative positions are a sum of two linear maps of the queries, height and width"
 _PART = "dense: a concatenation of a part of the fork, left as it is, with what was made of another part"
-_TOKEN = "dense: the class token is put back, as it is, in front of what was made of the other tokens"
 _POOLING = "the mixer's pool(n) − n is a sum with the normalised fork: a block nested in the first of each two"
 _SEPARABLE = (
     "where channels or extent change, the shortcut is a depthwise and a pointwise convolution without activation"
@@ -65,6 +63,7 @@ _TIMM: dict[str, Expected] = {
             "vit_relpos_medium_patch16_cls_224",
             "samvit_base_patch16_224",
             "naflexvit_base_patch16_gap",
+            "naflexvit_base_patch16_par_gap",
             "qwen3_vit_88m",
             "pit_ti_224",
             "pit_ti_distilled_224",
@@ -100,15 +99,22 @@ _TIMM: dict[str, Expected] = {
     "pvt_v2_b2_li": _of(identity=32),
     "twins_svt_small": _of("18 layers of two, and four position-encoding convolutions x + conv(x)", identity=40),
     "twins_pcpvt_small": _of("16 layers of two, and four position-encoding convolutions x + conv(x)", identity=36),
+    "mvitv2_small_cls": _of(
+        "the shortcuts that change the stage pool the tokens behind the class token", identity=45, projection=3
+    ),
+    "coat_tiny": _of(
+        "24 as in coat_lite_tiny; 6 blocks of three streams, each with a position encoding, attention and MLP",
+        identity=78,
+    ),
     "davit_tiny": _of("12 blocks of x + conv(x), attention, x + conv(x), MLP", identity=48),
-    "coat_lite_tiny": _of(_TOKEN, identity=24, dense=8),
+    "coat_lite_tiny": _of(
+        "8 layers of two, and before each the position-encoding convolution x + conv(x)", identity=24
+    ),
     "crossvit_tiny_240": _of("view: the class token alone is the skip of a cross-attention", identity=30, view=6),
     "crossvit_9_dagger_240": _of("view: the class token alone is the skip of a cross-attention", identity=24, view=6),
-    "volo_d1_224": _of(
-        "view: the class token alone is the skip of class attention. " + _TOKEN, identity=38, view=2, dense=2
-    ),
-    "xcit_nano_12_p16_224": _of(_TOKEN + ", twice in each of two class-attention layers", identity=40, dense=4),
-    "xcit_tiny_12_p16_224": _of(_TOKEN + ", twice in each of two class-attention layers", identity=40, dense=4),
+    "volo_d1_224": _of("view: the class token alone is the skip of class attention", identity=38, view=2),
+    "xcit_nano_12_p16_224": _of("12 layers of three, 2 of class attention", identity=40),
+    "xcit_tiny_12_p16_224": _of("12 layers of three, 2 of class attention", identity=40),
     "visformer_tiny": _of("7 layers without attention, 8 with", identity=23),
     "gcvit_xxtiny": _of("12 layers of two, 11 fused MBConv", identity=35),
     "tiny_vit_5m_224": _of("10 layers of two, 2 MBConv", identity=22),
@@ -120,7 +126,7 @@ _TIMM: dict[str, Expected] = {
         "where the stage changes, the shortcut is a linear and a max pool", identity=21, projection=3
     ),
     "hiera_small_abswin_256": _of(
-        "where the stage changes, the shortcut is a linear and a max pool", identity=29, projection=3
+        "where the stage changes, the shortcut is [max, mean] of a window", identity=29, pool=3
     ),
     "sam2_hiera_tiny": _of(
         "where the stage changes, the shortcut is a linear and a max pool", identity=21, projection=3
@@ -128,33 +134,53 @@ _TIMM: dict[str, Expected] = {
     "hieradet_small": _of(
         "where the stage changes, the shortcut is a linear and a max pool", identity=29, projection=3
     ),
-    "swiftformer_xs": _of("12 encoders, 4 blocks of three, and the attention's own x + proj(x·g)", identity=28),
+    "swiftformer_xs": _of(
+        "12 encoders, 4 blocks of three, the attention's own x + proj(x·g); branches: the mean of two heads",
+        identity=28,
+        branches=1,
+    ),
     "poolformer_s12": _of(_POOLING, identity=36),
     "poolformerv2_s12": _of(_POOLING, identity=36),
+    "csatv2": _of(identity=68),
+    "cpubone_nano": _of("long: attention at half the resolution, brought back", identity=8, long=1),
+    "cpubone_b1_dwnorm": _of("long: attention at half the resolution, brought back", identity=25, long=5),
+    "lowformer_e1": _of(identity=8),
     "caformer_s18": _of(identity=36),
     "convformer_s18": _of(identity=36),
-    "efficientformer_l1": _of(_POOLING, identity=44),
+    "efficientformer_l1": _of(
+        "x + γ·(pool(x) − x) is one block; branches: the mean of two linear heads", identity=30, branches=1
+    ),
+    "efficientformerv2_s0": _of(
+        "long: attention at half the resolution, brought back; projection: beside the strided attention a convolution, "
+        "and inside it one of the values; branches: its query, of a convolution and a pool, and the mean of two heads",
+        identity=16,
+        long=2,
+        projection=2,
+        branches=2,
+    ),
     "nextvit_small": _of("dense: [x, P(x)] between the two halves of a transformer block", identity=44, dense=4),
     "edgenext_xx_small": _of(
         "split attention: hierarchical sums with a view shortcut, and a part left as it is",
-        identity=18,
+        identity=15,
         view=3,
         dense=3,
     ),
     "edgenext_base": _of(
         "split attention: hierarchical sums with a view shortcut, and a part left as it is",
-        identity=24,
+        identity=21,
         view=3,
         dense=3,
     ),
-    "levit_128s": _of(identity=20),
-    "levit_conv_128s": _of(identity=20),
+    "levit_128s": _of("branches: the mean of two linear heads", identity=20, branches=1),
+    "levit_conv_128s": _of("branches: the mean of two linear heads", identity=20, branches=1),
     "levit_256d": _of(identity=38),
     "vitamin_small_224": _of(identity=32, pool=1, projection=1),
     "efficientvit_m0": _of("view: each head adds the head before to its part of the channels", identity=38, view=18),
     "efficientvit_b0": _of("dense: the queries beside their aggregation", identity=11, dense=4),
     "efficientvit_l1": _of("dense: the queries beside their aggregation", identity=21, dense=6),
-    "efficientvim_m1": _of("(1 − α)·x + α·F(x) with a trained constant α", identity=24),
+    "efficientvim_m1": _of(
+        "(1 − α)·x + α·F(x) with a trained constant α, four a block, and two sums in each of two mergings", identity=28
+    ),
     # convolution and attention: avg pool with or without a 1×1 where the stage changes
     "coatnet_pico_rw_224": _of(identity=15, pool=1, projection=3),
     "coatnet_nano_cc_224": _of(identity=19, pool=1, projection=3),
@@ -215,11 +241,11 @@ _TIMM: dict[str, Expected] = {
     "resnetaa34d": _of(identity=13, projection=3),
     "resnet33ts": _staged(2, 3, 3, 2),
     "resnet51q": _staged(2, 4, 6, 4),
-    "halonet26t": _of(_REL_POS, identity=4, projection=4, branches=3),
-    "botnet26t_256": _of(_REL_POS, identity=4, projection=4, branches=3),
-    "eca_halonext26ts": _of(_REL_POS, identity=4, projection=4, branches=3),
-    "haloregnetz_b": _of(_REL_POS, identity=18, branches=5),
-    "lamhalobotnet50ts_256": _of(_REL_POS, identity=12, projection=4, branches=4),
+    "halonet26t": _of(identity=4, projection=4),
+    "botnet26t_256": _of(identity=4, projection=4),
+    "eca_halonext26ts": _of(identity=4, projection=4),
+    "haloregnetz_b": _of(identity=18),
+    "lamhalobotnet50ts_256": _of(identity=12, projection=4),
     "gcresnext26ts": _of("the global context is added to every position: 8 nested", identity=12, projection=4),
     "bat_resnext26ts": _of("the bilinear attention's own sum: 8 nested", identity=12, projection=4),
     "gernet_s": _staged(1, 3, 7, 2, 1),
@@ -266,6 +292,37 @@ _TIMM: dict[str, Expected] = {
     "cs3darknet_focus_s": _of(_PART, identity=9, dense=4),
     "cs3sedarknet_l": _of(_PART, identity=21, dense=4),
     "cs3edgenet_x": _of(_PART, identity=24, dense=4),
+    "cspnext_tiny": _of(
+        "the last stage's block has no shortcut; dense: the pyramid of pools beside its input", identity=3, dense=1
+    ),
+    "dla34": _of(
+        "12 blocks, 4 begin a wider level; dense: a root for each of 6 trees", identity=8, projection=4, dense=6
+    ),
+    "dla46_c": _of(
+        "as dla34; a level of the same width begins with the pool alone", identity=8, projection=3, pool=1, dense=6
+    ),
+    "dla60": _of("16 blocks in 8 trees", identity=12, projection=4, dense=8),
+    "dla60_res2net": _of(
+        "8 roots, and 12 blocks that leave a part as it is", identity=12, projection=4, view=24, dense=20
+    ),
+    "dla60_res2next": _of(
+        "8 roots, and 12 blocks that leave a part as it is", identity=12, projection=4, view=24, dense=20
+    ),
+    "dpn48b": _of(
+        "16 dual paths: a sum in some channels, a concatenation of the others", projection=4, view=12, dense=12
+    ),
+    "dpn68": _of(
+        "22 dual paths: a sum in some channels, a concatenation of the others", projection=4, view=18, dense=18
+    ),
+    "hrnet_w18_small": _of(
+        "the fusing sums join streams that each worked on their own: refused", identity=18, projection=5
+    ),
+    "hrnet_w18_ssld": _of(
+        "the fusing sums join streams that each worked on their own: refused", identity=107, projection=5
+    ),
+    "iformer_t": _of(identity=26),
+    "lcnetv2_small": _of("6 depthwise layers of several kernels", identity=1, branches=6),
+    "mobilenetv5_base": _of("long: the last two stages, brought to one size and concatenated", identity=35, long=1),
     "densenet121": _of(dense=58),
     "densenetblur121d": _of(dense=58),
     "rdnet_tiny": _of("seven stages of three layers", dense=21),
@@ -331,6 +388,13 @@ _TIMM: dict[str, Expected] = {
     },
     "mobilevit_xxs": _of("dense: a block's input beside what its transformer made of it", identity=21, dense=3),
     "ghostnet_050": _of(_SEPARABLE + "; dense: features beside their cheap maps", identity=11, projection=5, dense=32),
+    "ghostnetv3_050": _of(
+        _SEPARABLE + "; branches: two sums of convolutions in each of 32 modules, one in each of four strided blocks",
+        identity=11,
+        projection=5,
+        dense=32,
+        branches=68,
+    ),
     "ghostnetv2_100": _of(
         _SEPARABLE + "; dense: features beside their cheap maps", identity=11, projection=5, dense=32
     ),
@@ -338,10 +402,35 @@ _TIMM: dict[str, Expected] = {
     "repvgg_a0": _of(branches=22),
     "mobileone_s0": _of(branches=43),
     "mobileone_s1": _of("four pointwise layers have one branch only", branches=39),
+    "fastvit_t8": _of(
+        "10 mixers of two; branches: 10 mixers, 3 in the stem, 2 in each of 3 embeddings, the last layer",
+        identity=20,
+        branches=20,
+    ),
+    "fastvit_sa12": _of(
+        "10 mixers of two, 2 layers of attention, a position encoding; branches as in fastvit_t8",
+        identity=25,
+        branches=20,
+    ),
+    "fastvit_mci0": _of(
+        "18 mixers of two, 2 layers of attention, a position encoding; branches as in fastvit_t8",
+        identity=41,
+        branches=28,
+    ),
+    "repvit_m0_9": _of(
+        "x + c3(x) + c1(x): branches inside a block, 23 times; 26 MLPs; the mean of two linear heads",
+        identity=49,
+        branches=24,
+    ),
+    "repvit_m1": _of(
+        "x + c3(x) + c1(x): branches inside a block, 23 times; 26 MLPs; the mean of two linear heads",
+        identity=49,
+        branches=24,
+    ),
     "repghostnet_050": _of(_SEPARABLE, identity=11, projection=5, branches=32),
 }
 
-# maxvit_t: 2 blocks a stage in 4 stages, the first of each with avg pool and 1×1; attention twice with an MLP each.
+# maxvit_t: 2, 2, 5, 2 layers, in each an MBConv (a stage's first with avg pool and 1×1) and twice attention and MLP.
 _TORCHVISION: dict[str, Expected] = {
     "alexnet": _of(),
     "vgg11": _of(),
@@ -370,11 +459,20 @@ _TORCHVISION: dict[str, Expected] = {
     "vit_b_32": _of(identity=24),
     "regnet_x_400mf": _staged(1, 2, 7, 12),
     "regnet_y_400mf": _staged(1, 3, 6, 6),
-    "maxvit_t": _of(identity=36, projection=4),
+    "maxvit_t": _of(identity=51, projection=4),
+    "mvit_v2_s": _of(
+        "view: the attention's residual pooling of the tokens behind the class token; the exporter merges equal "
+        "slices, so in ONNX the fork is the slice itself",
+        {"identity": 45, "projection": 3},
+        identity=29,
+        projection=3,
+        view=16,
+    ),
     "r3d_18": _RESNET_18,
     "mc3_18": _RESNET_18,
     "r2plus1d_18": _RESNET_18,
     "s3d": _of(),
+    "ssdlite320_mobilenet_v3_large.backbone": _of(identity=10),
     "fcn_resnet50": _RESNET_50,
     "deeplabv3_resnet50": _RESNET_50,
     "deeplabv3_mobilenet_v3_large": _of(identity=10),
@@ -383,7 +481,9 @@ _TORCHVISION: dict[str, Expected] = {
     "fasterrcnn_resnet50_fpn_v2.backbone": _of(identity=12, projection=4, long=3),
     "fcos_resnet50_fpn.backbone": _of("the pyramid has three levels", identity=12, projection=4, long=2),
     "retinanet_resnet50_fpn.backbone": _of("the pyramid has three levels", identity=12, projection=4, long=2),
-    "fasterrcnn_mobilenet_v3_large_fpn.backbone": _of("two levels of one size each", identity=10),
+    "fasterrcnn_mobilenet_v3_large_fpn.backbone": _of(
+        "the two levels have one size: their sum is no long skip but one with a projection", identity=10, projection=1
+    ),
     "ssd300_vgg16.backbone": _of(),
 }
 

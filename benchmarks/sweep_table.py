@@ -46,6 +46,8 @@ def verdict(record: dict[str, Any]) -> str:
     expected = EXPECTED.get(f"{record['source']}:{record['name']}")
     if expected is None:
         return ""
+    if not any("kinds" in record.get(ir, {}) for ir in ("fx", "onnx")):
+        return ""
     wrong = []
     for ir in ("fx", "onnx"):
         if "kinds" not in record.get(ir, {}):
@@ -110,14 +112,14 @@ def _compact(row: dict[str, Any]) -> dict[str, Any]:
 def _markdown(rows: list[dict[str, Any]], head: dict[str, Any]) -> Iterator[str]:
     yield "# Detection over the architectures of model libraries"
     yield ""
-    yield "Written by `make sweep`, " + head["date"] + ", random weights; "
+    yield "Written by `make sweep`, " + head["date"] + ", random weights;"
     yield ", ".join(f"{name} {version}" for name, version in head["versions"].items() if version) + "."
     yield ""
     for name, number in head["totals"].items():
         yield f"- {name}: {number}"
     yield ""
-    yield "Kinds are those of docs/vocabulary.md, those of kind `add` by their shortcut. *Expected*: the counts that the"
-    yield "definition of the architecture tells (`benchmarks/sweep_expected.py`). *ONNX*: whether it holds the same blocks."
+    yield "Kinds are those of docs/vocabulary.md, those of kind `add` by their shortcut. *Expected*: whether they are"
+    yield "what the architecture's definition tells (`benchmarks/sweep_expected.py`). *ONNX*: whether it agrees."
     for source in sorted({row["source"] for row in rows}):
         yield ""
         yield f"## {source}"

@@ -84,6 +84,7 @@ OPERATORS: dict[Callable[..., Any], str] = {
 _AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "idiv": "div"}
 _OPERATOR_NAMES = ("input", "other")
 _RENAMED = {"self": "input", "tensor": "input", "x": "input", "axis": "dim", "keepdims": "keepdim", "a": "input"}
+_RENAMED |= {"axis0": "dim0", "axis1": "dim1"}  # of swapaxes
 # Functions whose name in torch differs from that of the ATen operation.
 _ALIASES = {
     "cat": "cat",

@@ -29,7 +29,9 @@ from rescompile.kinds import Trait
 
 RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULES}
 
-_SEVERAL = frozenset({"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru", "var_mean", "std_mean"})
+_SEVERAL = frozenset(
+    {"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru", "var_mean", "std_mean"}
+)
 _COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
 _FREE = frozenset(kind for kind in K if kind.has(Trait.FREE))
 _DEFERRED = frozenset({"t", "transpose", "permute", "numpy_T", "stack"})
@@ -137,6 +139,9 @@ class Reader(Builder):
             self._opaque(node, call)
             return
         if defer and call.name in _DEFERRED and isinstance(found, Step) and self._defer(node, call, found, site):
+            return
+        if call.name == "stack" and site.out.shape is None:
+            self._opaque(node, call)  # a sum of it is known without shapes, its parts' places on the axis are not
             return
         if not several and isinstance(found, Step):
             value = self.make_one(node, found, outs[0])

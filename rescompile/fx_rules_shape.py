@@ -295,7 +295,15 @@ def _pixel_shuffle(c: Site) -> Step | None:
     return _through(c, inner, (0, 1, 3, 5, 2, 4), (batch, channels, r, r, height // r, width // r))
 
 
-_REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul", "amax": "max", "amin": "min", "mean": "mean"}
+_REDUCTIONS = {
+    "sum": "add",
+    "add": "add",
+    "prod": "mul",
+    "multiply": "mul",
+    "amax": "max",
+    "amin": "min",
+    "mean": "mean",
+}
 _SOURCES = ("src", "source", "values", "value")
 
 

@@ -125,8 +125,8 @@ def _local_response_norm(t: Any, x: list[Any], attrs: Attrs) -> Any:
 
 def _scatter(t: Any, x: list[Any], attrs: Attrs) -> Any:
     data, indices, updates = x[0], x[1].long(), x[2]
-    accumulate = attrs.get("accumulate", False)
-    if attrs.get("reduction", "none") not in ("none", "add"):
+    accumulate = attrs["reduction"] == "add"
+    if attrs["reduction"] not in ("none", "add"):
         raise GraphError(f"a scatter that takes the '{attrs['reduction']}' has no torch form here")
     if attrs.get("op") == "ScatterND":
         coordinates = [torch.where(i < 0, i + n, i) for i, n in zip(indices.unbind(-1), data.shape, strict=False)]

@@ -230,7 +230,7 @@ class _Import:
     def _present_constant(self, value: ir.Value, role: Role) -> None:
         tensor = literal(value)
         if tensor is not None:
-            kind = ValueType(tensor.shape.numpy(), dtype_name(tensor.dtype))
+            kind = ValueType(tuple(tensor.shape.numpy()), dtype_name(tensor.dtype))
         else:
             kind = self.facts.type(value)
         self.values[value] = self.graph.add_constant(_name(value), kind.shape, kind.dtype, value, role)

@@ -33,7 +33,7 @@ def declared_type(value: ir.Value) -> tuple[PartialShape | None, str | None]:
     for extent in dims:
         if not isinstance(extent, int):
             return tuple(extent if isinstance(extent, int) else extent.value for extent in dims), dtype
-    return dims, dtype
+    return cast("PartialShape", dims), dtype
 
 
 class Facts:

@@ -1,6 +1,6 @@
 """One tiny module for each way to write a join, a norm or a scale, and what is to be found in it.
 
-A case is a function of its layers `s` and of a stream `x` (tokens [2, 6, 8], or images [2, 8, 6, 6]); `expect` lists its
+A case is a function of its layers `s` and of a stream `x` (tokens [2, 6, 8], or images [2, 8, 6, 6]); `expect` lists
 blocks as "kind shortcut norm" or "kind shortcut norm on-type" with a scale. `onnx`, `traced`: where that form differs,
 because the exporter destroys information or a trace has no shapes. `refused`: a part of the reason that is listed.
 """
@@ -80,7 +80,7 @@ def case(run: Run, *expect: str, **options: Any) -> Case:
     return Case(run, expect, options, **known)
 
 
-# ---- sums --------------------------------------------------------------------------------------------------------------
+# ---- sums -----------------------------------------------------------------------------------------------------------
 
 
 def add_in_place(s: Any, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ SUMS: dict[str, Case] = {
     "cat_sum": case(
         lambda s, x: torch.cat([x.unsqueeze(0), s.f(x).unsqueeze(0)]).sum(0), *PLAIN, traced=["dense view none"]
     ),
-    "stack_not_summed": case(lambda s, x: torch.stack([x, s.f(x)]), refused="a stack"),
+    "stack_not_summed": case(lambda s, x: torch.stack([x, s.f(x)]), refused=": "),
     "lerp": case(
         lambda s, x: torch.lerp(x, s.f(x), 0.3),
         "add identity none branch-constant",
@@ -168,12 +168,12 @@ SUMS: dict[str, Case] = {
     "einsum_without_sum": case(lambda s, x: x + torch.einsum("btc,c->btc", s.f(x), s.w), *PLAIN, w=par(WIDTH)),
     "three": case(lambda s, x: x + s.f(x) + s.g(x), "parallel identity none", g=mlp()),
     "mean_of_two": case(lambda s, x: (x + s.f(x)) / 2, *PLAIN),
-    "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="bias", b=par(WIDTH)),
+    "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="constant", b=par(WIDTH)),
     "table": case(lambda s, x: s.f(x) + s.b, refused="constant table", b=par(6, WIDTH)),
     "twice": case(lambda s, x: x + x, refused="x + x", onnx=[]),
 }
 
-# ---- selections and scatters -------------------------------------------------------------------------------------------
+# ---- selections and scatters ----------------------------------------------------------------------------------------
 
 
 def experts(s: Any, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ SCATTERS: dict[str, Case] = {
     "logaddexp": case(lambda s, x: torch.logaddexp(x, s.f(x)), refused=": "),
 }
 
-# ---- couplings, solvers ------------------------------------------------------------------------------------------------
+# ---- couplings, solvers ---------------------------------------------------------------------------------------------
 
 
 def coupled(s: Any, x: Tensor) -> Tensor:
@@ -285,13 +285,14 @@ COUPLINGS: dict[str, Case] = {
     "three_couplings": case(coupled, *["add view none"] * 2, *PLAIN * 4, fs=halves(3), gs=halves(3)),
     "affine_coupling": case(affine_coupling, "dense identity none", g=nn.Linear(4, 8)),
     "euler": case(euler, *["add identity none branch-constant"] * 3),
-    "momentum": case(momentum, *PLAIN * 3),
+    # v₂ = 0.9·v₁ + 0.1·F(x₁) is a block of the velocity's stream: x₁ came from v₁.
+    "momentum": case(momentum, *PLAIN, *["add identity none branch-constant"] * 2),
     "fractal_mean": case(
         lambda s, x: (s.f(x) + s.g(s.h(x))) / 2, refused="two working branches", g=mlp(), h=nn.Linear(WIDTH, WIDTH)
     ),
 }
 
-# ---- scales ------------------------------------------------------------------------------------------------------------
+# ---- scales ---------------------------------------------------------------------------------------------------------
 
 VECTOR, SCALAR, NUMBER = (f"add identity none branch-{kind}" for kind in ("vector", "scalar", "constant"))
 
@@ -316,7 +317,7 @@ SCALES: dict[str, Case] = {
     "factor_of_the_input": case(lambda s, x: x + torch.sigmoid(s.g(x)) * s.f(x), *PLAIN, g=nn.Linear(WIDTH, WIDTH)),
 }
 
-# ---- norms -------------------------------------------------------------------------------------------------------------
+# ---- norms ----------------------------------------------------------------------------------------------------------
 
 
 def layer_norm_by_hand(s: Any, x: Tensor) -> Tensor:
@@ -413,7 +414,7 @@ NO_NORMS: dict[str, tuple[Run, dict[str, Any], bool]] = {
     "response": (response_norm, pair(WIDTH, 1, 1), True),
 }
 # A trace has no shapes: without them the unbiased variance, and the way back from rows to channels, stay unknown.
-UNTRACED = {"by_std": ("none",) * 3, "group_by_hand": ("pre", "branch", "none"), "rms_wide": ("none",) * 3}
+UNTRACED = {"by_std": ("none",) * 3, "group_by_hand": ("pre", "branch", "none"), "rms_wide": ("pre", "branch", "none")}
 
 
 def placed(name: str, norm: Run, parts: dict[str, Any], images: bool, placements: Sequence[str]) -> dict[str, Case]:

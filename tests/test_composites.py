@@ -95,6 +95,16 @@ def test_rms_norm_with_casts_around_is_one_op() -> None:
     assert the(graph, K.RMS_NORM).inputs == [x, weight]
 
 
+def test_rms_norm_of_grouped_rows_is_no_group_norm() -> None:
+    b = Builder()
+    rows = b.reshape(b.input(2, 4, 8), 2, 2, 16)
+    squares = b.mean(b.mul(rows, rows), 2)
+    normed = b.mul(rows, rstd(b, squares, "rsqrt"))
+    graph = b.output(b.reshape(normed, 2, 4, 8))
+    recognise(graph)
+    assert kinds(graph) == [K.RESHAPE, K.RMS_NORM, K.RESHAPE]
+
+
 def test_rms_norm_whose_weight_is_one_plus_a_parameter_keeps_the_sum_outside() -> None:
     b = Builder()
     x = b.input(2, 7, 16)

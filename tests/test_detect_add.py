@@ -7,6 +7,7 @@ import pytest
 from rescompile.blocks import Block, Report
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Value
+from rescompile.kinds import OpKind
 from tests.graphs import Builder, K, attention, mlp, residual_mlp, resnet_block, transformer_layer
 
 
@@ -69,6 +70,39 @@ def test_convolution_of_three_by_three_is_no_shortcut() -> None:
     x = b.input(1, 8, 8, 8)
     y = b.conv(b.relu(b.conv(x, 8)), 8)
     assert refused(b.output(b.add(y, b.relu(b.conv(x, 8))))).startswith("two working branches")
+
+
+@pytest.mark.parametrize("kind", [K.AMAX, K.MEAN])
+@pytest.mark.parametrize("projected", [True, False])
+def test_pool_as_a_reduction_over_windows(kind: OpKind, projected: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 16, 8))
+    y = b.linear(b.op(K.MAX_POOL, b.linear(x, 8), shape=(1, 4, 8)), 8)
+    skip = b.reshape(b.linear(x, 8) if projected else x, 1, 4, 4, 8)
+    skip = b.op(kind, skip, shape=(1, 4, 8), axes=(1,), keepdims=False)
+    assert only(b.output(b.add(skip, y))).shortcut == ("projection" if projected else "pool")
+
+
+def test_two_pools_beside_each_other() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 16, 8))
+    pools = [b.op(kind, x, shape=(1, 4, 8)) for kind in (K.MAX_POOL, K.AVG_POOL)]
+    y = b.linear(b.op(K.GELU, b.linear(b.op(K.MAX_POOL, x, shape=(1, 4, 8)), 16)), 16)
+    assert only(b.output(b.add(b.concat(*pools, axis=2), y))).shortcut == "pool"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_pool_behind_a_class_token(whole: bool) -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 17, 8))
+
+    def pooled(value: Value) -> Value:
+        tokens = b.op(K.MAX_POOL, b.slice(value, 1, 1, 17), shape=(1, 4, 8))
+        return b.concat(b.slice(value if whole else b.input(1, 17, 8), 1, 0, 1), tokens)
+
+    y = b.linear(b.op(K.GELU, b.linear(pooled(b.linear(x, 8)), 8)), 8)
+    report = inspect_graph(b.output(b.layer_norm(b.add(pooled(x), y))))
+    assert [block.shortcut for block in report] == (["pool"] if whole else [])
 
 
 @pytest.mark.parametrize("spelling", ["strided", "strided depthwise", "separable", "separable, pointwise first"])
@@ -227,10 +261,14 @@ def test_trap_mask_that_reaches_every_attention() -> None:
     assert {entry.join for entry in report.not_residual} == {"mask_0", "mask_1", "mask_2"}
 
 
-def test_trap_relative_position_bias_shared_by_all_layers() -> None:
+@pytest.mark.parametrize("computed", [False, True])
+def test_trap_relative_position_bias_shared_by_all_layers(computed: bool) -> None:
     b = Builder()
     x = b.input(1, 5, 8)
     bias = b.op(K.MUL, b.param(1, 1, 5, 5), b.param(1, 1, 5, 5), shape=(1, 1, 5, 5))
+    if computed:  # of the inputs, behind the embedding from which the stream starts
+        segments, x = x, b.linear(x, 8)
+        bias = b.reshape(b.linear(b.matmul(segments, b.permute(segments, 0, 2, 1)), 5), 1, 1, 5, 5)
     for index in range(3):
         q, k = (b.permute(b.reshape(b.linear(x, 8), 1, 5, 1, 8), 0, 2, 1, 3) for _ in range(2))
         scores = b.add(b.matmul(q, b.permute(k, 0, 1, 3, 2)), bias, name=f"bias_{index}")
@@ -401,6 +439,26 @@ def test_parallel_branches_are_one_block(spelling: str) -> None:
     assert covers_every_join(graph, report)
 
 
+@pytest.mark.parametrize("linears", [1, 2])
+def test_parallel_branches_may_share_one_linear_and_no_more(linears: int) -> None:
+    b = Builder()
+    x = b.input(1, 5, 8)
+    both = b.layer_norm(x)
+    for _ in range(linears):
+        both = b.linear(both, 32)
+    q, k, v, f = b.ops(K.SPLIT, both, shapes=[(1, 5, 8)] * 4, axis=2, sizes=(8,) * 4).outputs
+    a = b.linear(b.op(K.ATTENTION, q, k, v, None, shape=q.shape), 8)
+    block = only(b.output(b.add(x, b.add(a, b.linear(b.op(K.GELU, f), 8)))))
+    assert block.kind == ("parallel" if linears == 1 else "add")
+
+
+def test_the_largest_of_a_router_beside_the_others_are_no_new_features() -> None:
+    b = Builder()
+    logits = b.linear(b.input(2, 8), 6)
+    best = b.op(K.TOPK, b.slice(logits, 1, 0, 4), shape=(2, 2))
+    assert refused(b.output(b.linear(b.concat(best, b.slice(logits, 1, 4, 6)), 3))).startswith("no working branch")
+
+
 def test_a_block_inside_the_branch_from_a_slice_is_no_step_of_a_recurrence() -> None:
     b = Builder()
     x = b.linear(b.input(2, 8), 8)
@@ -466,6 +524,34 @@ def test_two_blocks_in_a_row_are_not_parallel() -> None:
     x = transformer_layer(b, b.input(1, 5, 8))
     report = inspect_graph(b.output(x))
     assert [block.kind for block in report] == ["add", "add"]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_sum_of_convolutions_of_one_fork_is_branches_unless_one_bends(affine: bool) -> None:
+    b = Builder()
+    x = b.relu(b.input(1, 8, 8, 8))
+    y = b.batch_norm(b.conv(x, 8, 3, groups=8))
+    total = b.add(b.batch_norm(b.conv(x, 8, 5, groups=8)), y if affine else b.relu(y))
+    total = b.add(total, b.batch_norm(b.conv(x, 8, 1, groups=8)))
+    report = inspect_graph(b.output(b.relu(total)))
+    assert [block.kind for block in report] == (["branches"] if affine else ["parallel"])
+    assert len(report.blocks[0].join_ops) == 2
+
+
+def test_sum_of_two_heads_on_two_tokens_is_no_branches() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    heads = [b.linear(b.reshape(b.slice(x, 1, index, index + 1), 1, 8), 4) for index in range(2)]
+    assert refused(b.output(b.add(*heads))).startswith("two working branches")
+
+
+def test_sum_of_a_head_on_one_token_and_a_pooled_head_on_the_others_is_no_block() -> None:
+    b = Builder()
+    x = b.layer_norm(b.input(1, 5, 8))
+    first = b.linear(b.reshape(b.slice(x, 1, 0, 1), 1, 8), 4)
+    rest = b.linear(b.slice(b.op(K.IDENTITY, x), 1, 1, 5), 4)
+    graph = b.output(b.add(first, b.op(K.AMAX, rest, shape=(1, 4), axes=(1,), keepdims=False)))
+    assert refused(graph).startswith("two working branches")
 
 
 def test_sum_of_affine_branches_is_reported_for_reparameterisation() -> None:

@@ -94,6 +94,7 @@ def test_tokens_beside_tokens_are_positions_and_features_beside_features_are_den
     kept = b.slice(x, axis, 0, 2)
     made = b.linear(b.slice(x, axis, 2, 5 if axis == 1 else 8), 8)
     joined = b.concat(kept, made, axis=axis)
+    joined = b.reshape(b.reshape(joined, *(1, 1, *(joined.shape or ())[1:])), *(joined.shape or ()))
     if transposed:
         joined = b.permute(joined, 0, 2, 1)
         joined = b.op(K.CONV, joined, b.param(8, int((joined.shape or ())[1]), 1), None, shape=(1, 8, 5), groups=1)
@@ -191,11 +192,53 @@ def test_highway_layers_are_gated(spelling: str) -> None:
     assert all(len(block.branch_ops) >= 4 for block in report)
 
 
-def test_mix_by_two_gates_that_do_not_sum_to_one_is_not_gated() -> None:
+def two_gates(kind: K, of_the_fork: bool) -> Graph:
+    b = Builder()
+    x, other = b.input(2, 8), b.input(2, 8, name="other")
+    gate, carry = b.op(kind, b.linear(x, 8)), b.op(kind, b.linear(x if of_the_fork else other, 8))
+    return b.output(b.add(b.mul(gate, b.linear(x, 8)), b.mul(carry, x)))
+
+
+def test_highway_with_a_carry_gate_of_its_own_is_gated() -> None:
+    assert kinds(two_gates(K.SIGMOID, of_the_fork=True)) == ["gated"]
+
+
+@pytest.mark.parametrize("why", ["factors without bounds", "gate of another stream"])
+def test_mix_by_two_factors_is_not_gated(why: str) -> None:
+    assert kinds(two_gates(K.RELU if why == "factors without bounds" else K.SIGMOID, why[0] == "f")) == []
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_straight_through_sum_is_no_block(cancels: bool) -> None:
     b = Builder()
     x = b.input(2, 8)
-    gate, other = b.op(K.SIGMOID, b.linear(x, 8)), b.op(K.SIGMOID, b.linear(x, 8))
-    assert kinds(b.output(b.add(b.mul(gate, b.linear(x, 8)), b.mul(other, x)))) == []
+    difference = b.sub(mlp(b, x), x if cancels else b.relu(x))
+    report = inspect_graph(b.output(b.add(x, difference)))
+    assert len(report) == (0 if cancels else 1)
+    assert not cancels or any("cancels" in entry.reason for entry in report.not_residual)
+
+
+@pytest.mark.parametrize("crossed", [True, False])
+def test_streams_that_feed_each_other_keep_their_own_skips(crossed: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    first = second = x
+    for _ in range(3):
+        first = b.add(first, mlp(b, second if crossed else first))
+        second = b.add(second, mlp(b, first if crossed else second))
+    report = inspect_graph(b.output(b.add(first, second)))
+    assert [(block.kind, block.shortcut) for block in report] == [("add", "identity")] * 6
+    assert report.not_residual[-1].reason.startswith("two working branches")
+
+
+@pytest.mark.parametrize("gates", [True, False])
+def test_sum_of_two_maps_that_only_makes_a_gate_is_no_block(gates: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    y = b.relu(b.linear(b.relu(b.linear(x, 8)), 8))
+    total = b.add(b.linear(x, 8), b.linear(y, 8))
+    graph = b.output(b.mul(b.op(K.SIGMOID, total), y) if gates else b.op(K.SIGMOID, total))
+    assert kinds(graph) == ([] if gates else ["add"])
 
 
 def test_mix_by_a_constant_gate_is_a_scaled_sum() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import rescompile as rc
 from benchmarks.corpus import import_torchvision
 from rescompile import fx_capture, onnx_files
 from rescompile.blocks import Report
@@ -155,6 +156,36 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", EXPORTED)
 def test_onnx_export_has_the_same_blocks(name: str, exports: Callable[[str], Path]) -> None:
     check(inspect_graph(onnx_files.load(exports(name))), name, norm=name != "resnet18")
+
+
+class Queries(nn.Module):
+    """The first decoder layer of DETR: the stream starts as zeros, attends to itself, then to a memory."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(5, width))
+        self.own, self.cross = (nn.ModuleList(nn.Linear(width, width) for _ in range(3)) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        positions = self.positions.expand(len(memory), -1, -1)
+        x = torch.zeros_like(positions)
+        x = self.norms[0](x + self.attend(self.own, x + positions, x + positions, x))
+        return self.norms[1](x + self.attend(self.cross, x + positions, memory, memory))
+
+    def attend(self, linears: nn.ModuleList, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = linears[0](q) @ linears[1](k).transpose(1, 2)
+        mixed: torch.Tensor = torch.softmax(scores, -1) @ linears[2](v)
+        return mixed
+
+
+@pytest.mark.parametrize(("optimize", "blocks"), [(True, 1), (False, 2)])
+def test_exporter_folds_away_a_skip_of_zeros(optimize: bool, blocks: int) -> None:
+    # 0 + attention is attention: torch.onnx.export's optimiser leaves DETR with 9 blocks of 10.
+    model, memory = Queries().eval(), (torch.randn(1, 7, 8),)
+    assert len(rc.inspect(rc.capture(model, memory))) == 2
+    program = torch.onnx.export(model, memory, dynamo=True, optimize=optimize, verbose=False)
+    assert len(rc.inspect(rc.capture(program))) == blocks
 
 
 @pytest.mark.parametrize("name", LIGHT)

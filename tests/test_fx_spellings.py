@@ -204,6 +204,7 @@ SPELLINGS = {
     "squeeze": (lambda x: x.unsqueeze(1).squeeze(1), (X,), [K.RESHAPE, K.RESHAPE]),
     "permute": (lambda x: x.permute(0, 2, 1), (X,), [K.PERMUTE]),
     "transpose": (lambda x: torch.transpose(x, 0, -1), (X,), [K.PERMUTE]),
+    "swapaxes": (lambda x: torch.swapaxes(x, 0, -1), (X,), [K.PERMUTE]),
     "mT": (lambda x: x.mT, (X,), [K.PERMUTE]),
     "expand": (lambda x: x[:, :1].expand(-1, 4, -1), (X,), [K.SLICE, K.EXPAND]),
     "repeat": (lambda x: x.repeat(1, 2, 1), (X,), [K.TILE]),

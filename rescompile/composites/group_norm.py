@@ -16,6 +16,8 @@ _Step = tuple[OpKind, list[Value | None], Value, dict[str, object]]
 
 def group_norm(recogniser: Recogniser, norm: Op) -> Op | None:
     """A GROUP_NORM in the place of a norm of rows between two reshapes; None when it is none."""
+    if norm.kind is OpKind.RMS_NORM:  # which has no mean to take away
+        return None
     rows, back = norm.operands[0], recogniser.only_user(norm.output)
     first = rows.producer
     if first is None or back is None or first.kind is not OpKind.RESHAPE or back.kind is not OpKind.RESHAPE:
@@ -37,7 +39,7 @@ def group_norm(recogniser: Recogniser, norm: Op) -> Op | None:
         if user is None or part is None:
             parts.append(None)
             continue
-        parts.append(_flat(recogniser, part, before))
+        parts.append(_flat(recogniser, part, f"{user.output.name}.vector", before))
         region.append(user)
         value = user.output
     attrs = {"groups": groups, "eps": norm.attr("eps")}
@@ -55,7 +57,7 @@ def _groups(shape: Shape | None, rows: Shape | None) -> int | None:
 
 
 def _plain(recogniser: Recogniser, norm: Op) -> bool:
-    """Whether the norm is over whole rows, [N, G, all the rest], with no weight of its own, or one that does nothing."""
+    """Whether the norm is over whole rows, [N, G, all the rest], with no weight, or one that does nothing."""
     rank = norm.operands[0].rank
     if norm.kind is OpKind.LAYER_NORM and norm.attr("axis") not in (2, None if rank is None else 2 - rank):
         return False
@@ -79,7 +81,7 @@ def _by_channel(op: Op, value: Value, rank: int, channels: object) -> Value | No
     return other if padded[1] == channels and all(extent == 1 for extent in (padded[0], *padded[2:])) else None
 
 
-def _flat(recogniser: Recogniser, value: Value, before: list[_Step]) -> Value:
+def _flat(recogniser: Recogniser, value: Value, name: str, before: list[_Step]) -> Value:
     """The constant as a vector."""
     maker = value.producer
     if maker is not None and maker.kind is OpKind.RESHAPE and maker.operands[0].rank == 1:
@@ -87,7 +89,7 @@ def _flat(recogniser: Recogniser, value: Value, before: list[_Step]) -> Value:
     if value.rank == 1:
         return value
     size = max((extent for extent in value.shape or () if isinstance(extent, int)), default=1)
-    vector = recogniser.new_value(f"{value.name}.vector", (size,), value.dtype)
+    vector = recogniser.new_value(name, (size,), value.dtype)
     vector.constant = True
     before.append((OpKind.RESHAPE, [value], vector, {}))
     return vector

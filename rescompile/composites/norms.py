@@ -5,9 +5,9 @@
     InstanceNorm:  LayerNorm over all positions of a channel
     any other:     `normalise`: other axes, eps outside the root, unbiased variance, x / max(‖x‖, eps) with a gain
 
-The anchor is the mean, or the sum, of the squares. Casts to a wider dtype inside, and back, belong to the norm. A weight
-is taken only when it is a constant of exactly the normalised shape: a rotary table is no norm's weight. A length without
-a gain (cosine similarity, global response normalisation's statistic) is no norm.
+The anchor is the mean, or the sum, of the squares. Casts to a wider dtype inside, and back, belong to the norm. A
+weight is taken only when it is a constant of exactly the normalised shape: a rotary table is no norm's weight. A
+length without a gain (cosine similarity, global response normalisation's statistic) is no norm.
 """
 
 from __future__ import annotations

@@ -5,8 +5,12 @@ from __future__ import annotations
 from itertools import islice
 
 from rescompile.detection.chains import order
+from rescompile.detection.flavours import comes_back
+from rescompile.detection.gates import is_gate
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import branch_works, chain
+from rescompile.detection.paths import Chain, branch_works, chain
+from rescompile.detection.recurrences import shares_weights, takes_part
+from rescompile.detection.streams import crossing
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -41,6 +45,9 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     features = _feature_axis(output)
     if features is not None and features != op.attr("axis"):
         return Refusal(f"positions: the parts lie beside each other on axis {op.attr('axis')}, features on {features}")
+    gated = _gated_skip(judgement, op, moving)
+    if gated is not None:
+        return gated
     newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
     meet: Value | None = None
     working = False
@@ -61,6 +68,9 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if meet is None:
         return Refusal(f"no common origin: {names} come from streams of their own")
     if working:
+        across = _across(judgement, op, newest)
+        if across is not None:
+            return across
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
     return Refusal(f"no working branch: nothing works between '{meet.name}' and the concatenation", meet)
 
@@ -75,25 +85,35 @@ def _feature_axis(value: Value) -> int | None:
     rank = value.rank
     if rank is None:
         return None
-    pending: list[tuple[Value, tuple[int, ...]]] = [(value, tuple(range(rank)))]  # and where each axis comes from
+    # And where each axis comes from, None for one that a reshape added.
+    pending: list[tuple[Value, tuple[int | None, ...]]] = [(value, tuple(range(rank)))]
     for _ in range(_LOOKED_AT):
         if not pending:
             return None
         value, axes = pending.pop(0)
         for user, index in islice(value.uses, _LOOKED_AT):
-            if (
-                index == 0
-                and user.kind in _LAST
-                and (user.kind is OpKind.LINEAR or user.attr("axis") in (-1, rank - 1))
-            ):
-                return axes[-1]
-            if index == 0 and user.kind in _FIRST and rank > 1:
-                return axes[1]
+            last = len(axes) - 1
+            reads_last = user.kind in _LAST and (user.kind is OpKind.LINEAR or user.attr("axis") in (-1, last))
+            if index == 0 and (reads_last or user.kind in _FIRST) and last > 0:
+                return axes[last if reads_last else 1]
             if user.kind is OpKind.PERMUTE:
                 pending.append((user.outputs[0], tuple(axes[axis] for axis in user.attr("perm"))))
+            elif user.kind is OpKind.RESHAPE and (moved := _through_ones(value, user.outputs[0])) is not None:
+                pending.append((user.outputs[0], tuple(None if axis is None else axes[axis] for axis in moved)))
             elif user.has(Trait.ELEMENTWISE) or user.kind in _SAME_AXES:
-                pending.extend((output, axes) for output in user.outputs if output.rank == rank)
+                pending.extend((output, axes) for output in user.outputs if output.rank == len(axes))
     return None
+
+
+def _through_ones(before: Value, after: Value) -> list[int | None] | None:
+    """Where the axes of a value come from that a reshape only gave, or took, axes of extent 1; None for any other."""
+    if before.shape is None or after.shape is None:
+        return None
+    kept = [axis for axis, extent in enumerate(before.shape) if extent != 1]
+    if [before.shape[axis] for axis in kept] != [extent for extent in after.shape if extent != 1]:
+        return None
+    rest = iter(kept)
+    return [None if extent == 1 else next(rest) for extent in after.shape]
 
 
 def _grown(
@@ -112,16 +132,75 @@ def _grown(
     skip = max(free, key=lambda index: -1 if ways[index] is None else order(dict((new, *old))[index]))
     way = ways[skip]
     shortcut = "identity" if way is None or way.shortcut is None else way.shortcut
+    if way is not None and takes_part(way.ops) and shares_weights(region):
+        judgement.recurrences.add(op)
+        return Refusal("unrolled recurrence", fork)
+    tops = [top for top in tops if order(top) > order(fork)]
+    free_way = Chain(() if way is None else way.ops, shortcut, affine=True, working=False)
+    return _draft(op, fork, (skip, free_way), tops, region, outside)
+
+
+def _across(judgement: Judgement, op: Op, newest: list[tuple[int, Value]]) -> Draft | None:
+    """An earlier value beside others that were made of it over another stream, or at another resolution.
+
+    The latter may pass through a projection of its own (DeepLab v3+): then all others come from that resolution.
+    """
+    for index, new in newest[:_TRIED]:
+        for skip, old in newest[-_TRIED:]:
+            crossed = crossing(judgement, old, new) if skip != index and order(old) < order(new) else None
+            if crossed is not None:
+                moved = Chain(tuple(crossed.shortcut_ops), crossed.shortcut, affine=True, working=False)
+                return _draft(op, crossed.fork, (skip, moved), [new], crossed.region, crossed.outside)
+    for skip, old in newest[-_TRIED:]:
+        others = [value for other, value in newest if other != skip]
+        fork = judgement.reach.meet(old, others)
+        way = None if fork is None else chain(judgement.reach, fork, old)
+        if fork is None or way is None or way.shortcut != "projection" or way.sums:
+            continue
+        region, outside = judgement.reach.between(fork, others)
+        draft = _draft(op, fork, (skip, way), others, region, outside)
+        back = comes_back(judgement, draft)
+        if back and all(back):
+            return draft
+    return None
+
+
+def _gated_skip(judgement: Judgement, op: Op, moving: list[tuple[int, Value]]) -> Draft | None:
+    """[x·σ(…), F(x)] with F by another resolution and back: an earlier stage's value, weighed (Oktay et al. 2018)."""
+    for skip, value in moving:
+        product = value.producer
+        if product is None or product.kind is not OpKind.MUL or len(value.uses) != 1:
+            continue
+        for x, gate in (product.inputs, product.inputs[::-1]):
+            others = [part for other, part in moving if other != skip]
+            if x is None or gate is None or not is_gate(gate):
+                continue
+            fork = judgement.reach.meet(x, others)
+            way = None if fork is None else chain(judgement.reach, fork, x)
+            if fork is None or way is None or way.shortcut not in _FREE or way.sums:
+                continue
+            region, outside = judgement.reach.between(fork, [*others, gate])
+            weighed = Chain((*way.ops, product), way.shortcut, affine=False, working=False)
+            draft = _draft(op, fork, (skip, weighed), others, region, outside)
+            back = comes_back(judgement, draft)
+            if back and all(back):
+                return draft
+    return None
+
+
+def _draft(
+    op: Op, fork: Value, skip: tuple[int, Chain], branches: list[Value], region: list[Op], outside: list[Value]
+) -> Draft:
     return Draft(
         kind="dense",
-        shortcut=shortcut,
+        shortcut=skip[1].shortcut or "identity",
         fork=fork,
         join_op=op,
         join_value=op.outputs[0],
-        skip_index=skip,
-        branches=[top for top in tops if order(top) > order(fork)],
+        skip_index=skip[0],
+        branches=branches,
         branch_ops=region,
-        shortcut_ops=[] if way is None else list(way.ops),
+        shortcut_ops=list(skip[1].ops),
         outside=outside,
     )
 
@@ -132,15 +211,4 @@ def _appended(judgement: Judgement, op: Op, fork: Value, new: tuple[int, Value])
     if not branch_works(judgement.reach, region):
         return Refusal(f"no working branch: nothing works between '{fork.name}' and the concatenation", fork)
     skip = next(index for index, value in enumerate(op.inputs) if value is not None and index != new[0])
-    return Draft(
-        kind="dense",
-        shortcut="identity",
-        fork=fork,
-        join_op=op,
-        join_value=op.outputs[0],
-        skip_index=skip,
-        branches=[new[1]],
-        branch_ops=region,
-        shortcut_ops=[],
-        outside=outside,
-    )
+    return _draft(op, fork, (skip, Chain((), "identity", affine=True, working=False)), [new[1]], region, outside)

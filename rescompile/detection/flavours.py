@@ -9,7 +9,8 @@ from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _PARTS = (OpKind.SLICE, OpKind.SPLIT)
-_SAME_SIZE = (OpKind.SLICE, OpKind.PAD, OpKind.CONCAT, OpKind.TILE, OpKind.EXPAND)
+_MAY_ENLARGE = (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE)
+_LOOKED_AT = 12  # operations that a factor is made of
 
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
@@ -23,17 +24,41 @@ def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
 
 
 def is_long(judgement: Judgement, draft: Draft) -> bool:
-    """The branch goes to another resolution and comes back: every way along it leads through an enlarging operation.
+    """The branch goes to another resolution and comes back: a way to the join leads through an enlarging operation.
 
-    A map that is made at a lower resolution and only weighs what stayed at the fork's is no such way back.
+    A map that is made at a lower resolution and only weighs what stayed at the fork's is no such way back; and where
+    the shortcut changes the resolution as well, the branch does not come back.
     """
-    if _extents(draft.join_value.shape) is None or not any(_enlarges(op) for op in draft.branch_ops):
-        return False
+    return any(comes_back(judgement, draft))
+
+
+def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
+    """For each end of a branch, whether every way to it from the fork leads through an enlarging operation."""
+    extents, before = _extents(draft.join_value.shape), _extents(draft.fork.shape)
+    if extents is None or (
+        before is not None and len(before) == len(extents) and before != extents and _resizes(draft)
+    ):
+        return []
+    back = {op for op in draft.branch_ops if _enlarges(op) or _is_beside(judgement, draft, op)}
+    if not back:
+        return []
     stayed = {draft.fork}
     for op in draft.branch_ops:
-        if not _enlarges(op) and not stayed.isdisjoint(judgement.reach.sources(op.outputs[0])):
+        if op not in back and not stayed.isdisjoint(judgement.reach.sources(op.outputs[0])):
             stayed.update(op.outputs)
-    return stayed.isdisjoint(draft.branches)
+    return [end not in stayed for end in draft.branches]
+
+
+def _is_beside(judgement: Judgement, draft: Draft, op: Op) -> bool:
+    """Whether an operation joins a long skip of the same level: two features kept before one descent (U-Net++).
+
+    Where only a part of the fork goes past the branch (ShuffleNet), what lies in the branch is its own affair.
+    """
+    return draft.kind == "dense" and draft.shortcut != "view" and op in judgement.long
+
+
+def _resizes(draft: Draft) -> bool:
+    return any(_enlarges(op) for op in draft.shortcut_ops)
 
 
 # kind → what a block of one of the given kinds must fulfil to be of it; the first that holds
@@ -48,6 +73,8 @@ def flavour(judgement: Judgement, draft: Draft) -> str:
     """The kind of a block, all things considered."""
     for kind, among, holds in FLAVOURS:
         if draft.kind in among and holds(judgement, draft):
+            if kind == "long":
+                judgement.long.add(draft.join_op)
             return kind
     return draft.kind
 
@@ -69,15 +96,13 @@ def shortcut_kind(judgement: Judgement, draft: Draft) -> str:
 
 
 def _enlarges(op: Op) -> bool:
-    if op.kind in _SAME_SIZE or not op.operands:
+    if op.kind not in _MAY_ENLARGE or not op.operands:
         return False
     before, after = _extents(op.operands[0].shape), _extents(op.outputs[0].shape)
     if op.kind in (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE):
         return before is None or after is None or before != after
     if op.kind is OpKind.RESHAPE:
         before = _extents(_shuffled(op))
-    elif op.kind is not OpKind.OPAQUE:
-        return False
     if before is None or after is None or len(before) != len(after):
         return False
     return all(isinstance(a, int) and isinstance(b, int) and a > b > 1 for a, b in zip(after, before, strict=True))
@@ -99,24 +124,24 @@ def _extents(shape: Shape | None) -> Shape | None:
 
 def _random_factor(op: Op) -> bool:
     """Whether a factor is random and the same for all elements of a sample."""
-    for value in op.operands:
-        root = _root(value)
-        if root is None or not root.has(Trait.RANDOM) or root.kind is OpKind.DROPOUT:
+    return any(is_random_factor(value) for value in op.operands)
+
+
+def is_random_factor(value: Value) -> bool:
+    """Whether a value is made of random numbers and constants only, the same for all elements of a sample."""
+    if value.shape is not None and not all(extent == 1 for extent in value.shape[1:]):
+        return False
+    pending, found = [value], False
+    for _ in range(_LOOKED_AT):
+        if not pending:
+            return found
+        op = pending.pop().producer
+        if op is None:
+            return False
+        if op.has(Trait.RANDOM) and op.kind is not OpKind.DROPOUT:
+            found = True
             continue
-        shape = value.shape
-        if shape is None or all(extent == 1 for extent in shape[1:]):
-            return True
+        if not op.has(Trait.SOURCE) and not op.has(Trait.ELEMENTWISE) and not op.has(Trait.FREE):
+            return False
+        pending.extend(operand for operand in op.operands if operand.producer is not None or not operand.constant)
     return False
-
-
-def _root(value: Value) -> Op | None:
-    """The operation that a value made by elementwise operations with constants starts from."""
-    for _ in range(8):
-        op = value.producer
-        if op is None or op.has(Trait.SOURCE):
-            return op
-        moving = [operand for operand in op.operands if not operand.constant]
-        if not op.has(Trait.ELEMENTWISE) or len(moving) != 1:
-            return None
-        value = moving[0]
-    return None

@@ -1,17 +1,22 @@
-"""Gated sums: y = T·H + (1 − T)·x, or x + T·(H − x) (highway networks, Srivastava et al. 2015).
+"""Gated sums: y = T·H + (1 − T)·x, x + T·(H − x), or T·H + C·x with gates T and C (highways, Srivastava et al. 2015).
 
 A gate that does not depend on the inputs is a scale: with a constant t the second spelling is an `add` block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain
+from rescompile.detection.reach import Reach
+from rescompile.detection.recurrences import is_step
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
+
+_PASSED = (OpKind.IDENTITY, OpKind.CAST)
+_LOOKED_AT = 24  # values behind a sum, until it is clear what becomes of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,31 +26,46 @@ class _Mix:
     new: Value
     gate: Value
     inner: tuple[Op, ...]  # sums that the spelling holds besides the last
+    carry: Value | None = None  # a gate of its own on x
 
 
-def gated_sum(judgement: Judgement, op: Op) -> Draft | None:
+def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
     """A gated block (or, with a constant gate, an `add` block) that ends in the sum `op`; None when it is no mix.
 
-    1. The sum mixes two values, x and H, by one gate, T and 1 − T.
-    2. The way from the fork to x is free or a projection; the way to H, or to the gate, works.
+    1. The sum mixes two values, x and H, by one gate, T and 1 − T; or by two, T and C, that are sigmoids.
+    2. The way from the fork to x is free or a projection; the way to H, or to the one gate, works.
+    3. Gates of their own come from the fork too, and the way to x is free.
+    4. It is no step of an unrolled recurrence.
     """
+    if (nothing := cancelled(op)) is not None:
+        return nothing
     if len(op.inputs) != 2 or not any(_producer(value, OpKind.MUL) for value in op.inputs) or op.scales != (1.0, 1.0):
         return None
     reach = judgement.reach
     best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
-    for mix in (*_differences(op), *_convex(judgement.graph, op)):
+    for mix in (*_differences(op), *(_convex(judgement.graph, op) or _carried(op))):
         fork = reach.meet(mix.x, (mix.new,))
         way = None if fork is None else chain(reach, fork, mix.x)
         if fork is None or way is None or way.shortcut is None or way.sums:
             continue
         if best is not None and best[0].rank <= way.rank:
             continue
-        region, outside = reach.between(fork, [mix.new] if mix.gate.constant else [mix.new, mix.gate])
+        gates = [gate for gate in (mix.gate, mix.carry) if gate is not None and not gate.constant]
+        if mix.carry is not None and (
+            way.rank > 1
+            or not all(reach.comes_from(fork, gate) for gate in gates)
+            or not branch_works(reach, reach.between(fork, [mix.new])[0])
+        ):
+            continue
+        region, outside = reach.between(fork, [mix.new, *gates])
         if branch_works(reach, region):
             best = way, mix, fork, region, outside
     if best is None:
         return None
     way, mix, fork, region, outside = best
+    if is_step(judgement, fork, region, outside):
+        judgement.recurrences.add(op)
+        return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
     return Draft(
         kind="add" if mix.gate.constant else "gated",
         shortcut=way.shortcut or "identity",
@@ -61,35 +81,87 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | None:
     )
 
 
-def straight_through(judgement: Judgement, op: Op) -> Refusal | None:
-    """x + (h − x) is h: the sum takes away again what it adds (van den Oord et al. 2017); None when it does not."""
-    inner = _taken_back(op)
-    if inner is None:
-        return None
-    return Refusal(f"cancels: '{inner.name}' took away what the sum adds (a straight-through estimator)")
+def only_weighs(judgement: Judgement, draft: Draft) -> bool:
+    """Whether all that becomes of a sum is factors: it ends in a sigmoid that is multiplied, or in attention weights.
+
+    W·x + U·y under a gate (GTrXL), content and position scores (Transformer-XL). Behind a convolution or a norm only
+    a gate on the block's own fork counts (attention gates): a mask on anything else is what a network may compute.
+    """
+    pending: list[tuple[Value, bool, bool]] = [(draft.join_value, False, False)]  # is it a weight, was it mapped
+    weighs = False
+    for _ in range(_LOOKED_AT):
+        if not pending:
+            return weighs
+        value, weight, mapped = pending.pop()
+        if value in judgement.outputs:
+            return False
+        for user, index in value.uses:
+            others = [operand for operand in user.operands if operand is not value and not operand.constant]
+            if weight and others and user.kind in (OpKind.MUL, OpKind.MATMUL, OpKind.EINSUM):
+                if mapped and not any(_same(other, draft.fork) for other in others):
+                    return False
+                weighs = True
+                continue
+            if others and user.kind is not OpKind.WHERE:
+                return False
+            known = user.kind in (OpKind.SIGMOID, OpKind.HARDSIGMOID, OpKind.SOFTMAX)
+            maps = index == 0 and (user.kind in (OpKind.CONV, OpKind.LINEAR) or user.has(Trait.NORM))
+            if not (known or maps or user.has(Trait.FREE) or user.has(Trait.ELEMENTWISE)) or (weight and maps):
+                return False
+            pending.extend((out, weight or known, mapped or maps) for out in user.outputs)
+    return False
 
 
-def _taken_back(op: Op) -> Op | None:
-    """The h − x of the sum x + (h − x)."""
-    if len(op.inputs) != 2 or op.scales != (1.0, 1.0):
-        return None
-    for x, other in (op.inputs, op.inputs[::-1]):
-        inner = None if other is None else other.producer
-        while inner is not None and inner.kind in (OpKind.IDENTITY, OpKind.CAST):
-            inner = inner.operands[0].producer
-        if inner is None or inner.kind is not OpKind.ADD or len(inner.inputs) != 2:
+def reached_by_gates_only(reach: Reach, fork: Value, region: Iterable[Op], top: Value) -> bool:
+    """Whether what leads from the fork to `top` only weighs another stream on the way."""
+    reached = {fork}
+    for op in region:
+        sources = reach.sources(op.outputs[0])
+        own = [value for value in sources if value in reached]
+        rest = [value for value in sources if value not in reached and not value.constant]
+        if op.kind is OpKind.MUL and rest and own and all(is_gate(value) for value in own):
             continue
-        if any(value is x and scale == -1.0 for value, scale in zip(inner.inputs, inner.scales, strict=True)):
-            return inner
+        if own:
+            reached.update(op.outputs)
+    return top not in reached
+
+
+def _same(value: Value, fork: Value) -> bool:
+    """Whether a value is the fork, or moved from it."""
+    while value is not fork:
+        if value.producer is None or not value.producer.has(Trait.FREE):
+            return False
+        value = value.producer.operands[0]
+    return True
+
+
+def cancelled(op: Op) -> Refusal | None:
+    """Why x + (h − x) ends no block: its value is h (a straight-through estimator, van den Oord et al. 2017)."""
+    for index, x in enumerate(op.inputs):
+        other = op.inputs[1 - index] if len(op.inputs) == 2 else None
+        inner = None if other is None else other.producer
+        while inner is not None and inner.kind in _PASSED:
+            inner = inner.operands[0].producer
+        if (
+            x is None
+            or inner is None
+            or inner.kind is not OpKind.ADD
+            or len(inner.inputs) != 2
+            or x not in inner.inputs
+        ):
+            continue
+        at = inner.inputs.index(x)
+        if op.scales[index] == -op.scales[1 - index] * inner.scales[at]:
+            return Refusal(f"cancels: '{x.name}' is added and subtracted, so the sum is no function of it", x)
     return None
 
 
 def completes(op: Op) -> Op | None:
     """The sum that completes the mix, or the x + (h − x), in which `op` is the h − x; None when it is part of none."""
     product = _only_user(op.outputs[0])
-    while product is not None and product.kind in (OpKind.IDENTITY, OpKind.CAST):
+    while product is not None and product.kind in _PASSED:
         product = _only_user(product.outputs[0])
-    if product is not None and product.kind is OpKind.ADD and _taken_back(product) is op:
+    if product is not None and product.kind is OpKind.ADD and cancelled(product) is not None:
         return product
     total = None if product is None or product.kind is not OpKind.MUL else _only_user(product.outputs[0])
     if total is None or total.kind is not OpKind.ADD:
@@ -115,19 +187,44 @@ def _differences(op: Op) -> Iterator[_Mix]:
                 yield _Mix(index, x, new, gate, (inner,))
 
 
-def _convex(graph: Graph, op: Op) -> Iterator[_Mix]:
+def _convex(graph: Graph, op: Op) -> list[_Mix]:
     """t·h + (1 − t)·x, with either of them the shortcut"""
     products = [_producer(value, OpKind.MUL) for value in op.inputs]
     left, right = products
     if left is None or right is None:
-        return
+        return []
+    found: list[_Mix] = []
     for index, (first, second) in enumerate(((left, right), (right, left))):
         for x, rest in (first.inputs, first.inputs[::-1]):
             for new, gate in (second.inputs, second.inputs[::-1]):
                 if x is None or new is None or rest is None or gate is None or gate.constant:
                     continue
                 if _one_minus(graph, rest) is gate or _one_minus(graph, gate) is rest:
-                    yield _Mix(index, x, new, gate, ())
+                    found.append(_Mix(index, x, new, gate, ()))
+    return found
+
+
+def _carried(op: Op) -> Iterator[_Mix]:
+    """t·h + c·x with sigmoids t and c, with either of h and x the shortcut"""
+    products = [_producer(value, OpKind.MUL) for value in op.inputs]
+    left, right = products
+    if left is None or right is None:
+        return
+    for index, (first, second) in enumerate(((left, right), (right, left))):
+        for x, carry in (first.inputs, first.inputs[::-1]):
+            for new, gate in (second.inputs, second.inputs[::-1]):
+                if x is None or new is None or carry is None or gate is None:
+                    continue
+                if is_gate(carry) and is_gate(gate) and carry is not gate:
+                    yield _Mix(index, x, new, gate, (), carry)
+
+
+def is_gate(value: Value) -> bool:
+    """Whether a value is a sigmoid's, or a part of one's."""
+    op = value.producer
+    while op is not None and op.has(Trait.FREE):
+        op = op.operands[0].producer
+    return op is not None and op.kind in (OpKind.SIGMOID, OpKind.HARDSIGMOID)
 
 
 def _one_minus(graph: Graph, value: Value) -> Value | None:

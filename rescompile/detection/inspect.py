@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
+from rescompile.detection.chains import order
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
-from rescompile.detection.gates import completes, gated_sum, straight_through
+from rescompile.detection.gates import completes, gated_sum
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.placement import find_scale, norm_placement
 from rescompile.detection.scatters import residual_scatter
@@ -25,7 +26,7 @@ Rule = Callable[[Judgement, Op], Draft | Refusal | None]
 
 # join → the rules that may claim it, in turn; None from a rule leaves the join to the next
 _RULES: dict[OpKind, tuple[Rule, ...]] = {
-    OpKind.ADD: (straight_through, gated_sum, residual_sum),
+    OpKind.ADD: (gated_sum, residual_sum),
     OpKind.CONCAT: (residual_concat,),
     OpKind.SCATTER: (residual_scatter,),
     OpKind.MAXIMUM: (selection,),
@@ -177,6 +178,19 @@ def _judge(graph: Graph) -> Judgement:
     return judgement
 
 
+def _lies_in(inner: Draft, outer: Draft) -> bool:
+    """Whether a block whose join is in another's branch starts there too: blocks of two streams may interleave.
+
+    Two that start from parts of one value are beside each other where the inner one's stream goes on by itself.
+    """
+    if order(inner.fork) < order(outer.fork):
+        return False
+    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
+        return True
+    own = {*outer.branch_ops, outer.join_op}
+    return all(user in own for user, _ in inner.join_value.uses)
+
+
 def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, Sequence[Block]]]) -> list[Block]:
     """All blocks in the order of their joins; those that an operation holds come where the operation does."""
     drafts = list(judgement.drafts.values())
@@ -185,9 +199,7 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
         for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
-            other = number.get(op)
-            nested = other is not None and other != index and not _beside(drafts[other], draft)
-            if nested or op in held:
+            if op in held or (op in number and number[op] != index and _lies_in(drafts[number[op]], draft)):
                 parents.setdefault(op, index)
     ids: list[int] = []
     offsets: list[int] = []
@@ -212,14 +224,6 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
             parent = around.get(holder) if block.parent is None else block.parent + offset
             blocks.append(replace(block, id=block.id + offset, parent=parent))
     return sorted(blocks, key=lambda block: block.id)
-
-
-def _beside(inner: Draft, outer: Draft) -> bool:
-    """Whether a block in another's branch is a stream of its own: each carries a part of one fork, and goes on."""
-    if inner.fork is not outer.fork or inner.shortcut != "view" or outer.shortcut != "view":
-        return False
-    own = {*outer.branch_ops, outer.join_op}
-    return any(user not in own for user, _ in inner.join_value.uses)
 
 
 def _block(

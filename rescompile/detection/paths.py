@@ -45,11 +45,10 @@ class Chain:
         return len(_RANK) if self.shortcut is None else _RANK[self.shortcut]
 
 
-# Statistics alone (a mean, a sum) do not work: global response normalisation is no residual block.
+# Statistics alone (a mean, a sum, the k largest) do not work: global response normalisation is no residual block.
+_STATISTICS = (OpKind.SOFTMAX, OpKind.CUMSUM, OpKind.TOPK)
 _WORKING = frozenset(
-    kind
-    for kind in OpKind
-    if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in (OpKind.SOFTMAX, OpKind.CUMSUM)
+    kind for kind in OpKind if kind.has(Trait.WORK) and not kind.has(Trait.REDUCTION) and kind not in _STATISTICS
 )
 
 
@@ -94,20 +93,78 @@ def step_back(reach: Reach, value: Value) -> Value | None:
     return sources[0] if len(sources) == 1 else None
 
 
+def _padded(reach: Reach, value: Value) -> Value | None:
+    """`x`, where the value is [x, 0·x] or [x, 0]: He's option A."""
+    op = value.producer
+    if op is None or op.kind is not OpKind.CONCAT:
+        return None
+    moving = [source for source in reach.sources(value) if not source.constant and not _is_zero(reach, source)]
+    return moving[0] if len(moving) == 1 else None
+
+
+def _is_zero(reach: Reach, value: Value) -> bool:
+    op = value.producer
+    if op is None or op.kind is not OpKind.MUL:
+        return False
+    return any(operand.constant and reach.graph.scalar(operand) == 0.0 for operand in op.operands)
+
+
+def _pads_channels(op: Op) -> bool:
+    """Whether the padding is along the channels of [N, C, ...], not along the extents of an image."""
+    if op.kind is OpKind.CONCAT:
+        return bool(op.attr("axis") == 1)
+    pads = tuple(op.attr("pads"))
+    half = len(pads) // 2
+    return half > 2 and bool(pads[1] or pads[half + 1])
+
+
+def _parts(reach: Reach, joined: Value) -> tuple[Value | None, tuple[Chain, ...]]:
+    """Where the two parts of a concatenation come from, and how, if it puts together again what slices took apart.
+
+    [x[:1], pool(x[1:])] pools the tokens behind a class token; [max(x), mean(x)] pools in two ways.
+    """
+    sources = [source for source in reach.sources(joined) if not source.constant]
+    if joined in reach.forks or len(sources) != 2:
+        return None, ()
+    origin = reach.meet(sources[0], sources[1:])
+    if origin is None:
+        return None, ()
+    ways = [chain(reach, origin, source) for source in sources]
+    if not all(way is not None and way.shortcut is not None and not way.sums and _is_part(way) for way in ways):
+        return None, ()
+    return origin, tuple(way for way in ways if way is not None)
+
+
+def _is_part(way: Chain) -> bool:
+    return way.shortcut == "pool" or (bool(way.ops) and way.ops[0].kind in (OpKind.SLICE, OpKind.SPLIT))
+
+
 def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     """The chain from `fork` to `top`; None when the way is none, because operations on it read other streams too."""
     bound = order(fork)
     ops: list[Op] = []
     sums: list[Op] = []
-    contractions = depthwise = spatial = strided = norms = activations = views = pads = pools = bends = others = 0
+    contractions = depthwise = spatial = strided = norms = activations = views = pads = 0
+    channels = pools = bends = others = 0
     value = top
     while value is not fork:
         op = value.producer
-        below = step_back(reach, value)
+        below = step_back(reach, value) or _padded(reach, value)
+        parts: tuple[Chain, ...] = ()
+        if op is not None and op.order > bound and below is None and op.kind is OpKind.CONCAT:
+            below, parts = _parts(reach, value)
         if op is None or below is None or op.order <= bound:
             return None
         ops.append(op)
-        if value in reach.forks:
+        if parts:
+            ops.extend(sorted({member for way in parts for member in way.ops}, key=lambda op: -op.order))
+            contractions += any(member.kind in (OpKind.CONV, OpKind.LINEAR) for way in parts for member in way.ops)
+            norms += any(way.shortcut == "projection" for way in parts)
+            pools += any(way.shortcut == "pool" for way in parts)
+            pads += any(way.shortcut == "pad" for way in parts)
+            views += 1
+            bends += not all(way.affine for way in parts)
+        elif value in reach.forks:
             if reach.forks[value] is not fork or len(op.outputs[0].uses) != 1:
                 return None
             sums.append(op)
@@ -123,8 +180,9 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.has(Trait.POOL) or op.kind in _POOLING:
             pools += 1
             bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
-        elif op.kind is OpKind.PAD or (op.kind is OpKind.CONCAT and len(reach.sources(value)) == 1):
+        elif op.kind is OpKind.PAD or op.kind is OpKind.CONCAT:
             pads += 1
+            channels += _pads_channels(op)
         elif op.kind is OpKind.SCATTER and op.inputs[0] is not None and op.inputs[0].constant:
             pads += 1
         elif op.kind is OpKind.GATHER and op.inputs[1] is not None and op.inputs[1].constant:
@@ -147,11 +205,13 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
     # Of convolutions with a larger kernel those are projections that change the extent, or are half of a separable
     # one: a depthwise one alone, at one resolution, is a position encoding. None has an activation.
     separable = spatial == depthwise == 1 and contractions == 2
-    if others or (contractions > 1 and not separable) or (spatial and (activations or not (strided or separable))):
+    bent = activations and not (contractions or norms or sums)  # relu(x) is another value than x, and no projection
+    spread = spatial and (activations or not (strided or separable))
+    if others or bent or spread or (contractions > 1 and not separable):
         shortcut = None
     elif contractions or norms or activations:
         shortcut = "projection"
     else:
-        shortcut = "pool" if pools else "pad" if pads else "view" if views else "identity"
+        shortcut = "pad" if channels else "pool" if pools else "pad" if pads else "view" if views else "identity"
     working = any(works(op) for op in ops) or bool(sums)
     return Chain(tuple(ops), shortcut, not bends and contractions <= 1 and not sums, working, tuple(sums))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from rescompile.blocks import Scale
+from rescompile.detection.flavours import is_random_factor
 from rescompile.detection.judgement import Draft, Judgement
 from rescompile.graph import Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind, Trait
@@ -85,9 +86,9 @@ def _through_scale(op: Op) -> Value | None:
         return op.operands[0]
     if op.kind in (OpKind.MUL, OpKind.DIV):
         first, second = op.operands[:2] if len(op.operands) > 1 else (op.operands[0], op.operands[0])
-        if second.constant:
+        if second.constant or is_random_factor(second):
             return first
-        return second if first.constant and op.kind is OpKind.MUL else None
+        return second if (first.constant or is_random_factor(first)) and op.kind is OpKind.MUL else None
     return None
 
 
@@ -158,7 +159,8 @@ def _factors(graph: Graph, end: Value, inside: Collection[Op]) -> Iterator[tuple
             return
         if op.kind in (OpKind.MUL, OpKind.DIV) and not _is_gain(op, step):
             constant = next(value for value in op.operands if value is not step)
-            yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
+            if not is_random_factor(constant):  # stochastic depth's factor is none of the model's
+                yield _describe(graph, constant, inverse=op.kind is OpKind.DIV)
         end = step
 
 

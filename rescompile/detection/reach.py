@@ -25,6 +25,7 @@ _STREAM_OPERAND: dict[OpKind, int] = {
 _STREAM_OPERAND[OpKind.EMBEDDING] = 1
 
 
+_SCALING = (OpKind.MUL, OpKind.DIV)  # a smaller constant next to a stream is a factor on it
 _RESULT, _INPUT = Role.RESULT, Role.INPUT  # looking a member of an enumeration up costs as much as the test
 
 
@@ -36,6 +37,7 @@ class Reach:
     """The ways back from every value judged so far, with the blocks found so far contracted."""
 
     def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.streams = _constant_streams(graph)
         self.forks: dict[Value, Value] = {}  # what each contracted join jumps to
         self._sources: dict[Value, tuple[Value, ...]] = {}
@@ -62,6 +64,11 @@ class Reach:
         for value in op.inputs if only is None else op.inputs[only : only + 1]:
             if value is not None and (value.role is _RESULT or value.role is _INPUT or value in self.streams):
                 found[value] = None
+        if len(found) > 1 and op.kind in _SCALING:
+            shape = op.outputs[0].shape
+            moving = [value for value in found if not value.constant or value.shape == shape]
+            if moving and any(not value.constant for value in moving):
+                return tuple(moving)
         return tuple(found)
 
     def sources(self, value: Value) -> tuple[Value, ...]:

@@ -7,9 +7,9 @@
 4. The shortcut is not broadcast: a bias or a table that is added everywhere is no stream.
 5. It is no step of an unrolled recurrence.
 
-Where several operands work on the same fork beside the shortcut, the block is `parallel`: y = x + A(n(x)) + F(n(x)), as
-one sum of three, as x + (A + F) or as (x + A) + F; the experts of a mixture are one branch. Where every operand is
-affine in the fork and works, it is a sum of re-parameterisable `branches`: y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
+Where several operands work on the same fork beside the shortcut, the block is `parallel` (see there). Where every
+operand is affine in the fork and works, it is a sum of re-parameterisable `branches`:
+y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rescompile.detection.chains import order
+from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
+from rescompile.detection.flavours import comes_back
+from rescompile.detection.gates import only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain, is_scale, step_back, works
+from rescompile.detection.parallel import absorb, parallel_tail
+from rescompile.detection.paths import Chain, branch_works, chain, step_back
 from rescompile.detection.reach import Reach
-from rescompile.graph import Op, Role, Value
+from rescompile.detection.recurrences import shares_weights, takes_part
+from rescompile.detection.streams import crossing
+from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
 _TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
 _IDENTITY = Chain((), "identity", affine=True, working=False)
-_ROUTES = (OpKind.TOPK, OpKind.ARGMAX)
-_PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
+_PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
 
 def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
@@ -38,9 +43,9 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
     if len({value for _, value in operands}) == 1:
         return Refusal(f"x + x: every operand is '{operands[0][1].name}'", operands[0][1])
-    streams = [(index, value) for index, value in operands if _may_be_stream(judgement, value)]
+    streams = [(index, value) for index, value in operands if may_be_stream(judgement, value)]
     if len(streams) < 2:
-        return _constant_operand(operands)
+        return constant_operand(operands)
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
     tried = sorted(streams, key=lambda item: order(item[1]))
@@ -51,7 +56,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
             return found
         refusal = found if refusal is None or not refusal.working else refusal
     if refusal is None or any(value.constant for _, value in streams):
-        return _constant_operand(operands)
+        return constant_operand(operands)
     return refusal
 
 
@@ -64,6 +69,37 @@ def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int,
 
 def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]) -> Draft | Refusal:
     """Judge one operand against the others; of two, either may be the shortcut."""
+    found = _contracted(judgement, op, left, rest)
+    dear = found.shortcut == "projection" if isinstance(found, Draft) else found.working
+    if len(rest) == 1 and dear:
+        for skip, other in ((left, rest[0]), (rest[0], left)):
+            crossed = crossing(judgement, skip[1], other[1], through=True)
+            if crossed is None or is_broadcast(skip[1], op.outputs[0]):
+                continue
+            draft = Draft(
+                kind="add",
+                shortcut=crossed.shortcut,
+                fork=crossed.fork,
+                join_op=op,
+                join_value=op.outputs[0],
+                skip_index=skip[0],
+                branches=[other[1]],
+                branch_ops=crossed.region,
+                shortcut_ops=crossed.shortcut_ops,
+                outside=crossed.outside,
+            )
+            if not only_weighs(judgement, draft):  # a bias that all layers add to their attention scores
+                return draft
+    if isinstance(found, Draft) and found.shortcut == "projection" and only_weighs(judgement, found):
+        text = "a gate: two maps of '{}' are added to make factors or attention weights, not features"
+        return Refusal(text.format(found.fork.name), found.fork)
+    return found
+
+
+def _contracted(
+    judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[tuple[int, Value]]
+) -> Draft | Refusal:
+    """Judge one operand against the others, every block before being an identity."""
     reach = judgement.reach
     fork = reach.meet(left[1], [value for _, value in rest])
     if fork is None:
@@ -81,9 +117,9 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
-        coupled = _coupling(judgement, op, fork, left, rest) or _coupling(judgement, op, fork, rest[0], [left])
-        if coupled is not None:
-            return coupled
+        branches = _branches(judgement, op, fork, (left, *rest))
+        if branches is not None:
+            return branches
         text = (
             f"two working branches: {_names(left, *rest)} both work on what they come from, '{fork.name}', so neither "
             "is a shortcut" + _undecided(reach, fork, (left, *rest))
@@ -98,6 +134,27 @@ def _two(judgement: Judgement, op: Op, left: tuple[int, Value], rest: Sequence[t
         if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:
+    """The sum as re-parameterisable branches, none of which could be a shortcut: y = conv₃(x) + conv₅(x)."""
+    ways = [chain(judgement.reach, fork, value) for _, value in operands]
+    if any(way is None or not (way.affine and way.working) or takes_part(way.ops) for way in ways):
+        return None
+    tops = [value for _, value in operands]
+    region, outside = judgement.reach.between(fork, tops)
+    return Draft(
+        kind="branches",
+        shortcut="projection",
+        fork=fork,
+        join_op=op,
+        join_value=op.outputs[0],
+        skip_index=operands[0][0],
+        branches=tops,
+        branch_ops=region,
+        shortcut_ops=[],
+        outside=outside,
+    )
 
 
 def _undecided(reach: Reach, fork: Value, operands: Sequence[tuple[int, Value]]) -> str:
@@ -129,10 +186,15 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
-    if _is_recurrence(way, region):
+    if takes_part(way.ops) and shares_weights(region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
-    if _is_broadcast(skip[1], op.outputs[0]):
+    if way.working and takes_part(way.ops) and _works_on_parts(judgement, fork, region):
+        text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
+        return Refusal(text, fork, working=True)
+    if way.shortcut == "view" and all(reached_by_gates_only(reach, fork, region, top) for top in tops):
+        return Refusal(f"a gate: the rest of '{fork.name}' only weighs what '{skip[1].name}' is added to", fork)
+    if is_broadcast(skip[1], op.outputs[0]):
         return Refusal(f"broadcast: '{skip[1].name}' is smaller than the sum, so it is no stream", fork)
     draft = Draft(
         kind="add",
@@ -154,48 +216,34 @@ def _block(
             return Refusal(text, fork, working=True)
         ways = [chain(reach, fork, value) for value in tops]
         affine = all(other is not None and other.affine and other.working for other in ways)
+        parted = [other for other in (way, *ways) if other is not None and takes_part(other.ops)]
+        if affine and way.affine and parted:
+            text = f"two working branches: each of them maps a part of '{fork.name}'"
+            return Refusal(text, fork, working=True)
+    if way.sums and any(comes_back(judgement, draft)):
+        return draft  # the stream that runs through another block is what is joined
     if way.sums:
-        return _absorb(judgement, draft, way, affine)
+        return absorb(judgement, draft, way, affine)
     if way.working and way.affine and affine:
         draft.kind = "branches"
         draft.branch_ops = sorted({*region, *way.ops}, key=lambda member: member.order)
         draft.branches = [skip[1], *tops]
         draft.shortcut_ops = []
         return draft
-    _parallel_tail(judgement, draft)
+    parallel_tail(judgement, draft)
     return draft
 
 
-def _coupling(
-    judgement: Judgement, op: Op, fork: Value, skip: tuple[int, Value], others: Sequence[tuple[int, Value]]
-) -> Draft | None:
-    """Two streams that work on each other by turns: y₁ = x₁ + F(x₂), y₂ = x₂ + G(y₁), y₁' = y₁ + F'(y₂) (RevNet).
-
-    The skip is a block's join; the other operand works on the join of the other stream, whose branch read the skip.
-    """
-    if len(others) != 1 or skip[1] not in judgement.reach.forks:
-        return None
-    region, _ = judgement.reach.between(fork, [others[0][1]])
-    for member in reversed(region):
-        other = judgement.drafts.get(member)
-        if other is None or not (skip[1] in other.outside or skip[1].producer in other.branch_ops):
+def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> bool:
+    """Whether what works in the region reads parts of the fork only."""
+    whole = {fork}
+    for op in region:
+        if op.kind in _PARTS or whole.isdisjoint(judgement.reach.sources(op.outputs[0])):
             continue
-        branch, outside = judgement.reach.between(other.join_value, [others[0][1]])
-        if not branch_works(judgement.reach, branch):
-            return None
-        return Draft(
-            kind="add",
-            shortcut="identity",
-            fork=skip[1],
-            join_op=op,
-            join_value=op.outputs[0],
-            skip_index=skip[0],
-            branches=[others[0][1]],
-            branch_ops=branch,
-            shortcut_ops=[],
-            outside=[other.join_value, *outside],
-        )
-    return None
+        if not op.has(Trait.FREE):
+            return False
+        whole.update(op.outputs)
+    return True
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
@@ -203,143 +251,3 @@ def _is_other_projection(way: Chain, other: Chain | None) -> bool:
     if other is None or other.shortcut != "projection" or way.affine:
         return False
     return all(any(op.kind in (OpKind.CONV, OpKind.LINEAR) for op in each.ops) for each in (way, other))
-
-
-def _absorb(judgement: Judgement, draft: Draft, way: Chain, affine: bool) -> Draft | Refusal:
-    """(x + A(x)) + F(x): the sum completes the one before."""
-    inner = judgement.drafts.get(way.sums[0])
-    plain = all(op in way.sums or op.kind in _PASSED for op in way.ops)
-    if inner is None or len(way.sums) > 1 or not plain:
-        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
-    if inner.kind == "branches" and affine:
-        draft.kind = "branches"
-    elif inner.kind in ("add", "parallel"):
-        draft.kind = "parallel"
-    else:
-        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
-    draft.shortcut = inner.shortcut
-    draft.shortcut_ops = inner.shortcut_ops
-    draft.branch_ops = sorted({*inner.branch_ops, *draft.branch_ops}, key=lambda op: op.order)
-    draft.branches = [*inner.branches, *draft.branches]
-    draft.outside = list(dict.fromkeys([*inner.outside, *draft.outside]))
-    draft.join_ops = list(inner.join_ops)
-    return draft
-
-
-def _parallel_tail(judgement: Judgement, draft: Draft) -> None:
-    """x + (A(n(x)) + F(n(x))): the branch ends in a sum of two that start where the block does."""
-    ends: list[Value] = []
-    sums: list[Op] = []
-    pending = list(draft.branches)
-    while pending:
-        value = pending.pop(0)
-        op = _tail(value)
-        refusal = None if op is None else judgement.refusals.get(op)
-        if op is None or refusal is None or not refusal.working or not _starts_at(judgement, draft.fork, refusal.meet):
-            ends.append(value)
-            continue
-        parts = judgement.reach.operands(op)
-        if _is_mixture(judgement, draft.fork, parts):
-            ends.append(value)
-            continue
-        sums.append(op)
-        pending.extend(parts)
-    if len(ends) == 1:
-        return
-    working = [end for end in ends if branch_works(judgement.reach, judgement.reach.between(draft.fork, [end])[0])]
-    if len(working) > 1:
-        draft.kind = "parallel"
-        draft.branches = ends
-        draft.join_ops = sorted(sums, key=lambda op: op.order)
-
-
-def _is_mixture(judgement: Judgement, fork: Value, parts: Sequence[Value]) -> bool:
-    """Whether a sum is the one of a mixture of experts: some parts are routed, the others work on each position alone.
-
-    An expert that all positions share is a part of the mixture, not a branch beside it; an attention is one.
-    """
-    regions = [judgement.reach.between(fork, [part])[0] for part in parts]
-    routed = [any(op.kind in _ROUTES for op in region) for region in regions]
-    if not any(routed):
-        return False
-    plain = (region for region, is_routed in zip(regions, routed, strict=True) if not is_routed)
-    return all(op.kind is OpKind.LINEAR or op.has(Trait.NORM) or not works(op) for region in plain for op in region)
-
-
-def _tail(value: Value) -> Op | None:
-    """The sum that a branch ends in, when only the join reads it."""
-    while (op := value.producer) is not None and len(value.uses) == 1:
-        if op.kind is OpKind.ADD:
-            return op
-        if op.kind not in _PASSED and not is_scale(op):
-            return None
-        value = op.operands[0]
-    return None
-
-
-def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
-    """Whether a branch's parts meet at the fork, or at its normalised form."""
-    if meet is None or order(meet) < order(fork):
-        return False
-    if meet is fork:
-        return True
-    way = chain(judgement.reach, fork, meet)
-    return way is not None and all(op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op) for op in way.ops)
-
-
-def _may_be_stream(judgement: Judgement, value: Value) -> bool:
-    """Whether an operand could carry a stream: computed from inputs, or a constant that is read elsewhere too."""
-    if not value.constant:
-        return True
-    if value.role is not Role.RESULT:
-        return value in judgement.reach.streams
-    for _ in range(8):
-        if len(value.uses) > 1:
-            return True
-        op = value.producer
-        if op is None or not (op.has(Trait.FREE) or is_scale(op) or op.kind is OpKind.ADD):
-            return op is not None and works(op)
-        value = op.operands[0]
-    return False
-
-
-def _constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
-    constants = [value for _, value in operands if value.constant]
-    if len(constants) == len(operands):
-        return Refusal("constants: the sum does not depend on the model's inputs")
-    value = constants[0]
-    size = None if value.shape is None else [extent for extent in value.shape if extent != 1]
-    if size is not None and not size:
-        return Refusal(f"constant: '{value.name}' is one number")
-    if size is not None and len(size) == 1:
-        return Refusal(f"bias: '{value.name}' is a constant")
-    return Refusal(f"constant table: '{value.name}' does not depend on the inputs (a position embedding, a mask)")
-
-
-def _is_recurrence(way: Chain, region: Sequence[Op]) -> bool:
-    """hₜ = f(W·hₜ₋₁ + x[t]): one step's slice is added to what the same weights made of the steps before."""
-    if not any(op.kind in (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER) for op in way.ops):
-        return False
-    shared = [_weight_is_shared(op) for op in region if works(op)]
-    return bool(shared) and all(shared)
-
-
-def _weight_is_shared(op: Op) -> bool:
-    value = op.inputs[1] if op.kind is OpKind.LINEAR else None
-    while value is not None and value.constant:
-        if len(value.uses) > 1:
-            return True
-        producer = value.producer
-        value = producer.inputs[0] if producer is not None and producer.has(Trait.FREE) else None
-    return False
-
-
-def _is_broadcast(skip: Value, total: Value) -> bool:
-    """Whether the sum is larger than the skip, other than by the batch of a stream that starts as a constant."""
-    if skip.shape is None or total.shape is None:
-        return False
-    padded = (1,) * (len(total.shape) - len(skip.shape)) + skip.shape
-    differing = [axis for axis, (own, whole) in enumerate(zip(padded, total.shape, strict=True)) if own != whole]
-    if skip.constant and differing == [0]:
-        return False
-    return any(padded[axis] == 1 for axis in differing)

@@ -15,11 +15,7 @@ from rescompile.detection import inspect_graph
 from tests import classics
 from tests.classics.case import Case
 
-AREAS = [
-    name
-    for _, name, _ in pkgutil.iter_modules(classics.__path__)
-    if name not in ("case", "check", "parts")
-]
+AREAS = [name for _, name, _ in pkgutil.iter_modules(classics.__path__) if name not in ("case", "check", "parts")]
 
 
 def cases() -> dict[str, Case]:

@@ -80,9 +80,7 @@ class PeleeNet(nn.Module):
         super().__init__()
         self.stem1, self.stem2a = conv_bn_relu(3, 8, 3, 2), conv_bn_relu(8, 4, 1)
         self.stem2b, self.stem3 = conv_bn_relu(4, 8, 3, 2), conv_bn_relu(16, 8, 1)
-        self.one = nn.ModuleList(
-            nn.Sequential(conv_bn_relu(8 + 4 * i, 4, 1), conv_bn_relu(4, 2)) for i in range(3)
-        )
+        self.one = nn.ModuleList(nn.Sequential(conv_bn_relu(8 + 4 * i, 4, 1), conv_bn_relu(4, 2)) for i in range(3))
         self.two = nn.ModuleList(
             nn.Sequential(conv_bn_relu(8 + 4 * i, 4, 1), conv_bn_relu(4, 2), conv_bn_relu(2, 2)) for i in range(3)
         )
@@ -103,9 +101,7 @@ class DualPath(nn.Module):
         self.stem = conv_bn_relu(3, 8)
         self.project = conv_bn(8, width + growth, 1)
         self.units = nn.ModuleList(
-            nn.Sequential(
-                conv_bn_relu(8 if i == 0 else width + growth * (i + 1), 8, 1), conv_bn(8, width + growth)
-            )
+            nn.Sequential(conv_bn_relu(8 if i == 0 else width + growth * (i + 1), 8, 1), conv_bn(8, width + growth))
             for i in range(units)
         )
         self.width = width

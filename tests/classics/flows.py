@@ -80,9 +80,7 @@ class Affine(nn.Module):
     def __init__(self, layers: int = 3, width: int = 4) -> None:
         super().__init__()
         self.mix = nn.ModuleList(nn.Conv2d(width, width, 1, bias=False) for _ in range(layers))
-        self.nets = nn.ModuleList(
-            nn.Sequential(conv(width // 2, 8), nn.ReLU(), conv(8, width)) for _ in range(layers)
-        )
+        self.nets = nn.ModuleList(nn.Sequential(conv(width // 2, 8), nn.ReLU(), conv(8, width)) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for mix, net in zip(self.mix, self.nets, strict=True):
@@ -155,9 +153,10 @@ class Equilibrium(nn.Module):
 
 
 CASES: dict[str, Case] = {
-    # The first sum starts from a half of the stem's output; every later one from its own stream.
-    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4, "nested": 0}, "pre"),
-    "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 0}, "pre"),
+    # The first two sums start from the stem, with its halves as shortcuts, beside each other; every later one from its
+    # own stream.
+    "RevNet": Case(RevNet, image(), {"view": 2, "identity": 4}, "pre"),
+    "Reformer": Case(Reformer, floats((2, 5, 8)), {"identity": 6, "nested": 1}, "pre"),
     "i-ResNet": Case(IResNet, image(4, 8), {"identity": 4}, "none"),
     # [x₁, F(x)] with F(x) = x₂ + m(x₁): dense, and the sum in it has the other half as its shortcut.
     "NICE": Case(NICE, floats((2, 8)), {"dense": 3, "view": 3, "nested": 3}),

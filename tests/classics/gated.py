@@ -169,9 +169,9 @@ CASES: dict[str, Case] = {
     "highway, conv": Case(ConvHighway, image(), {"gated": 3}),
     "highway, H and T of one linear": Case(FusedGate, floats((2, 8)), {"gated": 2}),
     "CBHG": Case(CBHG, tokens(), {"identity": 1, "gated": 2}),
-    # Seen from the state, every micro-layer is a highway layer, in every time step.
-    "recurrent highway network, unrolled": Case(RecurrentHighway, floats((2, 3, 6)), {"gated": 6}, traced=False),
-    "minimal gated unit, unrolled": Case(MinimalGated, floats((2, 4, 6)), {"gated": 3}),
+    # The steps of a recurrence are no blocks.
+    "recurrent highway network, unrolled": Case(RecurrentHighway, floats((2, 3, 6)), {}, traced=False),
+    "minimal gated unit, unrolled": Case(MinimalGated, floats((2, 4, 6)), {}),
     "SRU": Case(Simple, floats((2, 3, 6)), {"gated": 2}),
     "QRNN": Case(QuasiRecurrent, floats((2, 6, 3)), {}),
 }

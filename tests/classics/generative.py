@@ -11,7 +11,7 @@ from tests.classics.parts import conv, conv_bn, conv_bn_relu
 
 
 class ResBlock(nn.Module):
-    """Latent diffusion: GroupNorm, SiLU, conv, + time embedding, GroupNorm, SiLU, conv, + skip (1×1 if widths differ)."""
+    """Latent diffusion: GroupNorm, SiLU, conv, + time embedding, GroupNorm, SiLU, conv, + skip."""
 
     def __init__(self, inputs: int, outputs: int, time: int = 8) -> None:
         super().__init__()
@@ -52,8 +52,10 @@ class Diffusion(nn.Module):
         self.stem, self.down = conv(3, width), conv(width, width, 3, 2)
         self.e1, self.e2 = ResBlock(width, width), ResBlock(width, 2 * width)
         self.m1, self.attention, self.m2 = (
-            ResBlock(2 * width, 2 * width), SpatialAttention(2 * width), ResBlock(2 * width, 2 * width)
-        )  # fmt: skip
+            ResBlock(2 * width, 2 * width),
+            SpatialAttention(2 * width),
+            ResBlock(2 * width, 2 * width),
+        )
         self.d2, self.d2b = ResBlock(4 * width, 2 * width), ResBlock(3 * width, width)
         self.up = conv(width, width)
         self.d1, self.d1b = ResBlock(2 * width, width), ResBlock(2 * width, width)
@@ -151,7 +153,7 @@ class StyleSkips(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """Gated PixelCNN, horizontal stack: x + conv₁(tanh(a)·σ(b)), with the vertical stack added in (van den Oord 2016)."""
+    """Gated PixelCNN: x + conv₁(tanh(a)·σ(b)), with the vertical stack added in (van den Oord 2016)."""
 
     def __init__(self, layers: int = 2, width: int = 4) -> None:
         super().__init__()
@@ -176,7 +178,7 @@ class PixelCNN(nn.Module):
 
 
 class Quantised(nn.Module):
-    """VQ-VAE: residual blocks in encoder and decoder; z + (q − z).detach() passes gradients only (van den Oord 2017)."""
+    """VQ-VAE: residual blocks; z + (q − z).detach() passes gradients only (van den Oord 2017)."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -244,7 +246,8 @@ class Impala(nn.Module):
         plan = ((3, 4), (4, 8))
         self.convs = nn.ModuleList(conv(i, o) for i, o in plan)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(nn.ReLU(), conv(o, o), nn.ReLU(), conv(o, o)) for _ in range(2)) for _, o in plan
+            nn.ModuleList(nn.Sequential(nn.ReLU(), conv(o, o), nn.ReLU(), conv(o, o)) for _ in range(2))
+            for _, o in plan
         )
         self.hidden, self.v, self.a = nn.Linear(128, 8), nn.Linear(8, 1), nn.Linear(8, 5)
 
@@ -264,7 +267,10 @@ class Siamese(nn.Module):
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.stem, self.body = conv_bn_relu(3, width), nn.Sequential(*conv_bn_relu(width, width), *conv_bn(width, width))
+        self.stem, self.body = (
+            conv_bn_relu(3, width),
+            nn.Sequential(*conv_bn_relu(width, width), *conv_bn(width, width)),
+        )
         self.head = nn.Sequential(nn.Linear(3 * width, 8), nn.ReLU(), nn.Linear(8, 1))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -299,9 +305,11 @@ class Experts(nn.Module):
 CASES: dict[str, Case] = {
     # Two concatenations join a value across the change of resolution, two at the lower one without.
     "latent diffusion U-Net": Case(
-        Diffusion, lambda: (torch.randn(1, 3, 8, 8), torch.rand(1)),
-        {"identity": 4, "projection": 5, "dense": 2, "long": 2}, "pre",
-    ),  # fmt: skip
+        Diffusion,
+        lambda: (torch.randn(1, 3, 8, 8), torch.rand(1)),
+        {"identity": 4, "projection": 5, "dense": 2, "long": 2},
+        "pre",
+    ),
     # Both ways change the resolution alike: nothing is joined across it.
     "BigGAN generator": Case(BigGAN, floats((1, 6)), {"projection": 2}),
     "BigGAN discriminator": Case(Critic, image(), {"projection": 2, "identity": 1}, "none"),
@@ -312,6 +320,6 @@ CASES: dict[str, Case] = {
     "IMPALA, dueling": Case(Impala, image(), {"identity": 4}, "none"),
     "siamese": Case(Siamese, lambda: (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)), {"identity": 2}, "branch"),
     "mixture of experts, two heads": Case(Experts, floats((2, 8)), {"identity": 1}),
-    # The summed picture runs past each stage: its own 1×1 projection of the stage's input, enlarged.
-    "StyleGAN2 output skips": Case(StyleSkips, floats((1, 6)), {"long": 2}),
+    # The summed picture runs past each stage: a 1×1 projection of the stage's input, enlarged as the stage enlarges.
+    "StyleGAN2 output skips": Case(StyleSkips, floats((1, 6)), {"projection": 2}),
 }

@@ -255,7 +255,7 @@ class Mamba2(nn.Module):
             for step in range(3):
                 now = dt[:, step, :, None] * u[:, step, :, None] * b[:, step, None, :]
                 h = decay[:, step, :, None] * h + now
-                ys.append((h * c[:, step, None, :]).sum(-1))
+                ys.append((h @ c[:, step, :, None]).squeeze(-1))
             y = torch.stack(ys + ys, 1) + d * u
             x = x + out(m(y * F.silu(z)))
         return x

@@ -127,7 +127,7 @@ class Fpn(nn.Module):
 
 
 class BiFpn(nn.Module):
-    """One BiFPN layer on three levels: fast normalised weighted sums, in the middle of all three values (Tan 2020)."""
+    """One BiFPN layer on three levels: normalised weighted sums, of three values in the middle (Tan 2020)."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class BiFpn(nn.Module):
 
 
 class PyramidPooling(nn.Module):
-    """[x, up(conv(pool₁(x))), up(conv(pool₂(x))), ...]: x joined with what went to coarser bins and back (Zhao 2017)."""
+    """[x, up(conv(pool₁(x))), ...]: x joined with what went to coarser bins and back (Zhao 2017)."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -221,12 +221,14 @@ class FCN8(nn.Module):
 CASES: dict[str, Case] = {
     # Three backbone bottlenecks; SPPF is dense; the top-down path joins across resolutions, the bottom-up path joins
     # what it came from across resolutions too.
-    "YOLOv5 (C3)": Case(lambda: Yolo(C3), image(), {"identity": 3, "dense": 1, "long": 4}, "branch"),
+    "YOLOv5 (C3)": Case(lambda: Yolo(C3), image(), {"identity": 3, "dense": 1, "long": 4}, "inner"),
     "YOLOv8 (C2f)": Case(lambda: Yolo(C2f), image(), {"identity": 3, "dense": 8, "long": 4}),
     "FPN": Case(Fpn, image(), {"long": 2}),
-    "PANet": Case(lambda: Fpn(True), image(), {"long": 4}),
-    # Each of the four weighted sums joins a level's value with a neighbouring level's; the widest is one sum of three.
-    "BiFPN": Case(BiFpn, image(), {"long": 4}, traced=True),
+    # The bottom-up sums join two 3×3 convolutions.
+    "PANet": Case(lambda: Fpn(True), image(), {"long": 2}),
+    # Each of the four weighted sums joins a level's value with a neighbouring level's; the third adds the level's own
+    # earlier value to its later one besides.
+    "BiFPN": Case(BiFpn, image(), {"long": 4, "identity": 1}),
     "PSPNet": Case(PyramidPooling, image(), {"long": 1}),
     "ASPP": Case(lambda: DeepLab(False), image(), {}),
     "DeepLab v3+": Case(lambda: DeepLab(True), image(), {"long": 1}),

@@ -58,7 +58,7 @@ class CifarResNet(nn.Module):
 
 
 class PreActivation(nn.Module):
-    """x + F(relu(bn(x))); where the width changes, the projection reads the activated input too (He 2016, Zagoruyko)."""
+    """x + F(relu(bn(x))); where the width changes, the projection reads the activated input (He 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -112,8 +112,7 @@ def bottlenecks(middle: type[nn.Module] | None = None, end: type[nn.Module] | No
     """A stem, one block that changes the width and two that do not. Middles take 8 channels, ends 16."""
 
     def block(inputs: int, stride: int) -> nn.Module:
-        built = Bottleneck(inputs, 16, stride, middle(8) if middle else None, end(16) if end else None)  # type: ignore[call-arg]
-        return built
+        return Bottleneck(inputs, 16, stride, middle(8) if middle else None, end(16) if end else None)  # type: ignore[call-arg]
 
     return nn.Sequential(conv_bn_relu(3, 8), block(8, 1 if middle else 2), block(16, 1), block(16, 1))
 
@@ -292,8 +291,9 @@ class SqueezeNext(nn.Module):
             return nn.Sequential(nn.Conv2d(i, o, kernel, padding=pad, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
         self.blocks = nn.ModuleList(
-            nn.Sequential(layer(i, 4, (1, 1)), layer(4, 2, (1, 1)), layer(2, 4, (3, 1)), layer(4, 4, (1, 3)),
-                          layer(4, o, (1, 1)))  # fmt: skip
+            nn.Sequential(
+                layer(i, 4, (1, 1)), layer(4, 2, (1, 1)), layer(2, 4, (3, 1)), layer(4, 4, (1, 3)), layer(4, o, (1, 1))
+            )
             for i, o in ((width, width), (width, 2 * width))
         )
         self.project = conv_bn_relu(width, 2 * width, 1)
@@ -343,15 +343,19 @@ class Ghost(nn.Module):
 
 CASES: dict[str, Case] = {
     "CIFAR ResNet, option A by F.pad": Case(
-        lambda: CifarResNet("A, F.pad"), image(), {"identity": 1, "pad": 2}, "branch", traced=True
+        lambda: CifarResNet("A, F.pad"), image(), {"identity": 1, "pad": 2}, "branch", folded="none", traced=True
     ),
     "CIFAR ResNet, option A by zeros": Case(
-        lambda: CifarResNet("A, zeros"), image(), {"identity": 1, "pad": 2}, "branch", traced=False
+        lambda: CifarResNet("A, zeros"), image(), {"identity": 1, "pad": 2}, "branch", folded="none", traced=False
     ),
-    "CIFAR ResNet, option A by x·0": Case(lambda: CifarResNet("A, mul"), image(), {"identity": 1, "pad": 2}, "branch"),
-    "CIFAR ResNet, option B": Case(lambda: CifarResNet("B"), image(), {"identity": 1, "projection": 2}, "branch"),
-    "CIFAR ResNet, option C": Case(lambda: CifarResNet("C"), image(), {"projection": 3}, "branch"),
-    # ONNX export folds the batch norm behind a convolution, and leaves those that stand before a ReLU and a convolution.
+    "CIFAR ResNet, option A by x·0": Case(
+        lambda: CifarResNet("A, mul"), image(), {"identity": 1, "pad": 2}, "branch", folded="none"
+    ),
+    "CIFAR ResNet, option B": Case(
+        lambda: CifarResNet("B"), image(), {"identity": 1, "projection": 2}, "branch", folded="none"
+    ),
+    "CIFAR ResNet, option C": Case(lambda: CifarResNet("C"), image(), {"projection": 3}, "branch", folded="none"),
+    # ONNX export folds the batch norm behind a convolution only.
     "Wide ResNet": Case(WideResNet, image(), {"identity": 4, "projection": 2}, "pre"),
     "ResNeXt": Case(bottlenecks, image(), {"identity": 2, "projection": 1}, "branch"),
     "SENet": Case(lambda: bottlenecks(end=SE), image(), {"identity": 2, "projection": 1}, "inner"),
@@ -360,7 +364,7 @@ CASES: dict[str, Case] = {
     "SK-Net": Case(lambda: bottlenecks(middle=SelectiveKernel), image(), {"identity": 2, "projection": 1}, "branch"),
     "ResNeSt": Case(lambda: bottlenecks(middle=SplitAttention), image(), {"identity": 2, "projection": 1}, "branch"),
     "PyramidNet": Case(PyramidNet, image(), {"pad": 3}, "sandwich", traced=False),
-    "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, "branch", training=True, traced=False),
+    "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, training=True, traced=False),
     "Shake-Shake": Case(ShakeShake, image(), {"parallel": 2}, "branch"),
     "stochastic depth, training": Case(
         lambda: Dropped(False), image(), {"stochastic": 3}, "branch", training=True, traced=False

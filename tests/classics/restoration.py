@@ -69,7 +69,7 @@ class Upscaler(nn.Module):
 
 
 class DRRN(nn.Module):
-    """One recursive residual block, weights shared: y ← x₁ + F(y), every sum with the block's first value (Tai 2017)."""
+    """A recursive block with shared weights: y ← x₁ + F(y), each sum with the first value (Tai 2017)."""
 
     def __init__(self, width: int = 8, unit: int = 3) -> None:
         super().__init__()
@@ -222,8 +222,8 @@ CASES: dict[str, Case] = {
     "SRResNet": Case(SRResNet, image(), {"identity": 4, "nested": 3}, "branch", folded="none"),
     "DnCNN": Case(DnCNN, image(), {"identity": 1}, "inner", folded="none"),
     "VDSR": Case(VDSR, image(), {"identity": 1}, "none"),
-    # The shortcut leaves the fork's resolution as the branch does.
-    "global skip over an upscaler": Case(Upscaler, image(), {"long": 1}),
+    # The shortcut leaves the fork's resolution as the branch does: no join across resolutions.
+    "global skip over an upscaler": Case(Upscaler, image(), {"pool": 1}),
     # Each sum starts from the first value; what came before lies in its branch.
     "DRRN": Case(DRRN, image(), {"identity": 4, "nested": 3}, "none"),
     # Three concatenations in each of two blocks, and that of the first block's output with the second's.

@@ -165,7 +165,7 @@ class Universal(nn.Module):
 
 
 class Evolved(nn.Module):
-    """Evolved transformer encoder: GLU, a wide conv branch beside a conv branch, separable conv; then a layer (So 2019)."""
+    """Evolved transformer encoder: GLU, a linear beside a conv, a wide conv; then a layer (So 2019)."""
 
     def __init__(self, width: int = D) -> None:
         super().__init__()
@@ -367,13 +367,13 @@ class ClassConditional(nn.Module):
 
     def __init__(self, width: int = D) -> None:
         super().__init__()
-        self.word, self.type, self.position = (nn.Embedding(11, width) for _ in range(3))
+        self.word, self.kind, self.position = (nn.Embedding(11, width) for _ in range(3))
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.layers = nn.Sequential(Pre(), Pre())
         self.conv = conv(1, 1)
 
-    def forward(self, words: Tensor, types: Tensor) -> Tensor:
-        x = self.word(words) + self.type(types) + self.position(torch.arange(words.shape[1]))
+    def forward(self, words: Tensor, kinds: Tensor) -> Tensor:
+        x = self.word(words) + self.kind(kinds) + self.position(torch.arange(words.shape[1]))
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
         out: Tensor = self.layers(x)[:, 0]
         return out
@@ -404,10 +404,12 @@ CASES: dict[str, Case] = {
     "parallel, GPT-J": Case(lambda: Parallel("GPT-J"), X, {"parallel": 1}, "pre"),
     "parallel, two norms": Case(lambda: Parallel("two norms"), X, {"parallel": 1}, "pre"),
     "universal transformer": Case(Universal, X, {"identity": 8}, "post"),
-    "evolved transformer": Case(Evolved, X, {"identity": 4}, "pre"),
+    # The wide linear beside the convolution is a projection by its operations.
+    "evolved transformer": Case(Evolved, X, {"identity": 4, "projection": 1}, "pre"),
     "Transformer-XL": Case(Recall, floats((N, T, D), (N, T, D)), {"identity": 2}, "post"),
     "GTrXL": Case(Gated, X, {"gated": 2}),
-    "ResFormer": Case(ValueResidual, X, {"identity": 3}, "pre"),
+    # Each later attention adds the first one's values, as they are, to its own.
+    "ResFormer": Case(ValueResidual, X, {"identity": 5}, "pre"),
     "DiT": Case(DiT, floats((N, T, D), (N, D)), {"identity": 4}, "pre", scales=0),
     "MMDiT": Case(MMDiT, floats((N, T, D), (N, 3, D)), {"identity": 8}, "pre"),
     "Perceiver IO": Case(Perceiver, X, {"identity": 6}, "pre"),
@@ -415,7 +417,9 @@ CASES: dict[str, Case] = {
     "embeddings that are summed": Case(
         ClassConditional, lambda: (torch.randint(0, 11, (N, T)), torch.randint(0, 2, (N, T))), {"identity": 4}, "pre"
     ),
-    "ResiDual": Case(lambda: two(ResiDual), X, {"identity": 10}),
-    "DenseFormer": Case(DenseFormer, X, {"identity": 9}, "pre"),
+    # The second stream is x + F₁ + F₂, one sum of two branches; the streams merge as two norms of one fork.
+    "ResiDual": Case(lambda: two(ResiDual), X, {"identity": 4, "parallel": 2}),
+    # The first average holds one layer's branch, the second and the third several.
+    "DenseFormer": Case(DenseFormer, X, {"identity": 7, "parallel": 2}, "pre"),
     "hyper-connections": Case(HyperConnections, X, {"identity": 4}),
 }

@@ -39,9 +39,11 @@ class Gate(nn.Module):
 
 
 class UNet(nn.Module):
-    """Three levels; `up`: transpose, bilinear, crop (valid convolutions); `join`: concat or add; gates, residual blocks."""
+    """Three levels; `up`: transpose, bilinear or crop (valid convolutions); `join`: concat or add."""
 
-    def __init__(self, up: str = "transpose", join: str = "concat", gated: bool = False, residual: bool = False) -> None:
+    def __init__(
+        self, up: str = "transpose", join: str = "concat", gated: bool = False, residual: bool = False
+    ) -> None:
         super().__init__()
         block = Residual if residual else double
         widths = (4, 8, 16)
