@@ -490,5 +490,8 @@ _TORCHVISION: dict[str, Expected] = {
 EXPECTED: dict[str, Expected] = {
     **{f"timm:{name}": expected for name, expected in _TIMM.items()},
     **{f"torchvision:{name}": expected for name, expected in _TORCHVISION.items()},
-    **{f"transformers:{name}": Expected(entry.counts, None, entry.because) for name, entry in TRANSFORMERS.items()},
+    **{
+        f"transformers:{name}": Expected(entry.counts, entry.onnx, entry.because)
+        for name, entry in TRANSFORMERS.items()
+    },
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,8 +27,19 @@ class Canonicalise:
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite for each operation that does nothing, or the reason why it stays."""
-        decisions = (self._decide(graph, op, source) for op in graph if (source := _unchanged(graph, op)) is not None)
-        return gather(self.name, self.preserves, graph, decisions)
+        return gather(self.name, self.preserves, graph, self._decisions(graph))
+
+    def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
+        stands: dict[Value, Value] = {}  # of what is gone by then: what its readers read instead
+        for op in graph:
+            source = _unchanged(graph, op)
+            if source is None:
+                continue
+            source = stands.get(source, source)
+            decision = self._decide(graph, op, source)
+            if isinstance(decision, Rewrite):
+                stands[op.output] = source
+            yield decision
 
     def _decide(self, graph: Graph, op: Op, source: Value) -> Rewrite | Refusal:
         if graph.is_output(op.output):

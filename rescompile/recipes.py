@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from rescompile import affine
 from rescompile.values import numpy_dtype
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -73,6 +74,17 @@ def select_last(_: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
     return matrix.reshape(shape).astype(numpy_dtype(attrs["dtype"]))
 
 
+def affine_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """W of the affine map that a program of `rescompile.affine` makes of the operands. [in, out] where `transpose`."""
+    weight = affine.run(attrs["steps"], operands).weight
+    return (weight.T if attrs["transpose"] else weight).astype(numpy_dtype(attrs["dtype"]))
+
+
+def affine_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """b of that map."""
+    return affine.run(attrs["steps"], operands).bias.astype(numpy_dtype(attrs["dtype"]))
+
+
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
     "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
@@ -80,4 +92,6 @@ RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = 
     "constant": constant,
     "kaiming_normal": kaiming_normal,
     "select_last": select_last,
+    "affine_weight": affine_weight,
+    "affine_bias": affine_bias,
 }

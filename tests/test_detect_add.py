@@ -278,6 +278,16 @@ def test_trap_relative_position_bias_shared_by_all_layers(computed: bool) -> Non
     assert [block.join for block in report] == ["join_0", "join_1", "join_2"]
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_trap_distance_of_a_loss(measured: bool) -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    difference = b.sub(b.linear(b.relu(b.linear(x, 16)), 8), x)
+    squared = b.mul(difference, difference)
+    outputs = [b.mean(squared, 0, 1)] if measured else [b.mean(squared, 0, 1), difference]
+    assert len(inspect_graph(b.output(*outputs))) == (0 if measured else 1)
+
+
 def test_trap_x_plus_x() -> None:
     b = Builder()
     x = b.linear(b.input(2, 8), 8)

@@ -246,3 +246,20 @@ def _producer(value: Value | None, kind: OpKind) -> Op | None:
 
 def _only_user(value: Value) -> Op | None:
     return next(iter(value.uses))[0] if len(value.uses) == 1 else None
+
+
+def only_measured(judgement: Judgement, op: Op) -> bool:
+    """Whether a difference is only squared (or made absolute) and summed up: a distance, such as a loss, no stream."""
+    difference = op.outputs[0]
+    if -1.0 not in op.scales or difference in judgement.outputs:
+        return False
+    sizes = []
+    for user in difference.users:
+        squares = user.kind is OpKind.MUL and set(user.inputs) == {difference}
+        squares = squares or (user.kind is OpKind.POW and judgement.graph.scalar(user.inputs[1]) == 2.0)
+        if squares or user.kind is OpKind.ABS:
+            sizes.append(user.output)
+        elif user.kind is not OpKind.ADD or cancelled(user) is None:
+            return False
+    summed = (OpKind.MEAN, OpKind.SUM)
+    return bool(sizes) and all(size.uses and all(user.kind in summed for user in size.users) for size in sizes)

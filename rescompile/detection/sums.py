@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from rescompile.detection.chains import order
 from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
 from rescompile.detection.flavours import comes_back
-from rescompile.detection.gates import only_weighs, reached_by_gates_only
+from rescompile.detection.gates import only_measured, only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.parallel import absorb, parallel_tail
 from rescompile.detection.paths import Chain, branch_works, chain, step_back
@@ -43,6 +43,8 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
     if len({value for _, value in operands}) == 1:
         return Refusal(f"x + x: every operand is '{operands[0][1].name}'", operands[0][1])
+    if only_measured(judgement, op):
+        return Refusal("a distance: the difference is only squared and summed up, as in a loss")
     streams = [(index, value) for index, value in operands if may_be_stream(judgement, value)]
     if len(streams) < 2:
         return constant_operand(operands)
