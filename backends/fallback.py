@@ -17,6 +17,7 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 from rescompile.backends.emitter import Emitter
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph, Op
+from rescompile.kinds import OpKind
 
 NARROW = ("float16", "bfloat16")
 
@@ -71,6 +72,10 @@ def _read(graph: Graph, op: Op) -> Imported:
         from rescompile.backends.fallback_fx import read
 
         return read(graph, op)
+    if op.kind is OpKind.RECURRENT:
+        from rescompile.backends.fallback_recurrent import read as read_recurrent
+
+        return read_recurrent(op)
     if graph.ir == "onnx":
         from rescompile.backends.fallback_onnx import read as read_onnx
 

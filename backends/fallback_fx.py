@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -21,8 +21,16 @@ _EXAMPLE_EXTENTS = (11, 13, 17, 19, 23, 29)
 
 def read(graph: Graph, op: Op) -> Imported:
     """Import the operation. RescompileError, with its name, when torch or TVM cannot."""
+    return imported(op, lambda: _module(graph, op))
+
+
+Parts: TypeAlias = tuple[torch.nn.Module, list[int], tuple[Any, ...], tuple[Any, ...]]
+
+
+def imported(op: Op, make: Callable[[], Parts]) -> Imported:
+    """What the importer makes of a module, its operands' indices, examples of them and their dynamic extents."""
     try:
-        module, taken, examples, dynamic = _module(graph, op)
+        module, taken, examples, dynamic = make()
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(module, examples, dynamic_shapes=(dynamic,) if any(dynamic) else None)
@@ -33,7 +41,7 @@ def read(graph: Graph, op: Op) -> Imported:
         raise RescompileError(f"{spelled(op)} ({_first_line(error)})") from error
 
 
-def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any, ...], tuple[Any, ...]]:
+def _module(graph: Graph, op: Op) -> Parts:
     """The operation's nodes as a module of their own, the operands that it takes, and examples of them."""
     body = fx.Graph()
     made: dict[Any, fx.Node] = {}
@@ -48,7 +56,7 @@ def _module(graph: Graph, op: Op) -> tuple[torch.nn.Module, list[int], tuple[Any
             continue
         made[_native(value)] = body.placeholder(f"x{index}")
         taken.append(index)
-        examples.append(_example(value, extents))
+        examples.append(example(value, extents))
         names = {axis: torch.export.Dim.AUTO for axis, dim in enumerate(value.shape or ()) if isinstance(dim, str)}
         dynamic.append(names)
     root: Any = getattr(graph, "module", None)
@@ -122,7 +130,8 @@ def _item(body: fx.Graph, made: dict[Any, fx.Node], native: Any, name: str) -> f
     return body.call_function(operator.getitem, (made[node], index))
 
 
-def _example(value: Value, extents: dict[str, int]) -> torch.Tensor:
+def example(value: Value, extents: dict[str, int]) -> torch.Tensor:
+    """A tensor of the value's type; `extents` remembers what symbolic ones count as."""
     if value.shape is None or value.dtype is None:
         raise RescompileError(f"an operation on '{value.name}', whose shape is unknown")
     shape = []

@@ -63,13 +63,19 @@ class Digits:
         return float((scores.argmax(dim=1) == self.labels).float().mean())
 
 
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images [1797, 1, 8, 8] from 0 to 1, their labels [1797], and the indices to train on and the 360 to test on."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    seen, unseen = train_test_split(torch.arange(len(labels)), test_size=360, random_state=0, stratify=digits.target)
+    return images, labels, seen, unseen
+
+
 def train() -> Digits:
     """Train for a few seconds; the same network on every run."""
     torch.manual_seed(0)
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
-    seen, unseen = train_test_split(torch.arange(len(labels)), test_size=360, random_state=0, stratify=data.target)
+    images, labels, seen, unseen = data()
     model = DigitsNet()
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     steps = EPOCHS * -(-len(seen) // BATCH)

@@ -21,9 +21,9 @@ from typing import Literal, TypeAlias
 
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
-from rescompile.passes.geometry import Extent, Geometry
+from rescompile.passes.geometry import Geometry, show
 from rescompile.passes.layers import Place
-from rescompile.passes.shortcut import Match, Norm, Skip, matched, per_channel, project, resized
+from rescompile.passes.shortcut import Match, Norm, Skip, level, matched, per_channel, project, resized
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal
 
@@ -102,6 +102,11 @@ def gated(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: S
     """y = F(x)  →  y = T⊙F(x) + (1 − T)⊙s(x),  T = σ(W·x + b), b < 0: a highway network"""
     if settings.start not in ("preserve", "highway", "residual"):
         return Refusal(place.name, f"start={settings.start} scales a plain sum: a gated connection starts as highway")
+    if any(extent.factor > 1 for extent in lie.extents):  # the gate's contraction cannot enlarge, a repetition can
+        placed = _positions_only(sketch, source, place, lie, settings)
+        if isinstance(placed, Refusal):
+            return placed
+        source, lie = placed.term, level(lie)
     skip = matched(sketch, source, place, lie, settings.match, "none")
     if isinstance(skip, Refusal):
         return skip
@@ -136,9 +141,8 @@ def dense(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: S
     shape = list(place.join.shape or ())
     shape[lie.channel] = fork_width + width
     together = sketch.op(K.CONCAT, skip.term, place.join, shape=tuple(shape), label="concat", axis=lie.channel)
-    level = Geometry(lie.channel, (Extent(),) * len(lie.extents))
     recipe = "select_last" if settings.start == "preserve" else "kaiming_normal"
-    result = project(sketch, together, place, level, leaf="transition", recipe=recipe)
+    result = project(sketch, together, place, level(lie), leaf="transition", recipe=recipe)
     return Mixed(result, "y = F(x)  →  y = W·[s(x), F(x)]", skip.kind)
 
 
@@ -147,7 +151,8 @@ def _positions_only(sketch: Sketch, source: Term, place: Place, lie: Geometry, s
     if lie.same_positions:
         return Skip(source, "identity")
     if settings.match == "none":
-        return Refusal(place.name, "the positions differ, and match=none takes none but equal shapes")
+        shapes = f"{show(place.fork.shape)} at the fork, {show(place.join.shape)} at the join"
+        return Refusal(place.name, f"the positions differ ({shapes}), and match=none takes none but equal shapes")
     return resized(sketch, source, place, lie, settings.match)
 
 

@@ -25,8 +25,11 @@ def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[P
     if every < 1:
         raise RescompileError(f"A shortcut skips at least one layer, so every={every} places none: give 1 or more.")
     for chain, run in _runs(graph, report):
+        last: Value | None = None
         for start in range(0, len(run) - every + 1, every):
-            yield _place(chain, run[start : start + every], join)
+            place = _place(chain, run[start : start + every], join, last)
+            last = place.join
+            yield place
         rest = len(run) % every
         if rest:
             yield Refusal(run[-rest].name, f"{rest} of {every} layers are left: a rest gets no shortcut")
@@ -38,6 +41,7 @@ def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refus
     A stage's odd layer goes with its last pair; a region with branches (an Inception module) is a group of its own.
     """
     for chain, run in _runs(graph, report):
+        last: Value | None = None
         for stage in _stages(run):
             groups = [stage[at : at + 2] for at in range(0, len(stage), 2)]
             if len(groups) > 1 and len(groups[-1]) == 1:
@@ -47,7 +51,9 @@ def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refus
                 if len(group) == 1 and not region:
                     yield Refusal(group[0].name, "the only layer of its stage: a shortcut around it would skip nothing")
                 else:
-                    yield _place(chain, group, join)
+                    place = _place(chain, group, join, last)
+                    last = place.join
+                    yield place
 
 
 def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Place | Refusal]:
@@ -130,14 +136,18 @@ def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
             yield chain, run
 
 
-def _place(chain: Chain, group: Sequence[Layer], join: Join) -> Place:
+def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None) -> Place:
+    """The place around a group. `previous`: where the shortcut before this one joins."""
     first, last = group[0], group[-1]
     if join == "pre-activation":
         fork, end = first.lead, last.work
     else:
         fork, end = first.entry, last.inner if join == "before-activation" else last.end
+    forks = chain.past_moves(fork)
+    if previous in forks:  # one stream leads through both shortcuts, rather than around the join of the first
+        forks = forks[forks.index(previous) :]
     # Where layouts differ (an NHWC stream around NCHW convolutions), behind some moves at the ends they agree.
-    ways = list(product(chain.past_moves(fork), chain.past_moves(end)))
+    ways = list(product(forks, chain.past_moves(end)))
     places = [Place(start, stop, tuple(chain.ops_between(start, stop)), len(group)) for start, stop in ways]
     return next((place for place in places if isinstance(geometry(place), Geometry)), places[0])
 

@@ -50,12 +50,10 @@ def matched(
     if same and match != "always":
         return Skip(source, "identity")
     if match == "none":
-        shapes = f"{show(place.fork.shape)} and {show(place.join.shape)}"
-        return Refusal(place.name, f"the shapes {shapes} differ, and match=none takes none but equal ones")
+        return Refusal(place.name, f"the shapes differ ({_both(place)}), and match=none takes none but equal ones")
     if match == "pad" and width > target:
-        return Refusal(
-            place.name, f"the branch narrows {width} channels to {target}: zeros can only be appended; use a projection"
-        )
+        why = f"the branch narrows {width} channels to {target} ({_both(place)})"
+        return Refusal(place.name, f"{why}: zeros can only be appended; use a projection")
     if match == "pad" and not any(extent.factor > 1 for extent in geometry.extents):
         return Skip(_padded(sketch, _strided(sketch, source, place, geometry), geometry, target - width, place), "pad")
     if match in ("pad", "pool") or any(extent.factor > 1 for extent in geometry.extents):
@@ -83,8 +81,8 @@ def resized(sketch: Sketch, source: Term, place: Place, geometry: Geometry, matc
     width = _width(place.fork.shape, geometry)
     if any(extent.factor > 1 for extent in geometry.extents):
         if geometry.channel != 1 or not 3 <= len(place.join.shape or ()) <= 5:
-            shapes = f"{show(place.fork.shape)} to {show(place.join.shape)}"
-            return Refusal(place.name, f"the branch enlarges {shapes}, and only images with channels first are matched")
+            why = f"the branch enlarges its extents ({_both(place)})"
+            return Refusal(place.name, f"{why}, and only images with channels first are matched")
         shape = _with_width(place.join.shape, geometry, width)
         return Skip(sketch.op(K.INTERPOLATE, source, shape=shape, mode="nearest"), "pool")
     if match == "pool":
@@ -178,11 +176,12 @@ def _pooled(sketch: Sketch, term: Term, place: Place, geometry: Geometry) -> Mad
     """Average pooling with the stride as its window, rounding as the branch does."""
     spatial = [axis for axis in range(len(place.join.shape or ())) if axis not in (0, geometry.channel)]
     if geometry.channel != 1 or not 1 <= len(spatial) <= 3:
-        return Refusal(place.name, f"match=pool takes images with channels first, not {show(place.fork.shape)}")
+        return Refusal(place.name, f"match=pool takes images with channels first ({_both(place)}): use a projection")
     changes = [geometry.extents[axis] for axis in spatial]
     ceil = all(change.lost == 0 for change in changes)
     if not ceil and any(change.lost != change.stride - 1 for change in changes):
-        return Refusal(place.name, "the branch shortens its extents by more than a pool does: use a projection")
+        why = f"the branch shortens its extents ({_both(place)}) by more than a pool does"
+        return Refusal(place.name, f"{why}: use a projection")
     window = tuple(change.stride for change in changes)
     shape = _with_width(place.join.shape, geometry, _width(term.shape, geometry))
     return sketch.op(
@@ -195,6 +194,10 @@ def _pooled(sketch: Sketch, term: Term, place: Place, geometry: Geometry) -> Mad
         ceil_mode=ceil,
         count_include_pad=False,
     )
+
+
+def _both(place: Place) -> str:
+    return f"{show(place.fork.shape)} at the fork, {show(place.join.shape)} at the join"
 
 
 def _batch_norm(sketch: Sketch, term: Made, geometry: Geometry, width: int, *, zero: bool) -> Made:

@@ -408,6 +408,9 @@ def _check_model_out(model: str, output: Path | None) -> None:
 
 def _save(result: Any, output: Path | None) -> None:
     if output is not None:
+        if not result.applied and result.plan.refusals and not result.rolled_back:
+            reason = result.plan.refusals[0].reason
+            raise RescompileError(f"Nothing was rewritten, so nothing was written to '{output}': {reason}.")
         with stage(f"Writing {output}"):
             result.save(str(output))
 

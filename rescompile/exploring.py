@@ -53,7 +53,7 @@ class Candidate:
             "shortcuts": self.shortcuts,
             "added": dict(self.added),
             "gradient_ratio": self.ratio,
-            "loss": self.loss,
+            "loss": self.loss if self.loss is not None and math.isfinite(self.loss) else None,
             "steps": self.steps,
             "pruned": self.pruned,
             "reason": self.reason,
@@ -155,8 +155,10 @@ def explore(
         ratio = first_to_last(rewritten, inputs, seed)
         found.append(Candidate(spec, len(plan.rewrites), _added(before, graph_costs(rewritten)), ratio))
     if training is not None:
-        from rescompile.studies import run_study
-
+        try:
+            from rescompile.studies import run_study
+        except ImportError as error:
+            raise RescompileError("Training placements needs Optuna: pip install 'rescompile[explore]'.") from error
         results = run_study({spec: graphs[spec] for spec in graphs}, training, progress)
         found = [_trained(candidate, results) for candidate in found]
     return Exploration(graph.name, tuple(sorted(found, key=_rank)))

@@ -60,6 +60,8 @@ def _add(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     scales = list(attrs["scales"]) or [1.0] * len(x)
     terms = sorted(zip(x, scales, strict=True), key=lambda term: (_is_number(term[0]), term[1] != 1.0))
     total, first = terms[0]
+    if first == -1.0 and len(terms) == 2 and _is_number(terms[1][0]):
+        return t(aten.rsub.Scalar, total, terms[1][0] * terms[1][1])
     total = _tensor(t, total)
     if first != 1.0:
         total = t(aten.mul.Tensor, total, first)

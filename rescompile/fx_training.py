@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ def trainable(graph: Graph) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     return twin(graph)
+
+
+def train(
+    graph: Graph,
+    function: Callable[[Any, Callable[[int, float], None], int], float],
+    report: Any,
+    steps: int,
+    seed: int,
+) -> float:
+    """What the training function makes of a module of the graph, whatever else was trained before it."""
+    module = trainable(graph)
+    torch.manual_seed(seed)
+    return float(function(module, report, steps))
 
 
 def first_to_last(graph: Graph, inputs: Any = None, seed: int = 0) -> float | None:

@@ -47,6 +47,8 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 class Result:
     """What a rewrite returns, as far as the command line is concerned."""
 
+    applied = ("one rewrite",)
+
     def __init__(self, failure: str = "") -> None:
         self.failure = failure
         self.plan = SimpleNamespace(to_json=lambda: '{"schema": 1}')

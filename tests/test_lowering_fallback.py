@@ -142,3 +142,50 @@ def test_dropout_in_training_is_refused() -> None:
     sketch.graph.commit()
     with pytest.raises(UnsupportedOps, match="evaluation mode"):
         compile_graph(sketch.graph)
+
+
+@pytest.mark.parametrize("ir", ["fx", "onnx"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.LSTM(6, 8, batch_first=True),
+        lambda: nn.LSTM(6, 8, num_layers=2, bidirectional=True, batch_first=True),
+        lambda: nn.LSTM(6, 8, bias=False),
+        lambda: nn.GRU(6, 8),
+        lambda: nn.GRU(6, 8, bidirectional=True),
+        lambda: nn.RNN(6, 8, nonlinearity="relu"),
+    ],
+    ids=["lstm", "bidirectional lstm", "lstm without bias", "gru", "bidirectional gru", "rnn"],
+)
+def test_recurrent_layers_are_compiled(layer: Any, ir: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.layer(x)[0])
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(4, 3, 6)
+    graph = capture(model, (x,))
+    if ir == "onnx":
+        graph = capture_onnx(torch.onnx.export(model, (x,), dynamo=True, verbose=False))
+    close(compile_graph(graph, threads=1)(x), model(x))
+
+
+def test_recurrent_layer_of_dynamic_extents_is_refused_by_name() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 8, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)[0]
+
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=50)},)
+    exported = torch.onnx.export(
+        Model().eval(), (torch.randn(4, 3, 6),), dynamo=True, verbose=False, dynamic_shapes=dynamic
+    )
+    with pytest.raises(UnsupportedOps, match="is dynamic, and it is unrolled"):
+        compile_graph(capture_onnx(exported), threads=1)
