@@ -175,7 +175,12 @@ _TIMM: dict[str, Expected] = {
     "levit_conv_128s": _of("branches: the mean of two linear heads", identity=20, branches=1),
     "levit_256d": _of(identity=38),
     "vitamin_small_224": _of(identity=32, pool=1, projection=1),
-    "efficientvit_m0": _of("view: each head adds the head before to its part of the channels", identity=38, view=18),
+    "efficientvit_m0": _of(
+        "view: each head adds the head before to its part of the channels; dense: heads beside those made from them",
+        identity=38,
+        view=18,
+        dense=6,
+    ),
     "efficientvit_b0": _of("dense: the queries beside their aggregation", identity=11, dense=4),
     "efficientvit_l1": _of("dense: the queries beside their aggregation", identity=21, dense=6),
     "efficientvim_m1": _of(

@@ -208,6 +208,15 @@ def test_mix_by_two_factors_is_not_gated(why: str) -> None:
     assert kinds(two_gates(K.RELU if why == "factors without bounds" else K.SIGMOID, why[0] == "f")) == []
 
 
+def test_gate_that_closes_the_block_before_is_no_carry_gate() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    y = b.mul(b.op(K.SIGMOID, b.linear(x, 8)), x)
+    branch = b.linear(b.relu(b.linear(y, 8)), 8)
+    total = b.add(b.mul(b.op(K.SIGMOID, b.linear(branch, 8)), branch), y)
+    assert kinds(b.output(total)) == ["add"]
+
+
 @pytest.mark.parametrize("cancels", [True, False])
 def test_straight_through_sum_is_no_block(cancels: bool) -> None:
     b = Builder()

@@ -205,10 +205,13 @@ def _convex(graph: Graph, op: Op) -> list[_Mix]:
 
 
 def _carried(op: Op) -> Iterator[_Mix]:
-    """t·h + c·x with sigmoids t and c, with either of h and x the shortcut"""
+    """t·h + c·x with sigmoids t and c, with either of h and x the shortcut
+
+    A product that something else reads too is a stream of its own, whose gate belongs to what made it (HGNet).
+    """
     products = [_producer(value, OpKind.MUL) for value in op.inputs]
     left, right = products
-    if left is None or right is None:
+    if left is None or right is None or any(len(product.output.uses) > 1 for product in (left, right)):
         return
     for index, (first, second) in enumerate(((left, right), (right, left))):
         for x, carry in (first.inputs, first.inputs[::-1]):
