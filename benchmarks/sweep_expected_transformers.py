@@ -36,7 +36,7 @@ _STACKS: dict[str, Expected] = {
     **_each(
         _of("post", identity=4),
         """albert bert bert-generation big_bird bros camembert convbert data2vec-text deberta deberta-v2
-        distilbert electra ernie fnet flaubert gte ibert jina_embeddings_v3 layoutlm layoutlmv3 lilt luke
+        distilbert electra ernie fnet flaubert gte ibert jina_embeddings_v3 layoutlm layoutlmv3 luke
         markuplm mpnet nomic_bert nystromformer openai-gpt rembert roberta roc_bert roformer splinter
         squeezebert tapas visual_bert xlm xlm-roberta xlnet yoso""",
     ),
@@ -92,6 +92,7 @@ _OTHERS: dict[str, Expected] = {
     "aya_vision": _of("pre", "text only", parallel=2),
     "cohere2_vision": _of("pre", "text only", parallel=2),
     "beam": _of("sandwich", "three layers", identity=6),
+    "lilt": _of("post", "two streams, of text and of layout", identity=8),
     "exaone_moe": _of("pre", "three layers, for the first is dense", identity=6),
     "dac": Expected(
         {"identity": 41, "dense": 1},
