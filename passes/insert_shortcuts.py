@@ -79,7 +79,7 @@ class InsertShortcuts:
             joined[place.join] = mixed.result
             sketch.stand_in(place.join, mixed.result)
             reason = f"{place.layers} layers" if place.layers else "as asked"
-            reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameters"
+            reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameter{'s' * (sketch.parameters != 1)}"
             if self.match == "always" and number == first:
                 reason += f"; warning: {_HARM}"
             number += 1
