@@ -139,6 +139,65 @@ def test_detection_finds_exactly_what_was_inserted(kind: str, join: str, ir: str
     assert rc.inspect(result.graph).summary()["by_kind"] == {kind: len(result.applied)} == {kind: 3}
 
 
+# ---- what the other starts compute -------------------------------------------------------------------------------
+
+
+def started(start: str, kind: str = "add") -> tuple[nn.Sequential, nn.Module, torch.Tensor]:
+    model, x = mlp(4).eval(), torch.randn(3, 16)
+    result = rc.rewrite(rc.capture(model, (x,)), f"insert-shortcuts{{every=2,start={start},kind={kind}}}")
+    assert len(result.applied) == 2
+    assert result.verification.ok
+    assert result.verification.preserves == "interface"
+    return model, result.model, x
+
+
+def by_hand(model: nn.Sequential, x: torch.Tensor, join: Any) -> torch.Tensor:
+    """The MLP with `join(x, F(x), number)` before the activation of each second hidden layer."""
+    x = torch.tanh(model[0](x))
+    for number, at in enumerate((2, 6)):
+        x = torch.tanh(join(x, model[at + 2](torch.tanh(model[at](x))), number))
+    y: torch.Tensor = model[10](x)
+    return y
+
+
+@pytest.mark.parametrize("start", ["rezero", "skipinit"])
+def test_rezero_starts_with_the_skips_alone(start: str) -> None:
+    model, result, x = started(start)
+    with torch.no_grad():
+        assert torch.equal(result(x), by_hand(model, x, lambda x, f, _: x))
+
+
+def test_layer_scale_starts_with_a_tenth_of_each_branch() -> None:
+    model, result, x = started("layerscale")
+    with torch.no_grad():
+        torch.testing.assert_close(result(x), by_hand(model, x, lambda x, f, _: x + 0.1 * f), rtol=0, atol=1e-6)
+
+
+def test_highway_starts_with_its_bias() -> None:
+    model, result, x = started("highway", kind="gated")
+    state = result.state_dict()
+
+    def mix(x: torch.Tensor, f: torch.Tensor, number: int) -> torch.Tensor:
+        weight, bias = (state[f"shortcuts.{number}.gate.{leaf}"] for leaf in ("weight", "bias"))
+        assert torch.equal(bias, torch.full((16,), -2.0))
+        gate = torch.sigmoid(nn.functional.linear(x, weight, bias))
+        return gate * f + (1 - gate) * x
+
+    with torch.no_grad():
+        torch.testing.assert_close(result(x), by_hand(model, x, mix), rtol=0, atol=1e-6)
+
+
+def test_fixup_rescales_the_branch_and_leaves_the_model_that_came_in() -> None:
+    model, result, x = started("fixup")
+    before, after = model.state_dict(), result.state_dict()
+    for at in (2, 6):  # two branches of two layers: 2^(−1/2)
+        torch.testing.assert_close(after[f"{at}.weight"], before[f"{at}.weight"] * 0.5**0.5, rtol=0, atol=1e-7)
+        assert not after[f"{at + 2}.weight"].any()
+    with torch.no_grad():
+        expected = by_hand(model, x, lambda x, f, number: x + model[4 * number + 4].bias)
+        torch.testing.assert_close(result(x), expected, rtol=0, atol=1e-6)
+
+
 # ---- other networks ----------------------------------------------------------------------------------------------
 
 
