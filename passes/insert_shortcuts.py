@@ -15,7 +15,7 @@ from rescompile.passes.geometry import geometry
 from rescompile.passes.layers import Place
 from rescompile.passes.mixing import MIXES, Combine, Kind, Mixed, Settings, Start
 from rescompile.passes.places import Join, by_count, by_name, by_resolution, by_stage
-from rescompile.passes.shortcut import Match, Norm
+from rescompile.passes.shortcut import Activation, Match, Norm
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
 
@@ -26,25 +26,26 @@ _HARM = "a projection on every skip trained to 12.2 % error against 6.6 % with i
 class InsertShortcuts:
     """y = F(x)  →  y = F(x) + s(x), with s the identity where shapes are equal and matched to them where not
 
-    1. Where: every `every` layers; or the places that `between` names, as FORK:JOIN; or, with neither, pairs of layers
+    1. Where: every `every` layers; or the places that `between` names, as FORK:JOIN; or, with `auto`, pairs of layers
        within a stage; with kind=long, from each resolution on the way down to the same one on the way up. The first
        layer behind an input, all from a reduction to a vector on, and what lies in a residual block stay outside.
     2. The join comes before the last activation of the skipped layers (He et al. 2015), after it, or, with
        `pre-activation`, between two bare contractions (He et al. 2016).
     3. Fork and join hold floating-point numbers, and no layer between them shares its weights with another.
-    4. `match` says what the skip is where shapes differ; `norm` what follows a projection (`auto`: what the branch ends
-       in).
+    4. `match` says what the skip is where shapes differ; `norm` and `activation` what follows a projection (`auto`: the
+       norm that the branch ends in).
     5. `start` says what the network computes at first: `preserve` the same as before, to the bit; see `passes.mixing`.
     """
 
     name: ClassVar[str] = "insert-shortcuts"
     every: int | None = None
-    between: tuple[str, ...] = ()
+    between: str | tuple[str, ...] = "auto"
     kind: Kind = "add"
     match: Match = "projection"
     start: Start = "preserve"
     join: Join = "before-activation"
     norm: Norm = "auto"
+    activation: Activation = "none"
     gate_bias: float = -2.0
     combine: Combine = "concat"
     seed: int = 0
@@ -56,7 +57,7 @@ class InsertShortcuts:
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each place."""
-        if self.every is not None and self.between:
+        if self.every is not None and self.between != "auto":
             raise RescompileError("The options every and between of insert-shortcuts both say where: give one of them.")
         report = inspect_graph(graph)
         return gather(self.name, self.preserves, graph, self._decisions(graph, report))
@@ -88,8 +89,9 @@ class InsertShortcuts:
             yield Refusal(graph.name or "model", _nothing(report))
 
     def _places(self, graph: Graph, report: Report) -> Iterator[Place | Refusal]:
-        if self.between:
-            return by_name(graph, report, self.between)
+        if self.between != "auto":
+            pairs = (self.between,) if isinstance(self.between, str) else self.between
+            return by_name(graph, report, pairs)
         if self.kind == "long":
             return by_resolution(graph, report)
         if self.every is not None:
@@ -107,7 +109,7 @@ class InsertShortcuts:
 
     def _settings(self, place: Place, depth: int) -> Settings:
         norm = _closing_norm(place) if self.norm == "auto" else self.norm
-        return Settings(self.match, norm, self.start, self.gate_bias, self.combine, depth)
+        return Settings(self.match, norm, self.activation, self.start, self.gate_bias, self.combine, depth)
 
 
 def _unfit(place: Place) -> Refusal | None:

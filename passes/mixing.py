@@ -23,7 +23,7 @@ from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
 from rescompile.passes.geometry import Geometry, show
 from rescompile.passes.layers import Place
-from rescompile.passes.shortcut import Match, Norm, Skip, level, matched, per_channel, project, resized
+from rescompile.passes.shortcut import Activation, Match, Norm, Skip, level, matched, per_channel, project, resized
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal
 
@@ -38,6 +38,7 @@ class Settings:
 
     match: Match
     norm: Norm
+    activation: Activation
     start: Start
     gate_bias: float
     combine: Combine
@@ -62,7 +63,9 @@ def add(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Set
     start = settings.start
     if start == "highway":
         return Refusal(place.name, "start=highway is for gated connections: give kind=gated too, or another start")
-    skip = matched(sketch, source, place, lie, settings.match, settings.norm, zero=start == "preserve")
+    skip = matched(
+        sketch, source, place, lie, settings.match, settings.norm, settings.activation, zero=start == "preserve"
+    )
     if isinstance(skip, Refusal):
         return skip
     branch: Term = place.join

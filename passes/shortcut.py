@@ -14,6 +14,7 @@ from rescompile.plans import Refusal
 
 Match: TypeAlias = Literal["pad", "projection", "always", "pool", "none"]
 Norm: TypeAlias = Literal["auto", "batch", "layer", "none"]
+Activation: TypeAlias = Literal["none", "relu"]
 
 _GAINS = {"relu": 2.0**0.5, "linear": 1.0}
 
@@ -34,6 +35,7 @@ def matched(
     geometry: Geometry,
     match: Match,
     norm: Norm = "none",
+    activation: Activation = "none",
     *,
     zero: bool = False,
 ) -> Skip | Refusal:
@@ -65,12 +67,15 @@ def matched(
         if width == target and match == "pool":
             return placed
         source, geometry = placed.term, level(geometry)
+    zero = zero and activation == "none"  # behind a rectifier that is zero no gradient would come through
     normed = norm in ("batch", "layer")
     projected = project(sketch, source, place, geometry, zero=zero and not normed)
     if norm == "batch":
         projected = _batch_norm(sketch, projected, geometry, target, zero=zero)
     elif norm == "layer":
         projected = _layer_norm(sketch, projected, geometry, target, zero=zero)
+    if activation == "relu":
+        projected = sketch.op(K.RELU, projected, label="activation")
     return Skip(projected, "projection", zero)
 
 

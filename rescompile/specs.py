@@ -1,7 +1,7 @@
 """The small grammars of the command line: a pass with its options, the shape of an input.
 
 ```
-pass    name | name{option=value,option=value}          insert-shortcuts{every=2,kind=add}
+pass    name | name{option=value,option=value}          insert-shortcuts{every=2,kind=add}   (lists: option repeats)
 value   word | "quoted, with JSON's escapes" | [value,value]
 input   EXTENTxEXTENTx...[:DTYPE]                        1x3x224x224   2x16:int64   Nx3x224x224
 ```
@@ -92,9 +92,7 @@ def parse_pass(text: str, passes: Mapping[str, type]) -> Any:
     if cursor.accept("{") and not cursor.accept("}"):
         while True:
             key, value = _parse_option(cursor, name, passes[name])
-            if key in options:
-                raise SpecError(f"The option '{key}' of the pass '{name}' is given twice: keep one of them.")
-            options[key] = value
+            options[key] = _repeated(options[key], value, passes[name], key) if key in options else value
             if cursor.accept("}"):
                 break
             cursor.expect(",")
@@ -157,6 +155,14 @@ def _parse_option(cursor: _Cursor, name: str, cls: type) -> tuple[str, Any]:
         raise SpecError(
             f"The option '{key}' of the pass '{name}' takes {_describe_type(hint)}, not {_format_value(raw)}."
         ) from None
+
+
+def _repeated(before: Any, value: Any, cls: Any, key: str) -> tuple[Any, ...]:
+    """Both values of an option that is given again, where it takes a list."""
+    hint = get_type_hints(cls)[key]
+    if not any(get_origin(member) is tuple for member in (hint, *get_args(hint))):
+        raise SpecError(f"The option '{key}' of the pass '{cls.name}' is given twice: keep one of them.")
+    return tuple(item for each in (before, value) for item in (each if isinstance(each, tuple) else (each,)))
 
 
 def _parse_value(cursor: _Cursor) -> Any:

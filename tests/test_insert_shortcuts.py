@@ -95,6 +95,7 @@ SPECS = [
     "insert-shortcuts{every=2,match=pad}",
     "insert-shortcuts{every=2,match=pool,norm=none}",
     "insert-shortcuts{every=3,match=always}",
+    "insert-shortcuts{every=2,norm=batch,activation=relu}",
     "insert-shortcuts{every=2,kind=gated}",
     "insert-shortcuts{every=2,kind=dense}",
     "insert-shortcuts",
@@ -347,6 +348,7 @@ def test_places_that_cannot_be(pairs: str, said: str) -> None:
 
 def test_place_by_the_names_of_values_and_modules() -> None:
     graph = rc.capture(mlp(4).eval(), (torch.randn(2, 16),))
-    result = rc.rewrite(graph, 'insert-shortcuts{between=["tanh:tanh_2","5:tanh_4"]}')
-    assert len(result.applied) == 2
-    assert rc.inspect(result.graph).summary()["by_shortcut"] == {"identity": 2}
+    for places in ('between=["tanh:tanh_2","5:tanh_4"]', "between=tanh:tanh_2,between=5:tanh_4"):
+        result = rc.rewrite(graph, f"insert-shortcuts{{{places}}}")
+        assert len(result.applied) == 2
+        assert rc.inspect(result.graph).summary()["by_shortcut"] == {"identity": 2}
