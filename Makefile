@@ -2,13 +2,13 @@
 #   make demo     the main job on three models        make test     the tests
 #   make lint     ruff: lint, format, import rules    make types    mypy --strict on the package
 #   make bench    benchmarks/results/*.json and the README's table
-#   make sweep    detection over every family of torchvision and timm (hours; SWEEP_ARGS="--only resnet")
+#   make sweep    detection over the families of torchvision, timm and transformers (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist=worksteal
 SWEEP_ARGS ?=
 READY = $(VENV)/.ready
 
@@ -29,8 +29,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(VENV)/bin/python -m examples.demo
 
+# Two processes of one thread each: two of two threads would wait for each other on two cores.
 test: $(READY)
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
