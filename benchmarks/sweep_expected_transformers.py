@@ -50,7 +50,7 @@ _STACKS: dict[str, Expected] = {
         granite granitemoe helium hunyuan_v1_dense ijepa imagegpt internlm3 jais2 lfm2 llama llama4_text megatron-bert
         minicpm3 ministral mistral mixtral mlcd modernbert modernbert-decoder mpt nanochat nemotron olmo olmoe opt
         persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma roberta-prelayernorm rwkv
-        seed_oss siglip2_vision_model siglip_vision_model smollm3 stablelm starcoder2 videomae vit vit_mae vit_msn
+        seed_oss smollm3 stablelm starcoder2 videomae vit vit_mae vit_msn
         vitdet vivit xglm xlm-roberta-xl yolos youtu""",
     ),
     # x = x + N(F(N(x)))
@@ -71,7 +71,7 @@ _STACKS: dict[str, Expected] = {
     ),
     **_each(_of("sandwich", identity=10), "t5gemma"),
     # text beside images
-    **_each(_of("pre", identity=8), "aimv2 clip clipseg owlvit siglip2 "),
+    **_each(_of("pre", identity=8), "aimv2 clip clipseg owlvit "),
     **_each(_of(identity=8), "altclip blip chinese_clip"),
 }
 
@@ -82,6 +82,9 @@ _OTHERS: dict[str, Expected] = {
     "pegasus_x": _of("pre", "each encoder layer adds to its global tokens as well", identity=14),
     "vaultgemma": _of("pre", identity=4),
     "siglip": _of("pre", "an MLP behind the pooling attention", identity=9),
+    "siglip2": _of("pre", "an MLP behind the pooling attention", identity=9),
+    "siglip_vision_model": _of("pre", "an MLP behind the pooling attention", identity=5),
+    "siglip2_vision_model": _of("pre", "an MLP behind the pooling attention", identity=5),
     "mra": _of("post", "without its kernels the attention is zero, so its sums add a constant", identity=2),
     "idefics": _of("pre", "two layers of vision, two of text with gated cross-attention before each", identity=12),
     "patchtst": _of("pre", identity=4),
@@ -138,8 +141,8 @@ _OTHERS: dict[str, Expected] = {
     "convnextv2": _of("inner", identity=8),
     "dinov3_convnext": _of("inner", identity=8),
     "cvt": _of("pre", identity=26),
-    "swin": _of("pre", identity=24),
-    "swinv2": _of("branch", identity=24),
+    "swin": _of("pre", "four stages of two layers", identity=16),
+    "swinv2": _of("branch", "four stages of two layers", identity=16),
     "dab-detr": _of(
         None, "the scale of positions that each encoder layer computes is a nested sum", identity=24, projection=4
     ),

@@ -474,3 +474,11 @@ def test_operations_that_share_a_native_node_are_covered_together_or_not_at_all(
         op.group = group
     recognise(graph)
     assert kinds(graph) == ([K.RELU, K.SILU] if all_inside else [K.RELU, K.SIGMOID, K.MUL])
+
+
+def test_mean_of_what_is_made_out_of_nothing_is_no_norm() -> None:
+    b = Builder()
+    ones = b.ops(K.FULL, shapes=[(4, 16)], value=1.0).output
+    graph = b.output(b.mul(b.input(4, 16), b.mean(ones, 1)))
+    recognise(graph)
+    assert kinds(graph) == [K.FULL, K.MEAN, K.MUL]

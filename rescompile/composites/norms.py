@@ -51,7 +51,7 @@ def norm(recogniser: Recogniser, reduction: Op) -> Op | None:
 def _square(recogniser: Recogniser, value: Value | None) -> tuple[Value, Op] | None:
     """`d` and the operation, where the value is d²."""
     op = None if value is None else value.producer
-    if op is None or op.inputs[0] is None:
+    if op is None or not op.inputs or op.inputs[0] is None:
         return None
     if op.kind is OpKind.POW and recogniser.scalar(op.inputs[1]) == 2.0:
         return op.inputs[0], op
