@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from tvm import relax
 
@@ -28,6 +27,7 @@ from rescompile.backends.working import WorkingGraph
 from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind
+from rescompile.values import numpy_dtype
 
 Expr: TypeAlias = Any  # a relax expression; tvm's own types are loose
 
@@ -316,11 +316,6 @@ class Emitter:
                 expr, list(axes), list(starts), list(stops), list(steps or [1] * len(axes)), assume_inbound=True
             )
         )
-
-
-def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype of a graph's dtype name."""
-    return np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
 
 
 def _static_type(value: Value) -> tuple[tuple[int, ...] | None, str | None]:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from tvm import relax
 
-from rescompile.backends.emitter import DTYPES, Emitter, Expr, numpy_dtype
+from rescompile.backends.emitter import DTYPES, Emitter, Expr
 from rescompile.backends.kernels import NormSpec
 from rescompile.backends.layouts import CHANNELS_LAST, NATIVE
 from rescompile.backends.lower_reduce import product, widened
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
+from rescompile.values import numpy_dtype
 
 R = relax.op
 

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from rescompile.errors import GraphError
 from rescompile.graph import Attrs, Shape, ValueType
 from rescompile.kinds import OpKind
-from rescompile.onnx_ops import Arg, numpy_dtype
+from rescompile.onnx_ops import Arg
+from rescompile.values import numpy_dtype
 
 HALF = ("float16", "bfloat16")
 FLOATS = (*HALF, "float32", "float64", None)  # None: unknown, and then most likely one of these

@@ -20,9 +20,10 @@ from rescompile.onnx_functions import call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
-from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within, numpy_dtype
+from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within
 from rescompile.onnx_run import Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
+from rescompile.values import numpy_dtype
 
 
 class OnnxGraph(Graph):

@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from rescompile.errors import GraphError
 from rescompile.graph import ValueType
-from rescompile.onnx_ops import literal, numpy_dtype
+from rescompile.onnx_ops import literal
+from rescompile.values import numpy_dtype
 
 if TYPE_CHECKING:
     from rescompile.onnx_shapes import Facts

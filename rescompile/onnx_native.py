@@ -16,8 +16,8 @@ from rescompile.onnx_ops import (
     OLDEST_INITIALIZERS,
     dtype_of,
     nodes_within,
-    numpy_dtype,
 )
+from rescompile.values import numpy_dtype
 
 
 class Native:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -147,15 +146,6 @@ def dtype_of(name: str) -> ir.DataType:
         return _DTYPES[name]
     except KeyError:
         raise GraphError(f"ONNX has no element type '{name}': cast to one of {', '.join(sorted(_DTYPES))}.") from None
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy type of that name, those of ml_dtypes included."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        extra: type[np.generic] = vars(ml_dtypes)[name]
-        return np.dtype(extra)
 
 
 def is_static(shape: Sequence[Dim] | None) -> bool:

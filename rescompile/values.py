@@ -19,8 +19,12 @@ Attrs: TypeAlias = dict[str, Any]
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The numpy dtype of that name, bfloat16 included."""
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    """The numpy dtype of that name, bfloat16 and the others of ml_dtypes included."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        extra: type[np.generic] = vars(ml_dtypes)[name]
+        return np.dtype(extra)
 
 
 class Role(Enum):

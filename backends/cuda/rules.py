@@ -17,7 +17,7 @@ from tvm import relax
 from rescompile.backends.cuda import add_norm, softmax
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
-from rescompile.backends.emitter import Emitter, Expr, numpy_dtype
+from rescompile.backends.emitter import Emitter, Expr
 from rescompile.backends.fallback import NARROW
 from rescompile.backends.kernels import Argument, NormSpec, Spec
 from rescompile.backends.layouts import CHANNELS_LAST
@@ -34,6 +34,7 @@ from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
+from rescompile.values import numpy_dtype
 
 Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
 
