@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
 from benchmarks.corpus import import_torchvision
+from rescompile.cli import main
 
 _TORCHVISION = import_torchvision()  # transformers imports it too, and would fail where its operators are not declared
 
@@ -15,3 +17,16 @@ _TORCHVISION = import_torchvision()  # transformers imports it too, and would fa
 def torchvision() -> ModuleType:
     """torchvision, importable beside a torch that its compiled part was not built for."""
     return _TORCHVISION
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(left.value.code or 0), captured.out, captured.err
+
+    return call

@@ -14,24 +14,10 @@ import numpy as np
 import pytest
 
 from rescompile import api, cli_models
-from rescompile.cli import main
 from rescompile.cli_files import write_whole
 from rescompile.errors import RescompileError, VerificationError
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

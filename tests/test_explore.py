@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import rescompile as rc
-from rescompile.cli import main
 from rescompile.costs import graph_costs
 from rescompile.exploring import BASELINE, Candidate, Training, explore, grid
 from rescompile.fx_training import first_to_last
@@ -69,19 +68,6 @@ def fails(model, report, steps):
 NUMBER = 3
 '''
 NARROW = ("--every", "1,2", "--join", "before-activation", "--kind", "add,gated")  # 4 placements
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as left:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(left.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
