@@ -3,6 +3,7 @@
 # ruff: noqa: SIM905 (a list of 270 names reads better as words than as 270 lines)
 from __future__ import annotations
 
+import hashlib
 from itertools import zip_longest
 from typing import Any
 
@@ -145,6 +146,38 @@ class _Timm:
         channels, height, width = model.pretrained_cfg.get("input_size", (3, _SIDE, _SIDE))
         device = next(model.parameters()).device
         return model.eval(), (torch.randn(1, channels, height, width, device=device),)
+
+    def structure(self, name: str) -> str:
+        """A digest of the classes and settings of all modules, but for widths and how often a layer is repeated."""
+        import torch
+
+        import_torchvision()
+        import timm
+
+        with torch.device("meta"):
+            model = timm.create_model(name, **_SHORTENED.get(name, {}))
+        return hashlib.sha1(repr(_outline(model)).encode()).hexdigest()[:16]
+
+
+def _outline(module: Any) -> tuple[Any, ...]:
+    """Of a module: its class, flags, kernels, and each sort of children once, in their order."""
+    settings = {
+        key: value
+        for key, value in vars(module).items()
+        if not key.startswith("_") and (isinstance(value, bool | str) or value is None)
+    }
+    for key in ("kernel_size", "stride"):  # whether they are ones
+        extents = getattr(module, key, None)
+        if isinstance(extents, int | tuple):
+            settings[key] = set(extents if isinstance(extents, tuple) else (extents,)) == {1}
+    groups = getattr(module, "groups", None)
+    if isinstance(groups, int):
+        settings["groups"] = "one" if groups == 1 else "each" if groups == getattr(module, "in_channels", 0) else "some"
+    own = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
+    children = dict.fromkeys(
+        ("" if name.isdigit() else name, _outline(child)) for name, child in module.named_children()
+    )
+    return type(module).__name__, tuple(sorted(settings.items(), key=repr)), tuple(own), tuple(children)
 
 
 TORCHVISION = _Torchvision()
