@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,12 +236,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     log = WORK / "records.jsonl"
     if arguments.fresh:
         log.unlink(missing_ok=True)
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    if log.exists():
-        for line in log.read_text().splitlines():
-            record = json.loads(line)
-            key = record["source"], record["name"]
-            known[key] = _merged(known.get(key, {}), record)
+    known = read_records([log] if log.exists() else [])
     wanted = [
         (source, name)
         for source in arguments.source.split(",")
@@ -257,6 +252,18 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             print(json.dumps(record), file=file, flush=True)
             print(_line(known[key]), flush=True)
     return [known[key] for key in wanted if key in known]
+
+
+def read_records(logs: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The records of earlier runs by source and name, the last of each model counting."""
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for log in logs:
+        for line in log.read_text().splitlines():
+            record = json.loads(line)
+            key = record["source"], record["name"]
+            if "twin" not in record or key not in known:
+                known[key] = _merged(known.get(key, {}), _kept(known.get(key, {}), record))
+    return known
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -342,11 +349,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300, help="limit for one model")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="limit for one process")
     parser.add_argument("--renew", type=int, default=25, help="models after which a process begins anew")
+    parser.add_argument("--tables-of", type=Path, nargs="+", help="records of earlier runs to write tables of, no more")
     parser.add_argument("--no-tables", action="store_true", help="leave benchmarks/results as it is")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         _work(arguments)
+        return
+    if arguments.tables_of:
+        write_tables(read_records(arguments.tables_of).values())
         return
     records = run(arguments)
     if not arguments.no_tables:
