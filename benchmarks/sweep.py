@@ -111,11 +111,13 @@ def check(source: str, name: str, irs: tuple[str, ...] = IRS, keep: Path | None 
 def _program(source: str, name: str) -> Any:
     import torch
 
+    from benchmarks.corpus import vary_norms
     from rescompile import fx_capture
 
     with _stage("build"):
         torch.manual_seed(0)
         model, inputs = find_source(source).build(name)
+        vary_norms(model)  # an exporter makes one of two that are equal, as untrained ones are
     with _stage("export"), torch.no_grad():
         return fx_capture.export(model, *fx_capture.arguments(inputs), None)
 
@@ -237,12 +239,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.fresh:
         log.unlink(missing_ok=True)
     known = read_records([log] if log.exists() else [])
-    wanted = [
-        (source, name)
-        for source in arguments.source.split(",")
-        for name in find_source(source).names(arguments.all)
-        if not arguments.only or any(_matches(name, pattern) for pattern in arguments.only.split(","))
-    ][: arguments.limit or None]
+    offered = [(source, name) for source in arguments.source.split(",") for name in _names(source, arguments.all)]
+    wanted = _chosen(offered, arguments.only.split(",") if arguments.only else ["*"])[: arguments.limit or None]
     due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments)]
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments, known), due):
@@ -285,8 +283,18 @@ def _is_done(record: dict[str, Any], arguments: argparse.Namespace) -> bool:
     return "build" in record or "export" in record or all(ir in record for ir in arguments.ir.split(","))
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or pattern in name
+def _names(source: str, everything: bool) -> list[str]:
+    return find_source(source).names(everything)
+
+
+def _chosen(offered: list[tuple[str, str]], patterns: list[str]) -> list[tuple[str, str]]:
+    """The models that one of the patterns means, pattern by pattern: a whole name, one with `*`, a part of a name."""
+    chosen: dict[tuple[str, str], None] = {}
+    for pattern in patterns:
+        whole = [key for key in offered if key[1] == pattern]
+        parts = (key for key in offered if fnmatch.fnmatchcase(key[1], pattern) or pattern in key[1])
+        chosen.update(dict.fromkeys(whole or parts))
+    return list(chosen)
 
 
 class _Share:
@@ -337,7 +345,9 @@ def main() -> None:
     """Check the models asked for, print a line for each, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="torchvision,timm", help=f"of {', '.join(SOURCES)}")
-    parser.add_argument("--only", default="", help="parts of names, or patterns with *, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="names, parts of names, or patterns with *, separated by commas: in that order"
+    )
     parser.add_argument("--all", action="store_true", help="every model that fits, not a few of each family")
     parser.add_argument("--distinct", action="store_true", help="of models that differ in size alone only the first")
     parser.add_argument("--limit", type=int, default=0, help="stop after this many models")

@@ -107,8 +107,8 @@ _OTHERS: dict[str, Expected] = {
     "detr": Expected(
         {"identity": 22, "projection": 4},
         None,
-        "ResNet-50, two layers each; the decoder starts from zeros: an exporter makes constants of 0 + positions and of "
-        "the values, so its first sum, 0 + attention, starts no stream",
+        "ResNet-50, two layers each; the decoder starts from zeros: an exporter makes constants of 0 + positions and "
+        "of the values, so its first sum, 0 + attention, starts no stream",
         {"identity": 21, "projection": 4},
     ),
     "higgs_audio_v2": Expected(

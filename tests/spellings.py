@@ -170,6 +170,14 @@ SUMS: dict[str, Case] = {
     "mean_of_two": case(lambda s, x: (x + s.f(x)) / 2, *PLAIN),
     "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="constant", b=par(WIDTH)),
     "table": case(lambda s, x: s.f(x) + s.b, refused="constant table", b=par(6, WIDTH)),
+    "table_again": case(lambda s, x: s.g(s.f(x) + s.b) + s.b, refused="constant table", b=par(6, WIDTH), g=mlp()),
+    "stream_from_a_table": case(
+        lambda s, x: s.b + s.f(s.g(s.b) + x),
+        *PLAIN,
+        onnx=[],  # the exporter makes a constant of g(b)
+        b=par(6, WIDTH),
+        g=mlp(),
+    ),
     "twice": case(lambda s, x: x + x, refused="x + x", onnx=[]),
 }
 
