@@ -109,14 +109,17 @@ class Judgement:
 
     def joins_siblings(self, op: Op) -> bool:
         """Whether a sum is of blocks that start from one value, beside each other: (x + A(x)) + (x + F(x))."""
-        drafts = [
-            None
-            if value is None or value not in self._streams or value.producer is None
-            else self.drafts.get(value.producer)
-            for value in op.inputs
-        ]
-        forks = {draft.fork for draft in drafts if draft is not None}
-        return len(set(drafts)) == len(op.inputs) > 1 and len(forks) == 1 and None not in drafts
+        streams = self._streams
+        for value in op.inputs:
+            if value is None or value not in streams:  # mostly the first is none: this is asked of every sum
+                return False
+        forks: set[Value] = set()
+        for value in set(op.inputs):
+            draft = None if value is None or value.producer is None else self.drafts.get(value.producer)
+            if draft is None:
+                return False
+            forks.add(draft.fork)
+        return len(set(op.inputs)) == len(op.inputs) > 1 and len(forks) == 1
 
     def _shares(self, op: Op) -> list[Value]:
         moving = (value for value in op.inputs if value is not None and not value.constant)
