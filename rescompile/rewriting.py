@@ -107,9 +107,20 @@ def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Gr
     return plan, working
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True) -> Result:
-    """Plan and apply `passes`, and verify the result unless `check` is off."""
+def run_passes(
+    graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True, all_or_nothing: bool = False
+) -> Result:
+    """Plan and apply `passes`, and verify the result unless `check` is off.
+
+    With `all_or_nothing` a place that a pass refuses is an error, and nothing is done.
+    """
     plan, rewritten = make_plan(graph, passes)
+    if all_or_nothing and plan.refusals:
+        count = len(plan.refusals)
+        raise RescompileError(
+            f"Nothing was done, because {count} place{'s were' if count > 1 else ' was'} refused, the first: "
+            f"{plan.refusals[0]}."
+        )
     return _verified(graph, rewritten, plan, check=check)
 
 
