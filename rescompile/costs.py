@@ -21,6 +21,7 @@ constants only is computed once, not on each call, and costs nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,8 @@ def cost_lines(before: Costs, after: Costs) -> list[str]:
 
 def parameter_count(graph: Graph) -> int:
     """How many numbers training would change: what torch counts over `module.parameters()`."""
-    return sum(_elements(value.shape, {}) for value in trained_parameters(graph))
+    shapes = Counter(value.shape for value in trained_parameters(graph))
+    return sum(count * _elements(shape, {}) for shape, count in shapes.items())
 
 
 def own_parameter_count(body: Body) -> int:
@@ -130,7 +132,10 @@ def trained_parameters(graph: Graph) -> list[Value]:
 
 
 def _is_statistic(value: Value) -> bool:
-    return bool(value.uses) and all(op.kind is _K.BATCH_NORM and index >= 3 for op, index in value.uses)
+    for op, index in value.uses:
+        if index < 3 or op.kind is not _K.BATCH_NORM:
+            return False
+    return bool(value.uses)
 
 
 def op_cost(op: Op, extents: Mapping[str, int] | None = None) -> Cost:
@@ -308,7 +313,12 @@ _COUNTERS: dict[OpKind, Callable[[_Shapes, Attrs], int]] = {
 
 def _elements(shape: Shape | None, extents: Mapping[str, int]) -> int:
     """Number of elements; 0 where the shape is unknown."""
-    return 0 if shape is None else math.prod(_extent(dim, extents) for dim in shape)
+    if shape is None:
+        return 0
+    count = 1
+    for dim in shape:
+        count *= dim if isinstance(dim, int) else _extent(dim, extents)
+    return count
 
 
 def _nbytes(value: Value, extents: Mapping[str, int]) -> int:
