@@ -9,18 +9,21 @@ from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _PARTS = (OpKind.SLICE, OpKind.SPLIT)
-_MAY_ENLARGE = (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE)
+_MAY_ENLARGE = frozenset((OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE))
+_FACTORS = frozenset((OpKind.MUL, OpKind.DIV, OpKind.WHERE))
 _LOOKED_AT = 12  # operations that a factor is made of
 
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
     """The branch holds an RNN, an LSTM or a GRU, or the steps of one."""
-    return any(op.kind is OpKind.RECURRENT or op in judgement.recurrences for op in draft.branch_ops)
+    return OpKind.RECURRENT in draft.kinds or not judgement.recurrences.isdisjoint(draft.branch_ops)
 
 
 def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
     """The branch as a whole is multiplied by a random number: stochastic depth (Huang et al. 2016)."""
-    return any(_random_factor(op) for op in draft.branch_ops if op.kind in (OpKind.MUL, OpKind.DIV, OpKind.WHERE))
+    if draft.kinds.isdisjoint(_FACTORS):
+        return False
+    return any(_random_factor(op) for op in draft.branch_ops if op.kind in _FACTORS)
 
 
 def is_long(judgement: Judgement, draft: Draft) -> bool:
@@ -29,6 +32,8 @@ def is_long(judgement: Judgement, draft: Draft) -> bool:
     A map that is made at a lower resolution and only weighs what stayed at the fork's is no such way back; and where
     the shortcut changes the resolution as well, the branch does not come back.
     """
+    if draft.kinds.isdisjoint(_MAY_ENLARGE) and not (draft.kind == "dense" and judgement.long):
+        return False
     return any(comes_back(judgement, draft))
 
 
@@ -87,8 +92,10 @@ def shortcut_kind(judgement: Judgement, draft: Draft) -> str:
     if draft.shortcut != "identity" or len(draft.branches) != 1:
         return draft.shortcut
     part = draft.branches[0].producer
+    if part is None or part.kind not in _PARTS:
+        return draft.shortcut
     whole = judgement.only_user(draft.join_value)
-    if part is None or part.kind not in _PARTS or whole is None or whole.kind is not OpKind.CONCAT:
+    if whole is None or whole.kind is not OpKind.CONCAT:
         return draft.shortcut
     others = (value.producer for value in whole.operands if value is not draft.join_value)
     rest = any(op is part or (op is not None and op.kind in _PARTS and op.inputs[0] is part.inputs[0]) for op in others)

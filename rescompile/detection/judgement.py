@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rescompile.detection.reach import Reach
 from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import OpKind
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +25,7 @@ class Draft:
     outside: list[Value]
     join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
     undecided: list[str] = field(default_factory=list)  # what could not be told, for want of shapes
+    kinds: frozenset[OpKind] = frozenset()  # of the branch's operations, once the block is accepted
 
     @property
     def skip(self) -> Value:
@@ -63,11 +65,13 @@ class Judgement:
         """The one operation that reads the value; None when there are several or the value leaves the graph."""
         if value in self.outputs:
             return None
-        users = iter(value.uses)
-        first = next(users, None)
-        if first is None or any(op is not first[0] for op, _ in users):
-            return None
-        return first[0]
+        found: Op | None = None
+        for op, _ in value.uses:
+            if found is None:
+                found = op
+            elif op is not found:
+                return None
+        return found
 
     def accept(self, draft: Draft) -> None:
         """A join that ends a block. Sums that it completes are part of it from now on."""
@@ -76,5 +80,6 @@ class Judgement:
             self.refusals.pop(op, None)
         if draft.join_op not in draft.join_ops:
             draft.join_ops.append(draft.join_op)
+        draft.kinds = frozenset([op.kind for op in draft.branch_ops])
         self.drafts[draft.join_op] = draft
         self.reach.contract(draft.join_value, draft.fork)

@@ -11,7 +11,7 @@ Values with one way back form long chains, which a search passes in logarithmic 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from rescompile.detection.chains import Chains, order
@@ -27,6 +27,7 @@ _STREAM_OPERAND[OpKind.EMBEDDING] = 1
 
 _SCALING = (OpKind.MUL, OpKind.DIV)  # a smaller constant next to a stream is a factor on it
 _RESULT, _INPUT = Role.RESULT, Role.INPUT  # looking a member of an enumeration up costs as much as the test
+_NEAR = 24  # steps back that a search takes one by one before it looks for a short cut
 
 
 def _position(op: Op) -> int:
@@ -41,28 +42,32 @@ class Reach:
         self.streams = _constant_streams(graph)
         self.forks: dict[Value, Value] = {}  # what each contracted join jumps to
         self._sources: dict[Value, tuple[Value, ...]] = {}
-        self._chains = Chains()
+        self._chains = Chains(self._sources)
 
     def extend(self, op: Op) -> None:
         """Make known the ways back from an operation's outputs; its operands' must be known already."""
         sources = self.operands(op)
         for value in op.outputs:
             self._sources[value] = sources
-            if len(sources) == 1:
-                self._chains.link(value, sources[0])
 
     def contract(self, join: Value, fork: Value) -> None:
-        """Let `join` lead back to `fork` only."""
+        """Let `join` lead back to `fork` only. No search may have started at `join` before."""
         self.forks[join] = fork
         self._sources[join] = (fork,)
-        self._chains.link(join, fork)
 
     def operands(self, op: Op) -> tuple[Value, ...]:
         """What the operation reads of streams: weights, literals and other constants that start none are left out."""
         only = _STREAM_OPERAND.get(op.kind)
+        inputs = op.inputs if only is None else op.inputs[only : only + 1]
+        streams = self.streams
+        if len(inputs) == 1:
+            value = inputs[0]
+            if value is not None and (value.role is _RESULT or value.role is _INPUT or value in streams):
+                return (value,)
+            return ()
         found: dict[Value, None] = {}
-        for value in op.inputs if only is None else op.inputs[only : only + 1]:
-            if value is not None and (value.role is _RESULT or value.role is _INPUT or value in self.streams):
+        for value in inputs:
+            if value is not None and (value.role is _RESULT or value.role is _INPUT or value in streams):
                 found[value] = None
         if len(found) > 1 and op.kind in _SCALING:
             shape = op.outputs[0].shape
@@ -75,8 +80,32 @@ class Reach:
         """The values that lead to `value` in one step."""
         return self._sources.get(value, ())
 
-    def meet(self, left: Value, right: Iterable[Value]) -> Value | None:
+    def meet(self, left: Value, right: Sequence[Value]) -> Value | None:
         """The nearest value that both `left` and one of `right` come from; None when there is none."""
+        if len(right) == 1:
+            left, other, met = self._near(left, right[0])
+            if met:
+                return left if left is other else None
+            right = (other,)
+        return self._far(left, right)
+
+    def _near(self, left: Value, right: Value) -> tuple[Value, Value, bool]:
+        """Both followed back, the younger one at a time, as long as each has one way: whether that settled it."""
+        sources = self._sources
+        young, old = left, right
+        for _ in range(_NEAR):
+            if young is old:
+                return young, old, True
+            if order(young) < order(old):
+                young, old = old, young
+            before = sources.get(young, ())
+            if len(before) != 1:
+                return young, old, not before
+            young = before[0]
+        return young, old, False
+
+    def _far(self, left: Value, right: Sequence[Value]) -> Value | None:
+        """The search among many ways."""
         colours: dict[Value, int] = {left: 1}
         for value in right:
             colours[value] = colours.get(value, 0) | 2
@@ -122,6 +151,10 @@ class Reach:
 
     def between(self, fork: Value, tops: Sequence[Value]) -> tuple[list[Op], list[Value]]:
         """The operations on the ways from `fork` to `tops`, in topological order, and what else they read."""
+        if len(tops) == 1:
+            line = self._line(fork, tops[0])
+            if line is not None:
+                return line, []
         bound = order(fork)
         seen: set[Value] = set()
         ops: set[Op] = set()
@@ -147,6 +180,22 @@ class Reach:
                 outside.update((value, None) for value in sources if value not in from_fork)
         return region, list(outside)
 
+    def _line(self, fork: Value, top: Value) -> list[Op] | None:
+        """The operations between, where each reads the one before and nothing else; None where there are others."""
+        bound = order(fork)
+        line: list[Op] = []
+        while top is not fork:
+            op = top.producer
+            if op is None or op.order <= bound:
+                return None
+            sources = self._sources[top]
+            if len(sources) != 1:
+                return None
+            line.append(op)
+            top = sources[0]
+        line.reverse()
+        return line
+
     def comes_from(self, fork: Value, top: Value) -> bool:
         """Whether there is a way from `fork` to `top`."""
         return self.meet(top, (fork,)) is fork
@@ -160,8 +209,8 @@ def _constant_streams(graph: Graph) -> set[Value]:
     return {
         value
         for value in graph.values
-        if value.role in (Role.PARAMETER, Role.CONSTANT)
-        and len(value.uses) > 1
+        if len(value.uses) > 1
+        and value.role in (Role.PARAMETER, Role.CONSTANT)
         and any(op.kind is OpKind.ADD for op, _ in value.uses)
         and value.rank != 0
     }
