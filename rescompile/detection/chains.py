@@ -17,6 +17,12 @@ def order(value: Value) -> int:
     return -1 if value.producer is None else value.producer.order
 
 
+def age(operand: tuple[int, Value]) -> int:
+    """The order of an operand, given with its place."""
+    producer = operand[1].producer
+    return -1 if producer is None else producer.order
+
+
 class Chains:
     """A forest over values: links go back, and orders fall along them.
 

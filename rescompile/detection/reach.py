@@ -58,13 +58,11 @@ class Reach:
     def operands(self, op: Op) -> tuple[Value, ...]:
         """What the operation reads of streams: weights, literals and other constants that start none are left out."""
         only = _STREAM_OPERAND.get(op.kind)
-        inputs = op.inputs if only is None else op.inputs[only : only + 1]
-        streams = self.streams
-        if len(inputs) == 1:
-            value = inputs[0]
-            if value is not None and (value.role is _RESULT or value.role is _INPUT or value in streams):
-                return (value,)
-            return ()
+        inputs, streams = op.inputs, self.streams
+        if only is not None or len(inputs) == 1:
+            value = inputs[only or 0] if len(inputs) > (only or 0) else None
+            moves = value is not None and (value.role is _RESULT or value.role is _INPUT or value in streams)
+            return (value,) if moves and value is not None else ()
         found: dict[Value, None] = {}
         for value in inputs:
             if value is not None and (value.role is _RESULT or value.role is _INPUT or value in streams):

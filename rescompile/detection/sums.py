@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rescompile.detection.chains import age
 from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
 from rescompile.detection.flavours import comes_back
 from rescompile.detection.gates import only_measured, only_weighs, reached_by_gates_only
@@ -49,7 +50,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
         return constant_operand(operands)
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
-    tried = sorted(streams, key=_age)
+    tried = sorted(streams, key=age)
     for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
         others = [item for item in streams if item[0] != index]
         found = _two(judgement, op, (index, skip), others)
@@ -59,11 +60,6 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     if refusal is None or any(value.constant for _, value in streams):
         return constant_operand(operands)
     return refusal
-
-
-def _age(operand: tuple[int, Value]) -> int:
-    producer = operand[1].producer
-    return -1 if producer is None else producer.order
 
 
 def sum_of_two(judgement: Judgement, op: Op, x: tuple[int, Value], y: tuple[int, Value]) -> Draft | Refusal:
