@@ -36,9 +36,6 @@ class Chains:
         self._depth: dict[Value, int] = {}  # links to the chain's end, where there are any
         self._jump: dict[Value, Value] = {}
 
-    def __contains__(self, value: Value) -> bool:
-        return value in self._parent or len(self._sources.get(value, ())) == 1
-
     def _reach(self, value: Value) -> None:
         """Link the value, and all behind it that is not linked yet."""
         ahead: list[tuple[Value, Value]] = []

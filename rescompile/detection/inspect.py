@@ -163,9 +163,7 @@ class _Telling:
 
 def _judge(graph: Graph) -> Judgement:
     judgement = Judgement(graph)
-    extend = judgement.reach.extend
     for op in graph:
-        extend(op)
         rules = _RULES.get(op.kind)
         if rules is None:
             continue

@@ -1,6 +1,6 @@
 """Where the paths of a join come from: nearest common ancestors, in near-linear time.
 
-Joins are judged in topological order. Once one is known to be the end of a block, the block is *contracted*: from its
+The ways back from every value are read off the operations once. Joins are judged in topological order. Once one is known to be the end of a block, the block is *contracted*: from its
 join the search jumps to its fork, as if the block were one identity. What enters the branch from outside (a mask, an
 encoder's memory, a rotary table) is no way back through a contracted block: the stream runs along the skip. That is why
 a positional embedding which every attention adds to its queries is not taken for a stream, although everything after
@@ -35,20 +35,18 @@ def _position(op: Op) -> int:
 
 
 class Reach:
-    """The ways back from every value judged so far, with the blocks found so far contracted."""
+    """The ways back from every value, with the blocks found so far contracted."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.streams = _constant_streams(graph)
         self.forks: dict[Value, Value] = {}  # what each contracted join jumps to
         self._sources: dict[Value, tuple[Value, ...]] = {}
+        for op in graph:
+            sources = self.operands(op)
+            for value in op.outputs:
+                self._sources[value] = sources
         self._chains = Chains(self._sources)
-
-    def extend(self, op: Op) -> None:
-        """Make known the ways back from an operation's outputs; its operands' must be known already."""
-        sources = self.operands(op)
-        for value in op.outputs:
-            self._sources[value] = sources
 
     def contract(self, join: Value, fork: Value) -> None:
         """Let `join` lead back to `fork` only. No search may have started at `join` before."""
@@ -114,6 +112,7 @@ class Reach:
             waiting[0] += colour & 1
             waiting[1] += colour >> 1
         count = len(heap)
+        near = count + _NEAR
         chains = self._chains
         while waiting[0] and waiting[1]:
             _, _, value = heappop(heap)
@@ -121,9 +120,9 @@ class Reach:
             if colour == 3:
                 return value
             waiting[colour - 1] -= 1
-            bound = -heap[0][0]
-            other = heap[0][2]
-            if len(heap) == 1 and colours[other] == 3 - colour:
+            bound, _, other = heap[0]
+            bound = -bound
+            if count > near and len(heap) == 1 and colours[other] == 3 - colour:
                 # One way each is left: either they meet on their chains, or neither need be looked at link by link.
                 met = chains.common(value, other)
                 if met is not None:
@@ -134,7 +133,9 @@ class Reach:
                     colours[other] = 3 - colour
                     heap[0] = (-order(other), count, other)
                     count += 1
-            sources = (chains.climb(value, bound),) if value in chains else self._sources.get(value, ())
+            sources = self._sources.get(value, ())
+            if count > near and len(sources) == 1:
+                sources = (chains.climb(value, bound),)
             for source in sources:
                 known = colours.get(source)
                 if known is None:
