@@ -124,18 +124,16 @@ def own_parameter_count(body: Body) -> int:
 
 def trained_parameters(graph: Graph) -> list[Value]:
     """Parameters of floating dtype but for batch-norm statistics, each once however many operations share it."""
+    read = {value for op in graph if op.kind is _K.BATCH_NORM for value in op.inputs[3:]}
     return [
         value
         for value in graph.parameters
-        if (value.dtype is None or "float" in value.dtype) and not _is_statistic(value)
+        if (value.dtype is None or "float" in value.dtype) and not (value in read and _is_statistic(value))
     ]
 
 
 def _is_statistic(value: Value) -> bool:
-    for op, index in value.uses:
-        if index < 3 or op.kind is not _K.BATCH_NORM:
-            return False
-    return bool(value.uses)
+    return bool(value.uses) and all(op.kind is _K.BATCH_NORM and index >= 3 for op, index in value.uses)
 
 
 def op_cost(op: Op, extents: Mapping[str, int] | None = None) -> Cost:

@@ -16,7 +16,8 @@ _LOOKED_AT = 12  # operations that a factor is made of
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
     """The branch holds an RNN, an LSTM or a GRU, or the steps of one."""
-    return OpKind.RECURRENT in draft.kinds or not judgement.recurrences.isdisjoint(draft.branch_ops)
+    steps = judgement.recurrences
+    return OpKind.RECURRENT in draft.kinds or (bool(steps) and not steps.isdisjoint(draft.branch_ops))
 
 
 def is_stochastic(judgement: Judgement, draft: Draft) -> bool:

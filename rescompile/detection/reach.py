@@ -89,15 +89,18 @@ class Reach:
         """Both followed back, the younger one at a time, as long as each has one way: whether that settled it."""
         sources = self._sources
         young, old = left, right
+        newest, oldest = order(young), order(old)
         for _ in range(_NEAR):
             if young is old:
                 return young, old, True
-            if order(young) < order(old):
-                young, old = old, young
+            if newest < oldest:
+                young, old, newest, oldest = old, young, oldest, newest
             before = sources.get(young, ())
             if len(before) != 1:
                 return young, old, not before
             young = before[0]
+            op = young.producer
+            newest = -1 if op is None else op.order
         return young, old, False
 
     def _far(self, left: Value, right: Sequence[Value]) -> Value | None:
