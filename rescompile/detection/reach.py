@@ -1,10 +1,10 @@
 """Where the paths of a join come from: nearest common ancestors, in near-linear time.
 
-The ways back from every value are read off the operations once. Joins are judged in topological order. Once one is known to be the end of a block, the block is *contracted*: from its
-join the search jumps to its fork, as if the block were one identity. What enters the branch from outside (a mask, an
-encoder's memory, a rotary table) is no way back through a contracted block: the stream runs along the skip. That is why
-a positional embedding which every attention adds to its queries is not taken for a stream, although everything after
-the first attention depends on it.
+The ways back from every value are read off the operations once. Joins are judged in topological order. Once one is
+known to be the end of a block, the block is *contracted*: from its join the search jumps to its fork, as if the block
+were one identity. What enters the branch from outside (a mask, an encoder's memory, a rotary table) is no way back
+through a contracted block: the stream runs along the skip. That is why a positional embedding which every attention
+adds to its queries is not taken for a stream, although everything after the first attention depends on it.
 
 Values with one way back form long chains, which a search passes in logarithmic time (see `chains`).
 """
