@@ -27,7 +27,6 @@ _STREAM_OPERAND[OpKind.EMBEDDING] = 1
 
 _SCALING = (OpKind.MUL, OpKind.DIV)  # a smaller constant next to a stream is a factor on it
 _RESULT, _INPUT = Role.RESULT, Role.INPUT  # looking a member of an enumeration up costs as much as the test
-_NEAR = 24  # steps back that a search takes one by one before it looks for a short cut
 
 
 def _position(op: Op) -> int:
@@ -35,10 +34,14 @@ def _position(op: Op) -> int:
 
 
 class Reach:
-    """The ways back from every value, with the blocks found so far contracted."""
+    """The ways back from every value, with the blocks found so far contracted.
 
-    def __init__(self, graph: Graph) -> None:
+    `near`: steps back that a search takes one by one before it looks for short cuts.
+    """
+
+    def __init__(self, graph: Graph, near: int = 24) -> None:
         self.graph = graph
+        self._steps = near
         self.streams = _constant_streams(graph)
         self.forks: dict[Value, Value] = {}  # what each contracted join jumps to
         self._sources: dict[Value, tuple[Value, ...]] = {}
@@ -90,7 +93,7 @@ class Reach:
         sources = self._sources
         young, old = left, right
         newest, oldest = order(young), order(old)
-        for _ in range(_NEAR):
+        for _ in range(self._steps):
             if young is old:
                 return young, old, True
             if newest < oldest:
@@ -115,7 +118,7 @@ class Reach:
             waiting[0] += colour & 1
             waiting[1] += colour >> 1
         count = len(heap)
-        near = count + _NEAR
+        near = count + self._steps
         chains = self._chains
         while waiting[0] and waiting[1]:
             _, _, value = heappop(heap)
