@@ -22,7 +22,8 @@ Extents = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Term:
-    """One operation or leaf. `spelling` picks one of the ways in which an IR can write it."""
+    """One operation or leaf. `spelling` picks one of the ways in which an IR can write it; `known`: whether the IR says
+    the result's shape."""
 
     kind: OpKind | str
     operands: tuple[int, ...] = ()
@@ -31,6 +32,7 @@ class Term:
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     spelling: int = 0
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,16 @@ class Program:
             return None
         on, kind, factor = made.scale
         return Scale(on, kind, float(factor) if kind == "constant" else self.name(int(factor)))
+
+    def without_shapes(self, seed: int) -> Program:
+        """The same network, of which a model would declare few of the results' shapes: half of them, or none."""
+        random = Random(seed)
+        kept = random.choice((0.0, 0.5))
+        terms = [
+            replace(term, known=not isinstance(term.kind, OpKind) or index in self.outputs or random.random() < kept)
+            for index, term in enumerate(self.terms)
+        ]
+        return replace(self, terms=tuple(terms))
 
     def varied(self, seed: int) -> Program:
         """The same network in another order, under other names, with operands swapped and operations respelt."""
