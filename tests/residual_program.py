@@ -23,7 +23,7 @@ Extents = tuple[int, ...]
 @dataclass(frozen=True)
 class Term:
     """One operation or leaf. `spelling` picks one of the ways in which an IR can write it; `known`: whether the IR says
-    the result's shape."""
+    of what shape and dtype the result is."""
 
     kind: OpKind | str
     operands: tuple[int, ...] = ()
@@ -85,12 +85,16 @@ class Program:
         on, kind, factor = made.scale
         return Scale(on, kind, float(factor) if kind == "constant" else self.name(int(factor)))
 
-    def without_shapes(self, seed: int) -> Program:
-        """The same network, of which a model would declare few of the results' shapes: half of them, or none."""
+    def without_types(self, seed: int) -> Program:
+        """The same network, with half of the results' shapes and dtypes left out, or all of them.
+
+        What is padded keeps its own: torch counts axes from the last one on.
+        """
         random = Random(seed)
         kept = random.choice((0.0, 0.5))
+        needed = {*self.outputs, *(term.operands[0] for term in self.terms if term.kind is K.PAD)}
         terms = [
-            replace(term, known=not isinstance(term.kind, OpKind) or index in self.outputs or random.random() < kept)
+            replace(term, known=not isinstance(term.kind, OpKind) or index in needed or random.random() < kept)
             for index, term in enumerate(self.terms)
         ]
         return replace(self, terms=tuple(terms))

@@ -41,7 +41,8 @@ def in_memory(program: Program) -> Graph:
             data = np.asarray(term.attrs["value"], dtype=term.dtype)
             value = graph.add_constant(term.name, (), term.dtype, data, Role.CONSTANT)
         else:
-            outputs = [(term.name, ValueType(term.shape if term.known else None, term.dtype))]
+            known = ValueType(term.shape, term.dtype) if term.known else ValueType(None, None)
+            outputs = [(term.name, known)]
             value = graph.add_op(K(term.kind), [values[x] for x in term.operands], outputs, dict(term.attrs)).output
         values.append(value)
     graph.set_outputs([values[index] for index in program.outputs])

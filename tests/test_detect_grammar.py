@@ -46,3 +46,12 @@ def test_detection_finds_what_the_grammar_generates(ir: str, program: Program, s
     varied = program.varied(seed)
     graph = REALISERS[ir](varied)
     check(varied, graph, inspect_graph(graph))
+
+
+@pytest.mark.parametrize("ir", REALISERS)
+@given(programs(), st.integers(0, 2**32))
+@settings(_UNHURRIED, max_examples=40)
+def test_detection_finds_it_where_shapes_and_dtypes_are_not_known(ir: str, program: Program, seed: int) -> None:
+    varied = program.varied(seed).without_types(seed)
+    graph = REALISERS[ir](varied)
+    check(varied, graph, inspect_graph(graph))

@@ -35,15 +35,24 @@ def is_long(judgement: Judgement, draft: Draft) -> bool:
     """
     if draft.kinds.isdisjoint(_MAY_ENLARGE) and not (draft.kind == "dense" and judgement.long):
         return False
-    return any(comes_back(judgement, draft))
+    if not any(comes_back(judgement, draft)):
+        return False
+    if draft.join_value.shape is None:
+        text = "whether the branch comes back from another resolution: the shape of '{}' is not known"
+        draft.undecided.append(text.format(draft.join_value.name))
+    return True
 
 
 def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
-    """For each end of a branch, whether every way to it from the fork leads through an enlarging operation."""
+    """For each end of a branch, whether every way to it from the fork leads through an enlarging operation.
+
+    Where no shapes are known, what can only be there to enlarge counts as enlarging.
+    """
     extents, before = _extents(draft.join_value.shape), _extents(draft.fork.shape)
-    if extents is None or (
-        before is not None and len(before) == len(extents) and before != extents and _resizes(draft)
-    ):
+    if extents is None and draft.join_value.shape is not None:
+        return []
+    moved = before is not None and extents is not None and len(before) == len(extents) and before != extents
+    if moved and _resizes(draft):
         return []
     back = {op for op in draft.branch_ops if _enlarges(op) or _is_beside(judgement, draft, op)}
     if not back:
