@@ -21,7 +21,9 @@ def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
 
 
 def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
-    """The branch as a whole is multiplied by a random number: stochastic depth (Huang et al. 2016)."""
+    """The branch is multiplied by a random number, or computed by a coin: stochastic depth (Huang et al. 2016)."""
+    if judgement.dropped and not judgement.dropped.isdisjoint(draft.branch_ops):
+        return True
     if draft.kinds.isdisjoint(_FACTORS):
         return False
     return any(_random_factor(op) for op in draft.branch_ops if op.kind in _FACTORS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
 from rescompile.detection.chains import order
+from rescompile.detection.coins import drops, is_tossed, stochastic
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
@@ -19,7 +20,7 @@ from rescompile.detection.scatters import residual_scatter
 from rescompile.detection.selections import selection, unknown
 from rescompile.detection.sums import residual_sum
 from rescompile.detection.view import View, path_of, written_out
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Body, Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 
 Rule = Callable[[Judgement, Op], Draft | Refusal | None]
@@ -91,13 +92,21 @@ def _inspect_part(graph: Graph, path: str) -> _Part:
     if view is not None:
         part.bodies = {_join(path, at): body.graph for at, body in view.called.items()}
         part.parameters = sum(own_parameter_count(body) for body in view.called.values())
+        held: dict[Op, list[Body]] = {}
         for holder, body in view.held:
-            at = _join(path, f"{path_of(view.levels[holder])}/{body.label}")
-            found = _inspect_part(body.graph, at)
-            inner.append((holder, found.blocks))
-            part.bodies |= {at: body.graph, **found.bodies}
-            part.not_residual += found.not_residual
-            part.parameters += found.parameters + own_parameter_count(body)
+            held.setdefault(holder, []).append(body)
+        for holder, bodies in held.items():
+            tossed = is_tossed(view.levels[holder][-1], bodies)
+            if tossed and drops(bodies):
+                judgement.dropped.add(holder)
+            for body, other in zip(bodies, bodies[::-1], strict=True):
+                at = _join(path, f"{path_of(view.levels[holder])}/{body.label}")
+                found = _inspect_part(body.graph, at)
+                blocks = [stochastic(block, body, other) for block in found.blocks] if tossed else found.blocks
+                inner.append((holder, blocks))
+                part.bodies |= {at: body.graph, **found.bodies}
+                part.not_residual += found.not_residual
+                part.parameters += found.parameters + own_parameter_count(body)
     part.blocks = _blocks(judgement, telling, inner)
     joins = {op: None for block in part.blocks for op in block.join_ops}
     refused: dict[tuple[Op, str], NotResidual] = {}

@@ -57,6 +57,7 @@ class Judgement:
         self.refusals: dict[Op, Refusal] = {}
         self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
         self.closing: set[Op] = set()  # norms that are the post norm of a block
+        self.dropped: set[Op] = set()  # what a coin decides about: operations that return zeros or what they compute
         self.long: set[Op] = set()  # joins of long blocks, once the kinds are told
         self.budget = 2000 + 4 * len(graph)  # values that searches across streams may visit, all together
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
