@@ -179,6 +179,9 @@ def _judge(graph: Graph) -> Judgement:
         if op.kind is OpKind.ADD and (total := completes(op)) is not None:
             judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
             continue
+        if op.kind is OpKind.ADD and judgement.joins_siblings(op):
+            judgement.refusals[op] = Refusal("two working branches: blocks beside each other, with one fork, are added")
+            continue
         for rule in rules:
             found = rule(judgement, op)
             if isinstance(found, Draft):
@@ -187,6 +190,11 @@ def _judge(graph: Graph) -> Judgement:
             if found is not None:
                 judgement.refusals[op] = found
                 break
+        refusal = judgement.refusals.get(op)
+        if op.kind is OpKind.ADD and refusal is not None and refusal.meet is not None:
+            last = judgement.mix(op)
+            if last is not None:
+                judgement.refusals[op] = Refusal(f"a mix: shares of values of one stream, '{last.name}' the last")
     return judgement
 
 
