@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
 from rescompile.blocks import Report
+from rescompile.detection.paths import is_pointwise
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
+from rescompile.kinds import OpKind
 from rescompile.passes.geometry import Geometry, geometry
 from rescompile.passes.layers import Chain, Layer, Place, chains, layers
+from rescompile.passes.likeness import Likeness
 from rescompile.plans import Refusal
 
 Join: TypeAlias = Literal["before-activation", "after", "pre-activation"]
 
 
-def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[Place | Refusal]:
+def by_count(graph: Graph, report: Report, every: int, join: Join, alike: Likeness) -> Iterator[Place | Refusal]:
     """Groups of `every` consecutive layers.
 
     1. The stem and the head stay outside, and so does a layer that holds a residual block.
     2. A group lies in one chain; a rest shorter than `every` gets none.
+    3. Where the sum before the activation would be no residual connection, the join goes behind it.
     """
     if every < 1:
         raise RescompileError(f"A shortcut skips at least one layer, so every={every} places none: give 1 or more.")
     for chain, run in _runs(graph, report):
         last: Value | None = None
         for start in range(0, len(run) - every + 1, every):
-            place = _place(chain, run[start : start + every], join, last)
+            place = _place(chain, run[start : start + every], join, last, alike)
             last = place.join
             yield place
         rest = len(run) % every
@@ -35,7 +40,7 @@ def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[P
             yield Refusal(run[-rest].name, f"{rest} of {every} layers are left: a rest gets no shortcut")
 
 
-def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refusal]:
+def by_stage(graph: Graph, report: Report, join: Join, alike: Likeness) -> Iterator[Place | Refusal]:
     """Pairs of layers within a stage, the layers that keep one shape and the one that changes to it.
 
     A stage's odd layer goes with its last pair; a region with branches (an Inception module) is a group of its own.
@@ -51,7 +56,7 @@ def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refus
                 if len(group) == 1 and not region:
                     yield Refusal(group[0].name, "the only layer of its stage: a shortcut around it would skip nothing")
                 else:
-                    place = _place(chain, group, join, last)
+                    place = _place(chain, group, join, last, alike)
                     last = place.join
                     yield place
 
@@ -92,7 +97,7 @@ def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
     1. Something between them lowers the resolution and something raises it again; the skip is not around a stem.
     2. The join is what the layer behind the rise reads, so that a transposed convolution's activation comes first.
     """
-    joins = {op for block in report for op in block.join_ops}
+    joins = _joins(report)
     for chain in chains(graph):
         earlier: dict[Shape, Layer] = {}  # the last layer that ended at each resolution
         for before, after in pairwise(layers(chain, joins)):
@@ -122,7 +127,7 @@ def _larger(one: Shape, other: Shape) -> bool:
 
 def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
     """Consecutive layers between the stem and the head that no block holds."""
-    joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
+    joins = _joins(report)
     for chain in chains(graph):
         run: list[Layer] = []
         for layer in layers(chain, joins):
@@ -136,8 +141,25 @@ def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
             yield chain, run
 
 
-def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None) -> Place:
+def _joins(report: Report) -> set[Op]:
+    """What brings the paths of blocks together: a contraction that alone reads a dense join, a transition, does too."""
+    joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
+    concats = [op for op in joins if op.kind is OpKind.CONCAT]
+    readers = [op.output.users for op in concats]
+    return joins | {users[0] for users in readers if len(users) == 1 and is_pointwise(users[0])}
+
+
+def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None, alike: Likeness) -> Place:
     """The place around a group. `previous`: where the shortcut before this one joins."""
+    place = _around(chain, group, join, previous)
+    why = alike(place) if join == "before-activation" else ""
+    behind = _around(chain, group, "after", previous) if why else place
+    if why and not alike(behind):
+        return replace(behind, note=f"joins behind the activation, for before it {why}")
+    return place
+
+
+def _around(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None) -> Place:
     first, last = group[0], group[-1]
     if join == "pre-activation":
         fork, end = first.lead, last.work

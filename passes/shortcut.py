@@ -79,6 +79,14 @@ def matched(
     return Skip(projected, "projection", zero)
 
 
+def projects(place: Place, geometry: Geometry, match: Match) -> bool:
+    """Whether the skip that `matched` makes holds a contraction."""
+    if match in ("pad", "none"):
+        return False
+    same_width = _width(place.fork.shape, geometry) == _width(place.join.shape, geometry)
+    return match == "always" or not (same_width and (match == "pool" or geometry.same_positions))
+
+
 def resized(sketch: Sketch, source: Term, place: Place, geometry: Geometry, match: Match) -> Skip | Refusal:
     """The source at the join's positions, with its own channels: pooled (match=pool), strided, or repeated."""
     if geometry.same_positions:

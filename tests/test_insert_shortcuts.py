@@ -188,17 +188,6 @@ def test_highway_starts_with_its_bias() -> None:
         torch.testing.assert_close(result(x), by_hand(model, x, mix), rtol=0, atol=1e-6)
 
 
-def test_fixup_rescales_the_branch_and_leaves_the_model_that_came_in() -> None:
-    model, result, x = started("fixup")
-    before, after = model.state_dict(), result.state_dict()
-    for at in (2, 6):  # two branches of two layers: 2^(−1/2)
-        torch.testing.assert_close(after[f"{at}.weight"], before[f"{at}.weight"] * 0.5**0.5, rtol=0, atol=1e-7)
-        assert not after[f"{at + 2}.weight"].any()
-    with torch.no_grad():
-        expected = by_hand(model, x, lambda x, f, number: x + model[4 * number + 4].bias)
-        torch.testing.assert_close(result(x), expected, rtol=0, atol=1e-6)
-
-
 # ---- other networks ----------------------------------------------------------------------------------------------
 
 
