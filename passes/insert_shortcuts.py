@@ -16,7 +16,7 @@ from rescompile.passes.layers import Place
 from rescompile.passes.likeness import Likeness, Nature, likeness
 from rescompile.passes.mixing import MIXES, Combine, Kind, Mixed, Settings, Start
 from rescompile.passes.places import Join, by_count, by_name, by_resolution, by_stage
-from rescompile.passes.shortcut import Activation, Match, Norm, projects
+from rescompile.passes.shortcut import Activation, Match, Norm, averages, projects
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
 
@@ -111,11 +111,13 @@ class InsertShortcuts:
         return by_stage(graph, report, self.join, alike)
 
     def _nature(self, place: Place) -> Nature | None:
-        """What kind of contraction the skip at a place would hold; None where it holds none or is not added."""
+        """How the skip at a place would work; None where it only moves elements or is not added."""
         lie = geometry(place)
         added = self.kind == "add" or (self.kind == "long" and self.combine == "add")
-        if not added or isinstance(lie, Refusal) or not projects(place, lie, self.match):
+        if not added or isinstance(lie, Refusal):
             return None
+        if not projects(place, lie, self.match):
+            return "linear" if averages(lie, self.match) else None
         if self.activation != "none":
             return "active"
         return "normed" if self._norm(place) == "layer" else "linear"

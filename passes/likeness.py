@@ -16,14 +16,14 @@ from rescompile.graph import Graph
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.layers import Place
 
-# A skip that holds a contraction: linear, with a norm by its own statistics, or with an activation.
+# A skip that works: a linear map, one with a norm by its own statistics, or one with an activation.
 Nature: TypeAlias = Literal["linear", "normed", "active"]
 # Why the sum at a place would be no residual connection; empty where it is one.
 Likeness: TypeAlias = Callable[[Place], str]
 
 
 def likeness(graph: Graph, nature: Callable[[Place], Nature | None]) -> Likeness:
-    """The question, where `nature` says what the skip at a place would be; None: no contraction, or no sum."""
+    """The question, where `nature` says how the skip at a place would work; None: not at all, or it is no sum."""
     reach = Reach(graph)
     for op in graph:
         reach.extend(op)

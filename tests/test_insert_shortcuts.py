@@ -140,6 +140,56 @@ def test_detection_finds_exactly_what_was_inserted(kind: str, join: str, ir: str
     assert rc.inspect(result.graph).summary()["by_kind"] == {kind: len(result.applied)} == {kind: 3}
 
 
+def upsampling(mode: str) -> nn.Sequential:
+    first = [nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*first, nn.Upsample(scale_factor=2, mode=mode), nn.Conv2d(8, 12, 3, 1, 1), nn.ReLU())
+
+
+@pytest.mark.parametrize("ir", IRS)
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("options", ["every=1,join=after", "every=2", "every=2,kind=dense", "every=2,kind=gated"])
+def test_preserve_is_exact_across_upsampling_and_found_again(options: str, mode: str, ir: str) -> None:
+    graph = captured(upsampling(mode), image(7), ir)
+    result = rc.rewrite(graph, f"insert-shortcuts{{{options}}}")
+    assert result.applied
+    assert len(rc.inspect(result.graph)) == len(result.applied)
+    np.testing.assert_array_equal(first_output(result.graph, image(7)), first_output(graph, image(7)))
+
+
+# ---- sums that would be no residual connection -------------------------------------------------------------------
+
+
+def widening(last: int, *between: nn.Module) -> nn.Sequential:
+    """A stem, a layer that keeps the width, and one that changes it, with modules behind its linear map."""
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, last), *between)
+
+
+@pytest.mark.parametrize("ir", IRS)
+def test_projection_around_one_layer_joins_behind_its_activation(ir: str) -> None:
+    graph = captured(widening(12, nn.Tanh(), nn.Linear(12, 12)), (torch.randn(2, 6),), ir)
+    result = rc.rewrite(graph, "insert-shortcuts{every=1}")
+    assert [("one linear map" in rewrite.reason) for rewrite in result.applied] == [False, True, False]
+    assert rc.inspect(result.graph).summary()["by_kind"] == {"add": 3}
+    assert not rc.rewrite(result.graph, "insert-shortcuts{every=1}", verify=False).applied
+
+
+@pytest.mark.parametrize("ir", IRS)
+def test_projection_around_a_bare_linear_map_is_refused(ir: str) -> None:
+    graph = captured(widening(12), (torch.randn(2, 6),), ir)
+    result = rc.rewrite(graph, "insert-shortcuts{every=1}")
+    assert len(result.applied) == 1
+    assert "W·x + P·x is one linear map" in result.refused[0].reason
+
+
+@pytest.mark.parametrize("spec", ["every=1,join=after,activation=relu", "every=1,join=after,norm=layer"])
+def test_projection_with_an_activation_beside_the_same_is_refused_and_one_with_a_norm_is_told(spec: str) -> None:
+    graph = captured(widening(12, nn.ReLU()), (torch.randn(2, 6),), "fx")
+    result = rc.rewrite(graph, f"insert-shortcuts{{{spec}}}")
+    told = "norm" in spec
+    assert [refused.reason.count("projections alike") for refused in result.refused] == [1] * (not told)
+    assert rc.inspect(result.graph).summary()["by_kind"] == {"add": 1 + told}
+
+
 # ---- what the other starts compute -------------------------------------------------------------------------------
 
 
