@@ -7,15 +7,17 @@ from dataclasses import replace
 from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
-from rescompile.blocks import Report
+from rescompile.blocks import Block, Report
 from rescompile.detection.paths import is_pointwise
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 from rescompile.passes.geometry import Geometry, geometry
 from rescompile.passes.layers import Chain, Layer, Place, chains, layers
 from rescompile.passes.likeness import Likeness
 from rescompile.plans import Refusal
+
+_FACTORS = 4  # factors and shifts between the end of a branch and the join, a gate among them
 
 Join: TypeAlias = Literal["before-activation", "after", "pre-activation"]
 
@@ -82,13 +84,45 @@ def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Plac
             raise RescompileError(f"The requests '{taken[join]}' and '{pair}' end in one value: keep one of them.")
         taken[join] = pair
         spans.append(span)
-        existing = next(
-            (b for b in report if b.fork_value is fork and join.producer in (*b.join_ops, *b.branch_ops)), None
-        )
-        if existing is not None and existing.join_op in (join.producer, *(op for op in join.users)):
+        existing = _existing(report, fork, join)
+        if existing is not None:
             yield Refusal(pair, f"there is a shortcut already: block {existing.id}, {existing.fork} → {existing.join}")
             continue
         yield Place(fork, join, tuple(ops))
+
+
+def _existing(report: Report, fork: Value, join: Value) -> Block | None:
+    """The block that a shortcut from `fork` to `join` has made already, whatever it did to the branch and its end."""
+    forks = {fork}
+    for block in report:
+        if _is_end(block, fork):  # the stream goes on from what stands in for the value
+            forks.update(_handed_on(block))
+    for block in report:
+        op = block.fork_value.producer
+        shifted = op is not None and op.kind is OpKind.ADD and any(operand in forks for operand in op.operands)
+        if (block.fork_value in forks or shifted) and _is_end(block, join):
+            return block
+    return None
+
+
+def _is_end(block: Block, value: Value) -> bool:
+    """Whether a branch of the block ends in the value, but for factors and shifts."""
+    if value.producer is None or value.producer not in (*block.join_ops, *block.branch_ops):
+        return False
+    ends = [value]
+    for _ in range(_FACTORS):
+        users = [op for end in ends for op in end.users]
+        if value is block.join_op.output or any(op in block.join_ops for op in users):
+            return True
+        ends = [op.output for op in users if op.has(Trait.ELEMENTWISE) and not op.has(Trait.ACTIVATION)]
+    return False
+
+
+def _handed_on(block: Block) -> list[Value]:
+    """The join, and what a transition alone makes of it."""
+    readers = block.join_op.output.users
+    transition = block.join_op.kind is OpKind.CONCAT and len(readers) == 1 and is_pointwise(readers[0])
+    return [block.join_op.output, *([readers[0].output] if transition else [])]
 
 
 def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
@@ -144,9 +178,8 @@ def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
 def _joins(report: Report) -> set[Op]:
     """What brings the paths of blocks together: a contraction that alone reads a dense join, a transition, does too."""
     joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
-    concats = [op for op in joins if op.kind is OpKind.CONCAT]
-    readers = [op.output.users for op in concats]
-    return joins | {users[0] for users in readers if len(users) == 1 and is_pointwise(users[0])}
+    handed_on = (value.producer for block in report if block.kind != "branches" for value in _handed_on(block))
+    return joins | {op for op in handed_on if op is not None}
 
 
 def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None, alike: Likeness) -> Place:

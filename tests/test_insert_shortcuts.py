@@ -132,6 +132,21 @@ def test_inserting_twice_changes_nothing_the_second_time(spec: str) -> None:
 
 
 @pytest.mark.parametrize("ir", IRS)
+@pytest.mark.parametrize(
+    "options",
+    ["start=preserve", "start=rezero", "start=layerscale", "start=fixup", "kind=gated", "kind=dense", "match=always"],
+)
+def test_asking_twice_for_named_places_changes_nothing_the_second_time(options: str, ir: str) -> None:
+    graph = captured(mlp(4), (torch.randn(2, 16),), ir)
+    spec = f"insert-shortcuts{{between=tanh:tanh_2,between=tanh_2:linear_4,{options}}}"
+    result = rc.rewrite(graph, spec, verify=False)
+    assert len(result.applied) == 2
+    again = rc.rewrite(result.graph, spec, verify=False)
+    assert not again.applied
+    assert all("there is a shortcut already" in refused.reason for refused in again.refused)
+
+
+@pytest.mark.parametrize("ir", IRS)
 @pytest.mark.parametrize("kind", ["add", "gated", "dense"])
 @pytest.mark.parametrize("join", ["before-activation", "after", "pre-activation"])
 def test_detection_finds_exactly_what_was_inserted(kind: str, join: str, ir: str) -> None:
