@@ -52,6 +52,15 @@ def measure(graph: Graph, report: Report, inputs: Inputs | None = None, seed: in
     return GradientFlow(report.model, flows, data, seed, extents, names, _notes(report, flows))
 
 
+def forward_signals(
+    graph: Graph, values: Sequence[Value], inputs: Inputs | None = None, seed: int = 0
+) -> dict[Value, Signal]:
+    """Mean and variance of values of the graph, from one forward pass; random inputs where there are none."""
+    arrays, _, _ = example_arrays(graph, inputs, seed)
+    with torch.no_grad():
+        return twin(graph).run(arrays, values, lambda _, tensor: _signal(tensor))[1]
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
