@@ -8,7 +8,7 @@ from rescompile.detection.chains import age, order
 from rescompile.detection.flavours import comes_back
 from rescompile.detection.gates import is_gate, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain
+from rescompile.detection.paths import Chain, branch_works, chain, works
 from rescompile.detection.recurrences import shares_weights, takes_part
 from rescompile.detection.streams import crossing
 from rescompile.graph import Op, Value
@@ -18,6 +18,7 @@ _FREE = ("identity", "view")
 _TRIED = 3  # operands that are tried as the new features, newest first
 _LAST = (OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RMS_NORM)  # of tokens [N, T, C]: features are the last axis
 _FIRST = (OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.BATCH_NORM, OpKind.GROUP_NORM, OpKind.INSTANCE_NORM)
+_RESIZES = (OpKind.AVG_POOL, OpKind.INTERPOLATE)
 _SAME_AXES = (OpKind.SLICE, OpKind.SPLIT, OpKind.CONCAT)
 _GATE = "a gate: '{}' only weighs what it is concatenated with"
 _LOOKED_AT = 12  # operations behind a concatenation, until one tells which axis holds features
@@ -27,7 +28,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     """A block that ends in the concatenation `op`, or why it is none.
 
     1. One operand, the new features, comes from another one, the old ones, by a way that works.
-    2. The old ones are the fork, or come from it by a free way.
+    2. The old ones are the fork, or come from it by a free way; or, of two parts, by an average pool or a resampling.
     3. What reads the concatenation reads its axis as features: a class token in front of others is none.
     """
     output = op.outputs[0]
@@ -72,7 +73,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if meet is None:
         return Refusal(f"no common origin: {names} come from streams of their own")
     if working:
-        across = _across(judgement, op, newest)
+        across = _across(judgement, op, newest) or _resized(judgement, op, newest)
         if across is not None:
             return across
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
@@ -173,6 +174,27 @@ def _across(judgement: Judgement, op: Op, newest: list[tuple[int, Value]]) -> Dr
         back = comes_back(judgement, draft)
         if back and all(back):
             return draft
+    return None
+
+
+def _resized(judgement: Judgement, op: Op, parts: list[tuple[int, Value]]) -> Draft | None:
+    """[pool(x), F(x)]: the fork, averaged or enlarged to the resolution that its branch goes to (ShuffleNet v1).
+
+    What works last in the branch has weights: of [up(x), up(F(x))] or two kinds of pool neither is the other's skip.
+    """
+    if len(parts) != 2:
+        return None
+    for (skip, old), (_, new) in (parts, parts[::-1]):
+        fork = judgement.reach.meet(new, [old])
+        way = None if fork is None else chain(judgement.reach, fork, old)
+        if fork is None or way is None or way.shortcut != "pool" or way.sums:
+            continue
+        if not all(step.kind in _RESIZES or step.has(Trait.FREE) for step in way.ops):
+            continue
+        region, outside = judgement.reach.between(fork, [new])
+        working = [member for member in region if works(member) and not member.has(Trait.NORM)]
+        if working and working[-1].has(Trait.PARAMETRIC):
+            return _draft(op, fork, (skip, way), [new], region, outside)
     return None
 
 

@@ -253,7 +253,16 @@ def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> 
 
 
 def _is_other_projection(way: Chain, other: Chain | None) -> bool:
-    """Whether both ways are a linear or a 1×1 convolution with an activation: neither is the other's shortcut."""
+    """Whether both ways are a linear or a 1×1 convolution with a norm or an activation: neither is a shortcut.
+
+    Of N(W·x) and relu(V·x) the one without an activation is.
+    """
     if other is None or other.shortcut != "projection" or way.affine:
         return False
+    if _activates(other) and not _activates(way):
+        return False
     return all(any(op.kind in (OpKind.CONV, OpKind.LINEAR) for op in each.ops) for each in (way, other))
+
+
+def _activates(way: Chain) -> bool:
+    return any(op.has(Trait.ACTIVATION) for op in way.ops)
