@@ -9,12 +9,14 @@ from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
+from rescompile.passes.rms_norm import RmsNorm
 from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "canonicalise": Canonicalise,
     "insert-shortcuts": InsertShortcuts,
     "remove-shortcuts": RemoveShortcuts,
+    "rms-norm": RmsNorm,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

@@ -85,6 +85,19 @@ def affine_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Arra
     return affine.run(attrs["steps"], operands).bias.astype(numpy_dtype(attrs["dtype"]))
 
 
+def centred(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """W − E W along `axis`; of γ ⊙ W with a second operand γ, one number for each place along it."""
+    weight, factor = operands
+    assert weight is not None
+    axis, wide = attrs["axis"], weight.astype(np.float64)
+    if factor is not None:
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        wide = wide * factor.astype(np.float64).reshape(shape)
+    moved: Array = wide - wide.mean(axis=axis, keepdims=True)
+    return moved.astype(weight.dtype)
+
+
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
     "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
@@ -94,4 +107,5 @@ RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = 
     "select_last": select_last,
     "affine_weight": affine_weight,
     "affine_bias": affine_bias,
+    "centred": centred,
 }
