@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
+from rescompile.passes.fold_norm_affine import FoldNormAffine
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
+from rescompile.passes.merge_norms import MergeNorms
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
 from rescompile.passes.rms_norm import RmsNorm
 from rescompile.plans import Pass, Pipeline
@@ -17,6 +19,8 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "insert-shortcuts": InsertShortcuts,
     "remove-shortcuts": RemoveShortcuts,
     "rms-norm": RmsNorm,
+    "fold-norm-affine": FoldNormAffine,
+    "merge-norms": MergeNorms,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

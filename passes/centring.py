@@ -101,7 +101,9 @@ class Streams:
         for output in op.outputs:
             if not output.uses and not self.graph.is_output(output):
                 continue
-            if self._axes.get(output, -1) != carried(op, index, axis, output) or not carriers(output, self._axes[output]):
+            if self._axes.get(output, -1) != carried(op, index, axis, output) or not carriers(
+                output, self._axes[output]
+            ):
                 return f"'{op.name}' ({op.kind.value}) reads '{value.name}' with its mean"
             if output in self._raw:
                 return self._raw[output]
@@ -110,7 +112,7 @@ class Streams:
     # ---- how each value comes to be centred ----------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Weights that something else reads too are left alone; that leaves others to one reader less: until it holds."""
+        """Weights that something else reads too are left alone, which may leave others no longer alone: until it holds."""
         while True:
             self._decide()
             shared = self._shared()

@@ -115,13 +115,21 @@ def normed_axis(norm: Op) -> int | str:
     return axis
 
 
+def held(value: Value | None) -> Value | None:
+    """The stored vector that a gain or bias is, or a view of; None where it is computed."""
+    while value is not None and value.producer is not None:
+        value = value.producer.inputs[0] if value.producer.kind in (K.IDENTITY, K.RESHAPE) else None
+    return value if value is not None and is_stored(value) else None
+
+
 def uniform(graph: Graph, value: Value | None, absent: float) -> float | None:
     """The number that every element of a stored value has, `absent` where there is no value, None for anything else."""
     if value is None:
         return absent
-    if not is_stored(value):
+    stored = held(value)
+    if stored is None:
         return None
-    data = graph.data(value)
+    data = graph.data(stored)
     return float(data.reshape(-1)[0]) if data.size and bool(np.all(data == data.reshape(-1)[0])) else None
 
 

@@ -107,9 +107,7 @@ def _centre(value: Value, axis: int, readers: list[tuple[Op, int]], edits: list[
     return centred
 
 
-def _tensors(
-    graph: Graph, streams: Streams, parts: list[Centred], edits: list[Edit], fresh: FreshNames
-) -> int:
+def _tensors(graph: Graph, streams: Streams, parts: list[Centred], edits: list[Edit], fresh: FreshNames) -> int:
     """In place where nobody else reads the tensor, a copy otherwise. How many there are."""
     groups: dict[tuple[Value, int, Value | None], list[tuple[Op, int]]] = {}
     readers: dict[Value, set[tuple[Op, int]]] = {}
