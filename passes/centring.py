@@ -78,8 +78,10 @@ class Streams:
                     self._raw[value] = f"norms read '{value.name}' along different axes"
                 continue
             self._axes[value] = axis
-            op = value.producer
-            pending += [(op.inputs[index], own) for index, own in carriers(value, axis) or ()]  # type: ignore
+            for index, own in carriers(value, axis) or ():
+                operand = value.producer.inputs[index] if value.producer is not None else None
+                if operand is not None:
+                    pending.append((operand, own))
 
     def _mark(self) -> None:
         """Readers come after what they read: one way back through the operations."""
@@ -87,11 +89,11 @@ class Streams:
             if self.graph.is_output(value):
                 self._raw.setdefault(value, f"'{value.name}', whose mean would go, is an output of the graph")
         for op in sorted({op for value in self._axes for op in value.users}, key=lambda op: -op.order):
-            for index, value in enumerate(op.inputs):
-                if value in self._axes and value not in self._raw:
-                    reason = self._bound(op, index, value)
+            for index, operand in enumerate(op.inputs):
+                if operand is not None and operand in self._axes and operand not in self._raw:
+                    reason = self._bound(op, index, operand)
                     if reason:
-                        self._raw[value] = reason
+                        self._raw[operand] = reason
 
     def _bound(self, op: Op, index: int, value: Value) -> str:
         """Why the operation needs the operand with its mean; empty where it does not."""
@@ -112,7 +114,7 @@ class Streams:
     # ---- how each value comes to be centred ----------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Weights that something else reads too are left alone, which may leave others no longer alone: until it holds."""
+        """Weights that something else reads too are left alone, which may leave others so too: until it holds."""
         while True:
             self._decide()
             shared = self._shared()

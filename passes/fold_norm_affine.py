@@ -192,7 +192,9 @@ def _folded(graph: Graph, sites: list[_Site], fresh: FreshNames) -> Rewrite:
         groups = _settings(op, site)["groups"]
         weights.setdefault((_weight(op), groups), []).append(op)
         biases.setdefault((_weight(op), op.operand("bias"), groups), []).append(op)
-    shifted, scaled, rewired = [], [], []  # a bias is computed from the weight as it was
+    shifted: list[Edit] = []  # a bias is computed from the weight as it was
+    scaled: list[Edit] = []
+    rewired: list[Edit] = []
     renewed: dict[Op, str] = {}
     for (weight, old, _), ops in biases.items() if site.shifts else ():
         settings, operands = _settings(ops[0], site), names([weight, old, gain, bias, mean, variance])
@@ -219,8 +221,8 @@ def _folded(graph: Graph, sites: list[_Site], fresh: FreshNames) -> Rewrite:
         if op.operand("bias") is not None:
             rewired.append(SetOperand(op.name, 2, new))
         else:
-            operands = [op.inputs[0], stands.get(weight, weight.name), new]
-            rewired.append(fuse_edit([op], op.kind, operands, op.outputs, **op.attrs))
+            reads = [op.inputs[0], stands.get(weight, weight.name), new]
+            rewired.append(fuse_edit([op], op.kind, reads, op.outputs, **op.attrs))
     edits: list[Edit] = [*shifted, *scaled, *rewired]
     edits += _kept([each.norm for each in sites if _rounds(each.norm)], fresh)
     for each in sites:
