@@ -248,6 +248,7 @@ class Streams:
 
         def root(item: object) -> object:
             while roots.setdefault(item, item) is not item:
+                roots[item] = roots[roots[item]]
                 item = roots[item]
             return item
 

@@ -213,7 +213,7 @@ def _folded(graph: Graph, sites: list[_Site], fresh: FreshNames) -> Rewrite:
                 scaled.append(SetParameter(weight.name, "folded_weight", operands, settings))
                 continue
             stands[weight] = fresh(f"{weight.name}_folded")
-            copies += tensor_size(weight)[0]
+            copies += tensor_size(weight)[0] * any(user not in readers for user in weight.users)
             scaled.append(AddParameter(stands[weight], "folded_weight", operands, settings))
             rewired += [SetOperand(op.name, 1, stands[weight]) for op in ops]
     for op, new in renewed.items():

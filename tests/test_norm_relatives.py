@@ -228,6 +228,7 @@ def test_writers_have_no_mean_afterwards(ir: str) -> None:
 def test_layer_scale_goes_into_the_weights() -> None:
     result = rewritten(Stack(nn.Linear(D, D), Branch(scale=True)), tokens(), "fx", "rms-norm")
     assert "branches.0.scale" not in result.model.state_dict()
+    assert set(result.key_map["branches.0.scale"]) == {"branches.0.down.weight", "branches.0.down.bias"}
     assert kinds(result.graph)["mul"] == 0
 
 
@@ -353,6 +354,18 @@ class Channels(nn.Module):
         return self.conv(self.norm(x))
 
 
+class Pooled(nn.Module):
+    """A norm, one token or the mean of all of them, a head."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.norm, self.head, self.how = nn.LayerNorm(D), nn.Linear(D, 3), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return self.head(y[:, 0] if self.how == "token" else y.mean(1))
+
+
 MAPS = (torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)),)
 
 FOLDED: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
@@ -360,6 +373,8 @@ FOLDED: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
     "layer norm, no bias behind it": (lambda: Gated(nn.LayerNorm(D)), tokens()),
     "layer norm without a bias": (lambda: Gated(nn.LayerNorm(D, bias=False)), tokens()),
     "RMS norm": (lambda: Gated(nn.RMSNorm(D)), tokens()),
+    "one token": (lambda: Pooled("token"), tokens()),
+    "mean of tokens": (lambda: Pooled("mean"), tokens()),
     "group norm": (lambda: Channels(nn.GroupNorm(2, 4), kernel_size=1), MAPS),
     "group norm, strided": (lambda: Channels(nn.GroupNorm(2, 4), kernel_size=3, stride=2), MAPS),
     "group norm, grouped convolution": (lambda: Channels(nn.GroupNorm(2, 4), kernel_size=3, groups=2), MAPS),
@@ -398,6 +413,7 @@ def test_folding_computes_the_formula() -> None:
     torch.testing.assert_close(state["up.bias"], weight @ beta, rtol=1e-13, atol=1e-15)
     assert result.key_map["norm.bias"] == ["gate.bias", "up.bias"]
     assert result.key_map["up.weight"] == ["up.weight", "up.bias"]
+    assert result.key_map["norm.weight"] == ["gate.weight", "up.weight"]
     assert not [key for key in state if key.startswith("norm.")]
 
 
