@@ -5,12 +5,15 @@ from __future__ import annotations
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.freeze_blend import FreezeBlend
+from rescompile.passes.fold_norm_affine import FoldNormAffine
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
 from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
+from rescompile.passes.merge_norms import MergeNorms
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
+from rescompile.passes.rms_norm import RmsNorm
 from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
@@ -23,6 +26,9 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "sandwich": SandwichNorm,
     "deepnorm": DeepNorm,
     "freeze-blend": FreezeBlend,
+    "rms-norm": RmsNorm,
+    "fold-norm-affine": FoldNormAffine,
+    "merge-norms": MergeNorms,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

@@ -15,7 +15,7 @@ import msgspec
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
 
 
@@ -53,7 +53,7 @@ class Result(msgspec.Struct):
                 found.append(name)
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter) and edit.name in present:
+                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
                     for operand in edit.operands:
                         if operand in heirs and edit.name not in heirs[operand]:
                             heirs[operand].append(edit.name)
