@@ -8,6 +8,7 @@ from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
+from rescompile.passes.pre_activation import PostActivation, PreActivation
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
 from rescompile.plans import Pass, Pipeline
 
@@ -15,6 +16,8 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "canonicalise": Canonicalise,
     "insert-shortcuts": InsertShortcuts,
     "remove-shortcuts": RemoveShortcuts,
+    "pre-activation": PreActivation,
+    "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

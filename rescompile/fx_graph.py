@@ -57,6 +57,7 @@ class FxGraph(Graph):
         self.native = Native()
         self.output_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
+        self.forgone: set[str] = set()  # nodes of the captured graph that neither form has any more
         self._nodes: Nodes | None = None  # bookkeeping of native edits, made by the first one
 
     @classmethod
@@ -179,6 +180,15 @@ class FxGraph(Graph):
             del self.native.targets[target]
             self._drop_counter(target)
 
+    def native_set_shape(self, value: Value) -> None:
+        """Infer the node's type anew, or write down the declared one where it cannot be."""
+        if isinstance(value.native, fx.Node):
+            self._edit().declare(value.native, value)
+
+    def native_forgo(self, op: Op) -> None:
+        """Remember the nodes by name: the other form has the same names."""
+        self.forgone.update(node.name for node in op.native)
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, with the checks that read them."""
         self._edit().erase(nodes)
@@ -202,6 +212,7 @@ class FxGraph(Graph):
         copy.dims = self.dims
         copy.output_names = self.output_names
         copy.origin = self.origin
+        copy.forgone = set(self.forgone)
         copy.native = _map_native(self.native, memo, copy)
         for value in copy._values.values():
             value.native = _map(value.native, memo)

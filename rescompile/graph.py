@@ -266,10 +266,19 @@ class Graph:
             self.outputs = [new if value is old else value for value in self.outputs]
         self._dirty = True
 
-    def erase(self, op: Op) -> None:
-        """Remove an operation that nobody reads any more."""
+    def set_shape(self, value: Value, shape: Shape | None) -> None:
+        """Declare the shape of an operation's result anew, after what the operation reads got another one."""
+        if value.role is not Role.RESULT:
+            raise GraphError(f"'{value.name}' keeps its shape: nothing in the graph computes it.")
+        value.shape = shape
+        self.native_set_shape(value)
+
+    def erase(self, op: Op, *, for_good: bool = False) -> None:
+        """Remove an operation that nobody reads any more; with `for_good` the model's other form lacks it too."""
         self._check_unread(op, inside=frozenset((op,)))
         self.materialise(op)
+        if for_good:
+            self.native_forgo(op)
         self._unlink(op)
         self.native_erase(op)
         self._dirty = True
@@ -407,6 +416,12 @@ class Graph:
 
     def native_emit(self, op: Op) -> None:
         """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
+
+    def native_set_shape(self, value: Value) -> None:
+        """Declare `value.shape` natively."""
+
+    def native_forgo(self, op: Op) -> None:
+        """Note that no form of the model has `op`, which is removed next."""
 
     def native_erase(self, op: Op) -> None:
         """Remove the native nodes that `op` covers."""

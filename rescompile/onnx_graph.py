@@ -195,6 +195,14 @@ class OnnxGraph(Graph):
         op.native = tuple(builder.nodes)
         self._session = None
 
+    def native_set_shape(self, value: Value) -> None:
+        """Declare the shape, also for what asks about it."""
+        if isinstance(value.native, onnx_ir.Value):
+            set_type(value.native, value.type)
+            if value.native in self.native.measured:
+                self.native.measured[value.native] = value.type
+        self._session = None
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, and what is not shown and served only them."""
         self.native.erase(nodes)
