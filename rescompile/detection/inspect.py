@@ -214,9 +214,10 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
         offsets.append(count)
         count += len(inner[len(offsets) - 1][1])
     forks = {draft.fork for draft in drafts}
+    carried = {draft.fork for draft in drafts if draft.shortcut == "identity"}
     around = {op: ids[index] for op, index in parents.items()}
     blocks = [
-        _block(judgement, telling, draft, at, around.get(draft.join_op), forks)
+        _block(judgement, telling, draft, at, around.get(draft.join_op), forks, carried)
         for at, draft in zip(ids, drafts, strict=True)
     ]
     for (holder, found), offset in zip(inner, offsets, strict=True):
@@ -227,9 +228,15 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
 
 
 def _block(
-    judgement: Judgement, telling: _Telling, draft: Draft, index: int, parent: int | None, forks: set[Value]
+    judgement: Judgement,
+    telling: _Telling,
+    draft: Draft,
+    index: int,
+    parent: int | None,
+    forks: set[Value],
+    carried: set[Value],
 ) -> Block:
-    norm, norms = norm_placement(judgement, draft, forks)
+    norm, norms = norm_placement(judgement, draft, forks, carried)
     calls = telling.calls(draft)
     depth = len(calls)
     join_op = telling.op(draft.join_op, depth)
