@@ -5,15 +5,14 @@ from __future__ import annotations
 from rescompile.graph import Op, Value
 from rescompile.passes.activated_blocks import ActivatedBlock, Lead
 from rescompile.passes.sketch import Made, Sketch
-from rescompile.plans import Erase, SetOperand, SetShape
+from rescompile.plans import Erase, ReplaceUses, SetOperand, SetShape
 
 _STARTS = {"weight": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0}
 
 
 def norm_behind_join(sketch: Sketch, block: ActivatedBlock, norm: Op) -> None:
     """σ(x + N(t))  →  σ(N(x + t))"""
-    for op, index in block.ends:
-        read(sketch, op, index, block.tail)
+    sketch.edits.append(ReplaceUses(norm.output.name, block.tail.name))
     read(sketch, norm, 0, block.total)
     read(sketch, block.closing.act, 0, norm.output)
 
@@ -29,7 +28,7 @@ def norm_before_join(sketch: Sketch, block: ActivatedBlock, norm: Op) -> None:
 def pools_before_activation(sketch: Sketch, block: ActivatedBlock, lead: Lead) -> None:
     """pool(σ(N(c)))  →  σ(N(pool(c))), of which a skip without weights reads pool(c)"""
     pooled, act = lead.x, lead.closing.act
-    read(sketch, lead.pools[0], 0, lead.c)
+    sketch.edits.append(ReplaceUses(act.output.name, lead.c.name))
     _work_on(sketch, lead, pooled)
     kept = () if block.projected else block.skip
     for op, index in pooled.uses:

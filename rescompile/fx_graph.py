@@ -144,6 +144,11 @@ class FxGraph(Graph):
             return
         self._emit_anew(op, index, value)
 
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Sizes, and the tensors that `expand_as` and its like take for a shape only."""
+        if isinstance(old.native, fx.Node) and isinstance(new.native, fx.Node):
+            old.native.replace_all_uses_with(new.native, delete_user_cb=lambda user: user.op != "output")
+
     def native_replace_output(self, old: Value, new: Value) -> None:
         """Let the graph return `new` where it returned `old`."""
         self._edit()

@@ -261,6 +261,9 @@ class Graph:
         """Let every reader of `old` read `new`; with `outputs`, the graph's outputs too (they keep their names)."""
         for op, index in list(old.uses):
             self.set_operand(op, index, new)
+        earlier = new.producer is None or (old.producer is not None and new.producer.order < old.producer.order)
+        if earlier and new.shape is not None and new.shape == old.shape:
+            self.native_ask_shape(old, new)
         if outputs and self.is_output(old):
             self.native_replace_output(old, new)
             self.outputs = [new if value is old else value for value in self.outputs]
@@ -435,6 +438,12 @@ class Graph:
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
         """Change one operand of the native nodes of `op`; `op.inputs[index]` still is the old value."""
+
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Let native nodes that the view does not show, and that ask for the shape of `old`, ask `new`.
+
+        Else they would keep what makes `old` from going anywhere behind what they serve.
+        """
 
     def native_replace_output(self, old: Value, new: Value) -> None:
         """Let `new` be a graph output in the place of `old`; the output's outward name stays."""

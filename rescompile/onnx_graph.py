@@ -237,6 +237,15 @@ class OnnxGraph(Graph):
         self.native.dirty = True
         self._session = None
 
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Hidden nodes that compute shapes."""
+        if isinstance(old.native, onnx_ir.Value) and isinstance(new.native, onnx_ir.Value):
+            for node, slot in tuple(old.native.uses()):
+                if node in self.native.hidden:
+                    node.replace_input_with(slot, new.native)
+                    self.native.measured[new.native] = new.type
+                    self.native.dirty = True
+
     def native_replace_output(self, old: Value, new: Value) -> None:
         """`new` takes the output's place and outward name; what cannot be renamed goes through an Identity."""
         source = self._native(new)
