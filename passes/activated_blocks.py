@@ -47,8 +47,8 @@ class Closing:
 class Lead:
     """What makes the x that a block starts from.
 
-    c → N → σ → pools where `pools_last`, else c → pools → N → σ. `c`: what comes in, `x`: what goes out. `stem`: σ closes
-    no other block. `pools_move`: the pools can change sides, since nothing but this block depends on which they are on.
+    c → N → σ → pools where `pools_last`, else c → pools → N → σ. `c`: what comes in, `x`: what goes out. `stem`: σ
+    closes no other block. `pools_move`: the pools can change sides, since only this block depends on where they are.
     """
 
     closing: Closing
@@ -125,8 +125,9 @@ class ActivatedBlocks:
         norm_behind = closing.norm is not None
         if norm is None and closing.norm is not None:
             norm = closing.norm
-        if norm is not None and not same_shape(made, norm.inputs[0] or made, norm.output, total):
-            return f"'{norm.name}' does not work on the shape of the sum"
+        if norm is not None and not same_shape(made, norm.output, total):
+            known = all(value.shape is not None for value in (made, total))
+            return f"'{norm.name}' does not work on the shape of the sum" if known else "its shapes are not known"
         skip = _skip_uses(block)
         if not skip:
             return "how the skip reads the fork cannot be told"

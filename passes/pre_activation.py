@@ -1,4 +1,4 @@
-"""Residual networks of convolutions in the other form: post-activation (He et al. 2015), pre-activation (He et al. 2016).
+"""Residual networks of convolutions in the other form: post-activation (He et al. 2015), pre-activation (2016).
 
 Both passes read the same description of a block, `passes.activated_blocks`, and write it in their own form. A block's
 edits are right whether or not those of its neighbours are made: the branch reads the activated value in both forms, and

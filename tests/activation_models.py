@@ -1,4 +1,4 @@
-"""Residual networks of convolutions, each written by hand in both forms, and which weights of one are which of the other.
+"""Residual networks of convolutions, written by hand in both forms, and which weights are which.
 
 post   He et al. 2015: x → conv, norm, act, conv, norm; act(x + ·); a projection has a norm
 pre    He et al. 2016: x → norm, act, conv, norm, act, conv; x + ·; a projection reads act(norm(x)) and has none
@@ -69,7 +69,7 @@ class Block(nn.Module):
     def __init__(self, design: Design, before: int, after: int, stride: int, pre: bool, entry: bool = True) -> None:
         super().__init__()
         self.pre, self.entry, self.design = pre, entry, design
-        self.stride, self.after = stride, after
+        self.stride, self.wider = stride, after - before
         inner = after // 4 * 2
         shapes = [(before, after, 3), (after, after, 3)]
         if design.bottleneck:
@@ -96,9 +96,9 @@ class Block(nn.Module):
     def skip(self, x: torch.Tensor) -> torch.Tensor:
         if self.projected:
             return self.down_norm(self.down(self.pool(x)))
-        if x.shape[1] == self.after and self.stride == 1:
+        if self.wider == 0 and self.stride == 1:
             return x
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.after - x.shape[1]))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.wider))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         last = len(self.convs) - 1
