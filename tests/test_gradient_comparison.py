@@ -275,7 +275,7 @@ def test_parameters_that_a_rewrite_brought_keep_their_start() -> None:
 
 def test_an_initialisation_that_is_not_known_is_refused() -> None:
     post, pre = stacks()
-    with pytest.raises(RescompileError, match="no initialisation 'javier' .did you mean 'xavier'"):
+    with pytest.raises(RescompileError, match=r"no initialisation 'javier' .did you mean 'xavier'"):
         rc.compare_gradients(post, pre, (torch.zeros(2, WIDTH),), init="javier")
 
 
