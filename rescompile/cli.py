@@ -321,7 +321,9 @@ def run(
     with stage("Running"):
         outputs = cli_run.run(model, backend.value, inputs or [], trust, input_file)
     if output is not None:
-        cli_run.save_arrays(output, outputs)
+        from rescompile.arrays import save_arrays
+
+        save_arrays(output, outputs)
     summary = cli_run.summaries(outputs)
     if as_json:
         say_json({"outputs": summary})

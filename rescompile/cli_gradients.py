@@ -6,10 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rescompile.arrays import Arrays, load_arrays
 from rescompile.blocks import Report
 from rescompile.cli_files import check_writable, write_whole
 from rescompile.cli_output import html_page
-from rescompile.cli_run import Arrays, load_arrays
 from rescompile.errors import RescompileError
 from rescompile.gradient_comparison import GradientComparison
 from rescompile.gradients import GradientFlow

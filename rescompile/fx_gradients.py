@@ -55,6 +55,15 @@ def run_probes(
     return names, tuple(run.flow(probe) for probe in probes)
 
 
+def forward_signals(
+    graph: Graph, values: Sequence[Value], inputs: Inputs | None = None, seed: int = 0
+) -> dict[Value, Signal]:
+    """Mean and variance of values of the graph, from one forward pass; random inputs where there are none."""
+    arrays, _, _ = example_arrays(graph, inputs, seed)
+    with torch.no_grad():
+        return twin(graph).run(arrays, values, lambda _, tensor: _signal(tensor))[1]
+
+
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 

@@ -217,6 +217,13 @@ class GradientFlow:
         return capture.get().rstrip()
 
 
+def forward_signals(graph: Graph, values: Sequence[Value], inputs: Any = None, seed: int = 0) -> dict[Value, Signal]:
+    """Mean and variance of values of the graph, from one forward pass; random inputs where there are none."""
+    from rescompile.fx_gradients import forward_signals as measure
+
+    return measure(graph, values, inputs, seed)
+
+
 # ---- what to measure -------------------------------------------------------------------------------------------------
 
 

@@ -47,10 +47,11 @@ def _norm_factor(gamma: Array | None, variance: Array | None, eps: float) -> Arr
 
 
 def scaled(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
-    """`factor` times the first operand."""
+    """`factor` times the first operand, or times its `rows` from one index to another."""
     (weight,) = operands
     assert weight is not None
-    product: Array = weight.astype(np.float64) * attrs["factor"]
+    product: Array = weight.astype(np.float64)
+    product[slice(*attrs.get("rows", ()) or (None,))] *= attrs["factor"]
     return product.astype(weight.dtype)
 
 
