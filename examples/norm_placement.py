@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import rescompile as rc
-from examples.characters import BATCH, CONTEXT, CharacterModel, fit, text, unigram_entropy
+from examples.characters import BATCH, CONTEXT, RATE, CharacterModel, fit, text, unigram_entropy
 from examples.depth_law import DEPTHS, Law, measure, slope
 from examples.training import smoothed
 from rescompile.gradient_comparison import GradientComparison
@@ -55,7 +55,13 @@ def convert(depth: int, width: int = 64, seed: int = 0) -> Result:
 
 
 def compare(
-    result: Result, depth: int = 18, steps: int = 400, width: int = 64, seed: int = 0, warm_up: int = WARM_UP
+    result: Result,
+    depth: int = 18,
+    steps: int = 400,
+    width: int = 64,
+    rate: float = RATE,
+    seed: int = 0,
+    warm_up: int = WARM_UP,
 ) -> dict[str, Outcome]:
     """The post-norm model, the same with warm-up unless that is 0, and the converted one without."""
     runs: dict[str, tuple[nn.Module, int]] = {"post-norm": (untrained(depth, width, seed), 0)}
@@ -65,7 +71,7 @@ def compare(
     outcomes = {}
     for name, (model, slowly) in runs.items():
         curve: list[float] = []
-        loss = fit(model, lambda _, loss, curve=curve: curve.append(loss), steps, seed=seed, warm_up=slowly)
+        loss = fit(model, lambda _, loss, curve=curve: curve.append(loss), steps, rate, seed, slowly)
         outcomes[name] = Outcome(curve, loss)
     return outcomes
 
