@@ -3,7 +3,7 @@
 # ruff: noqa: SIM905 (a list of 270 names reads better as words than as 270 lines)
 from __future__ import annotations
 
-import math
+from itertools import zip_longest
 from typing import Any
 
 from benchmarks.corpus import import_torchvision
@@ -76,7 +76,8 @@ _SHORTENED: dict[str, dict[str, Any]] = {
     "gemma4_vit_167m": {"depth": 4},
 }
 
-_LARGEST = 100_000_000  # parameters, of `--all`
+# Parameters of the largest model whose weights are made; those above are captured without, on the meta device.
+_LARGEST = 100_000_000
 
 
 class _Torchvision:
@@ -116,33 +117,34 @@ class _Torchvision:
 
 class _Timm:
     def names(self, everything: bool = False) -> list[str]:
-        """The list above, or every model of up to `_LARGEST` parameters."""
+        """The list above; then, of `everything`, the others, one of each module after the other."""
         if not everything:
             return list(_TIMM)
-        import torch
-
         import_torchvision()
         import timm
 
-        small = []
-        for name in timm.list_models():
-            with torch.device("meta"):
-                parameters = timm.create_model(name).parameters()
-            if sum(math.prod(parameter.shape) for parameter in parameters) <= _LARGEST:
-                small.append(name)
-        return sorted({*small, *_TIMM})
+        listed = set(_TIMM)
+        by_module = [
+            [name for name in timm.list_models(module=module) if name not in listed] for module in timm.list_modules()
+        ]
+        rounds = zip_longest(*by_module)
+        return [*_TIMM, *dict.fromkeys(name for turn in rounds for name in turn if name is not None)]
 
     def build(self, name: str) -> tuple[Any, tuple[Any, ...]]:
-        """A model with an image of the size that it is made for."""
+        """A model with an image of the size that it is made for; above `_LARGEST` both without values, on "meta"."""
         import torch
 
         import_torchvision()
         import timm
 
-        model = timm.create_model(name, **_SHORTENED.get(name, {})).eval()
-        config = model.pretrained_cfg
-        channels, height, width = config.get("input_size", (3, _SIDE, _SIDE))
-        return model, (torch.randn(1, channels, height, width),)
+        options = _SHORTENED.get(name, {})
+        with torch.device("meta"):
+            model = timm.create_model(name, **options)
+        if sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST:
+            model = timm.create_model(name, **options)
+        channels, height, width = model.pretrained_cfg.get("input_size", (3, _SIDE, _SIDE))
+        device = next(model.parameters()).device
+        return model.eval(), (torch.randn(1, channels, height, width, device=device),)
 
 
 TORCHVISION = _Torchvision()

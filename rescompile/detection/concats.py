@@ -6,7 +6,7 @@ from itertools import islice
 
 from rescompile.detection.chains import order
 from rescompile.detection.flavours import comes_back
-from rescompile.detection.gates import is_gate
+from rescompile.detection.gates import is_gate, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.paths import Chain, branch_works, chain
 from rescompile.detection.recurrences import shares_weights, takes_part
@@ -19,6 +19,7 @@ _TRIED = 3  # operands that are tried as the new features, newest first
 _LAST = (OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RMS_NORM)  # of tokens [N, T, C]: features are the last axis
 _FIRST = (OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.BATCH_NORM, OpKind.GROUP_NORM, OpKind.INSTANCE_NORM)
 _SAME_AXES = (OpKind.SLICE, OpKind.SPLIT, OpKind.CONCAT)
+_GATE = "a gate: '{}' only weighs what it is concatenated with"
 _LOOKED_AT = 12  # operations behind a concatenation, until one tells which axis holds features
 
 
@@ -51,6 +52,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
     meet: Value | None = None
     working = False
+    weighing: Refusal | None = None
     for index, new in newest[:_TRIED]:
         before = judgement.concats.get(tuple(value for other, value in parts if other != index))
         if before is not None and order(before) < order(new) and judgement.reach.comes_from(before, new):
@@ -64,6 +66,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
         if isinstance(found, Draft):
             return found
         working = working or found.working
+        weighing = found if found.reason == _GATE.format(fork.name) else weighing
     names = ", ".join(f"'{value.name}'" for _, value in moving[:4])
     if meet is None:
         return Refusal(f"no common origin: {names} come from streams of their own")
@@ -72,6 +75,8 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
         if across is not None:
             return across
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
+    if weighing is not None:
+        return weighing
     return Refusal(f"no working branch: nothing works between '{meet.name}' and the concatenation", meet)
 
 
@@ -129,6 +134,8 @@ def _grown(
     region, outside = reach.between(fork, [top for top in tops if order(top) > order(fork)])
     if not branch_works(reach, region):
         return Refusal("no working branch", fork)
+    if tops and all(reached_by_gates_only(reach, fork, region, top) for top in tops):
+        return Refusal(_GATE.format(fork.name), fork)
     skip = max(free, key=lambda index: -1 if ways[index] is None else order(dict((new, *old))[index]))
     way = ways[skip]
     shortcut = "identity" if way is None or way.shortcut is None else way.shortcut
@@ -148,9 +155,12 @@ def _across(judgement: Judgement, op: Op, newest: list[tuple[int, Value]]) -> Dr
     for index, new in newest[:_TRIED]:
         for skip, old in newest[-_TRIED:]:
             crossed = crossing(judgement, old, new) if skip != index and order(old) < order(new) else None
-            if crossed is not None:
-                moved = Chain(tuple(crossed.shortcut_ops), crossed.shortcut, affine=True, working=False)
-                return _draft(op, crossed.fork, (skip, moved), [new], crossed.region, crossed.outside)
+            if crossed is None or reached_by_gates_only(
+                judgement.reach, crossed.fork, crossed.region, new, through=True
+            ):
+                continue
+            moved = Chain(tuple(crossed.shortcut_ops), crossed.shortcut, affine=True, working=False)
+            return _draft(op, crossed.fork, (skip, moved), [new], crossed.region, crossed.outside)
     for skip, old in newest[-_TRIED:]:
         others = [value for other, value in newest if other != skip]
         fork = judgement.reach.meet(old, others)

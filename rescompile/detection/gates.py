@@ -112,11 +112,14 @@ def only_weighs(judgement: Judgement, draft: Draft) -> bool:
     return False
 
 
-def reached_by_gates_only(reach: Reach, fork: Value, region: Iterable[Op], top: Value) -> bool:
-    """Whether what leads from the fork to `top` only weighs another stream on the way."""
+def reached_by_gates_only(reach: Reach, fork: Value, region: Iterable[Op], top: Value, through: bool = False) -> bool:
+    """Whether what leads from the fork to `top` only weighs another stream on the way.
+
+    `through`: follow the branches of the blocks in the region too, not their skips alone.
+    """
     reached = {fork}
     for op in region:
-        sources = reach.sources(op.outputs[0])
+        sources = reach.operands(op) if through else reach.sources(op.outputs[0])
         own = [value for value in sources if value in reached]
         rest = [value for value in sources if value not in reached and not value.constant]
         if op.kind is OpKind.MUL and rest and own and all(is_gate(value) for value in own):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rescompile.detection.reach import Reach
 from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import OpKind
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +59,7 @@ class Judgement:
         self.long: set[Op] = set()  # joins of long blocks, once the kinds are told
         self.budget = 2000 + 4 * len(graph)  # values that searches across streams may visit, all together
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
+        self._origins: dict[Value, Value] = {}  # of a join: the first value of its stream, each skip as it is
 
     def only_user(self, value: Value) -> Op | None:
         """The one operation that reads the value; None when there are several or the value leaves the graph."""
@@ -78,3 +80,32 @@ class Judgement:
             draft.join_ops.append(draft.join_op)
         self.drafts[draft.join_op] = draft
         self.reach.contract(draft.join_value, draft.fork)
+        plain = draft.kind in ("add", "parallel") and draft.shortcut == "identity" and not draft.shortcut_ops
+        if plain and all(op.kind is OpKind.ADD and set(op.scales) == {1.0} for op in draft.join_ops):
+            self._origins[draft.join_value] = self._origins.get(draft.fork, draft.fork)
+
+    def is_gone(self, op: Op) -> bool:
+        """Whether a difference is (x + F(x)) - x, or of two later values of one stream: x itself goes out of it.
+
+        The first sum of the stream need be no block: x may be a constant that its branch was computed from beforehand.
+        """
+        if len(op.inputs) != 2 or op.scales[0] != -op.scales[1]:
+            return False
+        ends = [self._origin(value) for value in op.inputs]
+        for end, other in (ends, ends[::-1]):
+            sum_ = None if end is None else end.producer
+            if other is not None and (end is other or (sum_ is not None and _adds(sum_, other))):
+                return True
+        return False
+
+    def _origin(self, value: Value | None) -> Value | None:
+        while value is not None and value not in self._origins and (op := value.producer) is not None:
+            if op.kind not in (OpKind.IDENTITY, OpKind.CAST):
+                break
+            value = op.operands[0]
+        return None if value is None else self._origins.get(value, value)
+
+
+def _adds(op: Op, value: Value) -> bool:
+    """Whether the operation adds the value, once, to something."""
+    return op.kind is OpKind.ADD and [op.scales[at] for at, own in enumerate(op.inputs) if own is value] == [1.0]

@@ -45,6 +45,9 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
         return Refusal(f"x + x: every operand is '{operands[0][1].name}'", operands[0][1])
     if only_measured(judgement, op):
         return Refusal("a distance: the difference is only squared and summed up, as in a loss")
+    if judgement.is_gone(op):
+        text = "cancels: '{}' and '{}' are one stream at two places, so the difference is what was added in between"
+        return Refusal(text.format(*(value.name for _, value in operands)), operands[0][1])
     streams = [(index, value) for index, value in operands if may_be_stream(judgement, value)]
     if len(streams) < 2:
         return constant_operand(operands)
