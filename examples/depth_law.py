@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import rescompile as rc
-from rescompile.graph import Graph
+from rescompile.fx_twin import twin
 
 DEPTHS = (6, 12, 24, 48)
 POSITIONS = 8
 CLASSES = 64
-STREAMS = 4  # draws of weights that E‖x_l‖² is the mean of
 
 
 @dataclass(frozen=True)
@@ -59,45 +58,65 @@ def stream_of(width: int, generator: torch.Generator) -> Tensor:
     return functional.layer_norm(torch.randn(1, POSITIONS, width, generator=generator), (width,))
 
 
-def last_gradient(model: nn.Module, depth: int, x: Tensor, generator: torch.Generator) -> float:
-    """‖∂L/∂W₂‖ of the last layer, L the cross-entropy of the first position's scores against a random class."""
-    width = x.shape[-1]
-    scores = model(x)[0, :1] @ torch.randn(width, CLASSES, generator=generator) / math.sqrt(width)
+class Converted:
+    """What became of an encoder, ready to run with other weights and to show the stream."""
+
+    def __init__(self, original: nn.Module, width: int) -> None:
+        graph = rc.rewrite(original, "pre-norm", (torch.zeros(1, POSITIONS, width),)).graph
+        self.twin = twin(graph)
+        self.input = graph.inputs[0].name
+        self.parameters = {value.name: value for value in graph.parameters}
+        self.joins = [block.join_op.output for block in rc.inspect(graph).blocks[1::2]]  # two blocks a layer
+
+    def copy(self, original: nn.Module) -> None:
+        """Take over all weights; the last norm, which is new, keeps its own."""
+        with torch.no_grad():
+            for name, tensor in original.named_parameters():
+                self.weight(name).copy_(tensor)
+
+    def weight(self, name: str) -> Tensor:
+        """By its original name."""
+        return self.twin.tensor(self.parameters[name])
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, list[float]]:
+        """The output, and E‖x_l‖² / d behind each layer."""
+        outputs, found = self.twin.run({self.input: x}, self.joins, _show)
+        return next(iter(outputs.values())), [found[join] for join in self.joins]
+
+
+def _show(_: object, tensor: Tensor) -> float:
+    return tensor.detach().square().mean().item()
+
+
+def gradient_norm(y: Tensor, weight: Tensor, seed: int) -> float:
+    """‖∂L/∂W‖, L the cross-entropy of the first position's scores against a random class."""
+    generator = torch.Generator().manual_seed(seed)
+    width = y.shape[-1]
+    scores = y[0, :1] @ torch.randn(width, CLASSES, generator=generator) / math.sqrt(width)
     loss = functional.cross_entropy(scores, torch.randint(CLASSES, (1,), generator=generator))
-    weight = dict(model.named_parameters())[f"layers.{depth - 1}.linear2.weight"]
     return torch.autograd.grad(loss, weight)[0].norm().item()
 
 
 def measure(depths: Sequence[int] = DEPTHS, draws: int = 16, width: int = 64) -> Law:
     """The law from `draws` draws of weights and inputs for each depth, the same for both placements."""
-    post: dict[int, float] = {}
-    pre: dict[int, float] = {}
-    streams = []
+    post = dict.fromkeys(depths, 0.0)
+    pre = dict.fromkeys(depths, 0.0)
+    streams: list[list[float]] = []
     for depth in depths:
         original = encoder(depth, width)
-        result = rc.rewrite(original, "pre-norm", (torch.zeros(1, POSITIONS, width),))
-        converted: nn.Module = result.model
-        sums = [0.0, 0.0]
+        converted = Converted(original, width)
+        last = f"layers.{depth - 1}.linear2.weight"
         for seed in range(draws):
             generator = torch.Generator().manual_seed(seed)
             draw(original, generator)
-            converted.load_state_dict(original.state_dict(), strict=False)  # the last norm is new
+            converted.copy(original)
             x = stream_of(width, generator)
-            for index, model in enumerate((original, converted)):
-                sums[index] += last_gradient(model, depth, x, torch.Generator().manual_seed(seed)) / draws
-            if depth == max(depths) and seed < STREAMS:
-                streams.append(squares(result.graph, original, x))
-        post[depth], pre[depth] = sums
+            post[depth] += gradient_norm(original(x), original.get_parameter(last), seed) / draws
+            y, squares = converted(x)
+            pre[depth] += gradient_norm(y, converted.weight(last), seed) / draws
+            if depth == max(depths):
+                streams.append([x.square().mean().item(), *squares])
     return Law(post, pre, torch.tensor(streams).mean(0).tolist())
-
-
-def squares(graph: Graph, original: nn.Module, x: Tensor) -> list[float]:
-    """E‖x_l‖² / d of the input and behind each layer, which is two blocks, with the weights of `original`."""
-    for value in graph.parameters:
-        if value.name in original.state_dict():
-            graph.set_data(value, original.state_dict()[value.name].numpy().copy())
-    blocks = rc.gradient_flow(graph, inputs=(x,)).blocks
-    return [x.square().mean().item(), *(block.join.mean_square for block in blocks[1::2] if block.join is not None)]
 
 
 def slope(heights: dict[int, float]) -> float:

@@ -22,7 +22,6 @@ from rescompile.gradient_comparison import GradientComparison
 from rescompile.rewriting import Result
 
 PASS = "pre-norm"
-WARM_UP = 200
 
 
 @dataclass
@@ -61,9 +60,9 @@ def compare(
     width: int = 64,
     rate: float = RATE,
     seed: int = 0,
-    warm_up: int = WARM_UP,
+    warm_up: int = 0,
 ) -> dict[str, Outcome]:
-    """The post-norm model, the same with warm-up unless that is 0, and the converted one without."""
+    """The post-norm model and the converted one; with `warm_up`, the post-norm model with so many steps of it too."""
     runs: dict[str, tuple[nn.Module, int]] = {"post-norm": (untrained(depth, width, seed), 0)}
     if warm_up:
         runs[f"post-norm, {warm_up} steps of warm-up"] = (untrained(depth, width, seed), warm_up)
@@ -112,16 +111,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture")
     parser.add_argument("--depth", type=int, default=18)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--warm-up", type=int, default=0, help="train the post-norm model with warm-up too")
     options = parser.parse_args()
     torch.set_num_threads(1)  # operations this small are slower on more
     result = convert(options.depth)
     first = result.applied[0]
     print(f"{len(result.applied)} rewrites; {first.pass_name}: {first.equation} ({first.reason})")
+    print(result.verification)
     gradients = result.compare_gradients([tokens()])
     print(str(gradients).partition("\n")[0])
     print(*str(gradients).splitlines()[-5:], sep="\n")
     entropy = unigram_entropy()
-    outcomes = compare(result, options.depth, options.steps)
+    outcomes = compare(result, options.depth, options.steps, warm_up=options.warm_up)
     print(f"{options.steps} steps by Adam, nats per character (unigram entropy {entropy:.4f})")
     for name, outcome in outcomes.items():
         print(f"  {name:<34} {outcome.loss:.4f}")
