@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
-from rescompile.passes.freeze_blend import FreezeBlend
 from rescompile.passes.fold_norm_affine import FoldNormAffine
+from rescompile.passes.freeze_blend import FreezeBlend
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
-from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
 from rescompile.passes.merge_norms import MergeNorms
+from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
+from rescompile.passes.pre_activation import PostActivation, PreActivation
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
 from rescompile.passes.rms_norm import RmsNorm
 from rescompile.plans import Pass, Pipeline
@@ -29,6 +30,8 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "rms-norm": RmsNorm,
     "fold-norm-affine": FoldNormAffine,
     "merge-norms": MergeNorms,
+    "pre-activation": PreActivation,
+    "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

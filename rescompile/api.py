@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rescompile.detection import Explanation
     from rescompile.differences import GraphDiff
     from rescompile.exploring import Exploration, Training
+    from rescompile.gradient_comparison import GradientComparison
     from rescompile.gradients import GradientFlow
 
 PassLike: TypeAlias = str | Pass | Pipeline
@@ -91,6 +92,22 @@ def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None,
 
     graph = capture(model, example_inputs)
     return measure(graph, inspect_graph(graph), inputs, seed)
+
+
+def compare_gradients(
+    before: Any, after: Any, example_inputs: Any = None, *, inputs: Any = None, seed: int = 0, init: str = "given"
+) -> GradientComparison:
+    """Gradient norm and E[x²] by block of two graphs or models, on the same inputs and in the same direction.
+
+    `before`, `after`: a model and what became of it (`result.compare_gradients()` is short for a rewrite), or two whose
+    parameters have the same names. `init`: "given", or "xavier" for new weights, the same in both. The other arguments
+    are those of `gradient_flow`; see `rescompile.gradient_comparison`.
+    """
+    from rescompile.detection import inspect_graph
+    from rescompile.fx_gradient_comparison import compare
+
+    one, other = ((graph, inspect_graph(graph)) for graph in (capture(m, example_inputs) for m in (before, after)))
+    return compare(one, other, inputs, seed, init)
 
 
 def explain(graph: Graph, report: Report, node: str) -> Explanation:

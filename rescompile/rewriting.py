@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -17,6 +17,9 @@ from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from rescompile.gradient_comparison import GradientComparison
 
 
 class Result(msgspec.Struct):
@@ -63,6 +66,14 @@ class Result(msgspec.Struct):
     def costs(self) -> tuple[Costs, Costs]:
         """Parameters, floating-point operations and bytes moved, before and after."""
         return graph_costs(self.original), graph_costs(self.graph)
+
+    def compare_gradients(self, inputs: Any = None, *, seed: int = 0, init: str = "given") -> GradientComparison:
+        """Gradient norm and E[x²] by block, before and after: see `rescompile.compare_gradients`."""
+        from rescompile.detection import inspect_graph
+        from rescompile.fx_gradient_comparison import compare
+
+        sides = [(graph, inspect_graph(graph)) for graph in (self.original, self.graph)]
+        return compare(sides[0], sides[1], inputs, seed, init)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, whole or not at all. VerificationError when the verification failed."""

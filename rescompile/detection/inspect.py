@@ -235,9 +235,10 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
         offsets.append(count)
         count += len(inner[len(offsets) - 1][1])
     forks = {draft.fork for draft in drafts}
+    carried = {draft.fork for draft in drafts if draft.shortcut == "identity"}
     around = {op: ids[index] for op, index in parents.items()}
     blocks = [
-        telling.block(_block(judgement, draft, at, around.get(draft.join_op), forks))
+        telling.block(_block(judgement, draft, at, around.get(draft.join_op), forks, carried))
         for at, draft in zip(ids, drafts, strict=True)
     ]
     for (holder, found), offset in zip(inner, offsets, strict=True):
@@ -247,8 +248,10 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     return sorted(blocks, key=lambda block: block.id) if inner else blocks
 
 
-def _block(judgement: Judgement, draft: Draft, index: int, parent: int | None, forks: set[Value]) -> Block:
-    norm, norms = norm_placement(judgement, draft, forks)
+def _block(
+    judgement: Judgement, draft: Draft, index: int, parent: int | None, forks: set[Value], carried: set[Value]
+) -> Block:
+    norm, norms = norm_placement(judgement, draft, forks, carried)
     return Block(
         id=index,
         kind=flavour(judgement, draft),

@@ -7,6 +7,7 @@ sandwich  y = x + N(F(N(x)))       inner  norms inside F only      none
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 
 from rescompile.blocks import Scale
 from rescompile.detection.flavours import is_random_factor
@@ -20,8 +21,10 @@ _NORMS = frozenset(kind for kind in OpKind if kind.has(Trait.NORM))
 _PRODUCTS = frozenset((OpKind.MUL, OpKind.DIV))
 
 
-def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
-    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start.
+def norm_placement(
+    judgement: Judgement, draft: Draft, forks: Collection[Value], carried: AbstractSet[Value]
+) -> tuple[str, list[Op]]:
+    """The placement, and the norms that it speaks of. `forks`: where blocks start; `carried`: where identity skips do.
 
     Blocks are asked about in the order of their joins: a norm that closes one opens none behind it.
     """
@@ -39,11 +42,15 @@ def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value])
             return "branch", list(dict.fromkeys(last))
         inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
     after = _after(judgement, draft.join_value)
+    before = _before(draft)
+    if before in judgement.closing:
+        before = None
+    if before is not None and (after is None or _activates_next(judgement, draft, after, carried)):
+        return "pre", [before]
     if after is not None and (not inner or _goes_on(judgement, after, forks)):
         judgement.closing.add(after)
         return "post", [after]
-    before = _before(draft)
-    if before is not None and before not in judgement.closing:
+    if before is not None:
         return "pre", [before]
     return ("inner", inner) if inner else ("none", [])
 
@@ -119,6 +126,17 @@ def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
             return False
         value = op.outputs[0]
     return True
+
+
+def _activates_next(judgement: Judgement, draft: Draft, after: Op, carried: AbstractSet[Value]) -> bool:
+    """Whether y = P(h) + F(h) with h = σ(N(x)) leaves the norm behind its sum to the next block, or to the head.
+
+    Both are followed by σ(N(·)), whether that is the block's own or not. It is where an identity skip starts from it.
+    """
+    if draft.fork.producer is None or not draft.fork.producer.has(Trait.ACTIVATION):
+        return False
+    act = judgement.only_user(after.outputs[0])
+    return act is not None and act.has(Trait.ACTIVATION) and carried.isdisjoint(act.outputs)
 
 
 def _before(draft: Draft) -> Op | None:
