@@ -43,10 +43,10 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
     """
     if (nothing := cancelled(op)) is not None:
         return nothing
-    products = (OpKind.MUL, OpKind.MATMUL)
     if len(op.inputs) != 2 or op.scales != (1.0, 1.0):
         return None
-    if not any(value is not None and value.producer and value.producer.kind in products for value in op.inputs):
+    left, right = op.inputs
+    if not (_is_product(left) or _is_product(right)):
         return None
     reach = judgement.reach
     best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
@@ -147,8 +147,10 @@ def _same(value: Value, fork: Value) -> bool:
 
 def cancelled(op: Op) -> Refusal | None:
     """Why x + (h − x) ends no block: its value is h (a straight-through estimator, van den Oord et al. 2017)."""
+    if len(op.inputs) != 2:
+        return None
     for index, x in enumerate(op.inputs):
-        other = op.inputs[1 - index] if len(op.inputs) == 2 else None
+        other = op.inputs[1 - index]
         inner = None if other is None else other.producer
         while inner is not None and inner.kind in _PASSED:
             inner = inner.operands[0].producer
@@ -275,6 +277,11 @@ def _one_minus(graph: Graph, value: Value) -> Value | None:
     return None
 
 
+def _is_product(value: Value | None) -> bool:
+    op = None if value is None else value.producer
+    return op is not None and (op.kind is OpKind.MUL or op.kind is OpKind.MATMUL)
+
+
 def _producer(value: Value | None, kind: OpKind) -> Op | None:
     op = None if value is None else value.producer
     return op if op is not None and op.kind is kind else None
@@ -287,7 +294,7 @@ def _only_user(value: Value) -> Op | None:
 def only_measured(judgement: Judgement, op: Op) -> bool:
     """Whether a difference is only squared (or made absolute) and summed up: a distance, such as a loss, no stream."""
     difference = op.outputs[0]
-    if -1.0 not in op.scales or difference in judgement.outputs:
+    if -1.0 not in op.attrs.get("scales", ()) or difference in judgement.outputs:
         return False
     sizes = []
     for user in difference.users:

@@ -29,6 +29,7 @@ class Draft:
     outside: list[Value]
     join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
     undecided: list[str] = field(default_factory=list)  # what could not be told, for want of shapes
+    kinds: frozenset[OpKind] = frozenset()  # of the branch's operations, once the block is accepted
 
     @property
     def skip(self) -> Value:
@@ -60,6 +61,7 @@ class Judgement:
         self.refusals: dict[Op, Refusal] = {}
         self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
         self.closing: set[Op] = set()  # norms that are the post norm of a block
+        self.dropped: set[Op] = set()  # what a coin decides about: operations that return zeros or what they compute
         self.long: set[Op] = set()  # joins of long blocks, once the kinds are told
         self.budget = 2000 + 4 * len(graph)  # values that searches across streams may visit, all together
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
@@ -70,11 +72,13 @@ class Judgement:
         """The one operation that reads the value; None when there are several or the value leaves the graph."""
         if value in self.outputs:
             return None
-        users = iter(value.uses)
-        first = next(users, None)
-        if first is None or any(op is not first[0] for op, _ in users):
-            return None
-        return first[0]
+        found: Op | None = None
+        for op, _ in value.uses:
+            if found is None:
+                found = op
+            elif op is not found:
+                return None
+        return found
 
     def accept(self, draft: Draft) -> None:
         """A join that ends a block. Sums that it completes are part of it from now on."""
@@ -83,11 +87,12 @@ class Judgement:
             self.refusals.pop(op, None)
         if draft.join_op not in draft.join_ops:
             draft.join_ops.append(draft.join_op)
+        draft.kinds = frozenset([op.kind for op in draft.branch_ops])
         self.drafts[draft.join_op] = draft
         self.reach.contract(draft.join_value, draft.fork)
         if draft.kind in ("add", "parallel") and draft.shortcut == "identity":
             self._streams[draft.join_value] = self._streams.get(draft.fork, draft.fork)
-            plain = all(op.kind is OpKind.ADD and set(op.scales) == {1.0} for op in draft.join_ops)
+            plain = all(op.kind is OpKind.ADD and set(op.attrs.get("scales", ())) <= {1.0} for op in draft.join_ops)
             if plain and not draft.shortcut_ops:
                 self._origins[draft.join_value] = self._origins.get(draft.fork, draft.fork)
 
@@ -130,7 +135,7 @@ class Judgement:
 
         The first sum of the stream need be no block: x may be a constant that its branch was computed from beforehand.
         """
-        if len(op.inputs) != 2 or op.scales[0] != -op.scales[1]:
+        if "scales" not in op.attrs or len(op.inputs) != 2 or op.scales[0] != -op.scales[1]:
             return False
         ends = [self._origin(value) for value in op.inputs]
         for end, other in (ends, ends[::-1]):

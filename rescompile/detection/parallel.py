@@ -65,6 +65,8 @@ def _beside(judgement: Judgement, draft: Draft, inner: Draft, way: Chain) -> Dra
 
 def parallel_tail(judgement: Judgement, draft: Draft) -> None:
     """x + (A(n(x)) + F(n(x))): the branch ends in a sum of two that start where the block does."""
+    if len(draft.branches) == 1 and _tail(draft.branches[0]) is None:
+        return
     ends: list[Value] = []
     sums: list[Op] = []
     pending = list(draft.branches)

@@ -59,7 +59,8 @@ def works(op: Op) -> bool:
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(works(op) or op.outputs[0] in reach.forks for op in region)
+    forks = reach.forks
+    return any(works(op) or op.outputs[0] in forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:
