@@ -306,10 +306,7 @@ class _Share:
         self._listed = {
             (source, name) for source in arguments.source.split(",") for name in find_source(source).names()
         }
-        self._first: dict[tuple[str, str], str] = {}  # source and structure → the model that was looked at
-        for (source, name), record in known.items() if arguments.distinct else ():
-            if "kinds" in record.get("fx", {}) and (structure := record.get("structure") or _structure(source, name)):
-                self._first.setdefault((source, structure), name)
+        self._first = _first_of_each(known) if arguments.distinct else {}
 
     def __call__(self, key: tuple[str, str]) -> dict[str, Any]:
         source, name = key
@@ -326,6 +323,25 @@ class _Share:
 def _structure(source: str, name: str) -> str:
     told = getattr(find_source(source), "structure", None)
     return str(told(name)) if told is not None else ""
+
+
+def _first_of_each(known: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Source and structure → the first model of it that was looked at."""
+    first: dict[tuple[str, str], str] = {}
+    for (source, name), record in known.items():
+        if "kinds" in record.get("fx", {}) and (structure := record.get("structure") or _structure(source, name)):
+            first.setdefault((source, structure), name)
+    return first
+
+
+def _left(known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Records of the models that no run came to: those of a known structure, and others."""
+    first = _first_of_each(known)
+    for source in SOURCES:
+        for name in find_source(source).names(everything=True):
+            if (source, name) not in known:
+                twin = first.get((source, _structure(source, name)))
+                yield {"source": source, "name": name, **({"twin": twin} if twin else {"left": True})}
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -367,7 +383,8 @@ def main() -> None:
         _work(arguments)
         return
     if arguments.tables_of:
-        write_tables(read_records(arguments.tables_of).values())
+        known = read_records(arguments.tables_of)
+        write_tables([*known.values(), *_left(known)])
         return
     records = run(arguments)
     if not arguments.no_tables:
