@@ -240,7 +240,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         log.unlink(missing_ok=True)
     known = read_records([log] if log.exists() else [])
     offered = [(source, name) for source in arguments.source.split(",") for name in _names(source, arguments.all)]
-    wanted = _chosen(offered, arguments.only.split(",") if arguments.only else ["*"])[: arguments.limit or None]
+    wanted = choose(offered, arguments.only.split(",") if arguments.only else ["*"])[: arguments.limit or None]
     due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments)]
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments, known), due):
@@ -287,7 +287,7 @@ def _names(source: str, everything: bool) -> list[str]:
     return find_source(source).names(everything)
 
 
-def _chosen(offered: list[tuple[str, str]], patterns: list[str]) -> list[tuple[str, str]]:
+def choose(offered: list[tuple[str, str]], patterns: list[str]) -> list[tuple[str, str]]:
     """The models that one of the patterns means, pattern by pattern: a whole name, one with `*`, a part of a name."""
     chosen: dict[tuple[str, str], None] = {}
     for pattern in patterns:

@@ -436,7 +436,16 @@ _TIMM: dict[str, Expected] = {
 }
 
 # maxvit_t: 2, 2, 5, 2 layers, in each an MBConv (a stage's first with avg pool and 1×1) and twice attention and MLP.
+_FLOW = (
+    "two encoders of six blocks; twelve refinements: gated: the state; identity: the coordinates, which start from a "
+    "grid; dense: the flow beside features of it, the state beside what was made of it, from the second refinement on"
+)
+
 _TORCHVISION: dict[str, Expected] = {
+    "raft_small": _of(_FLOW, identity=19, projection=4, gated=12, dense=22),
+    "raft_large": _of(
+        _FLOW + "; two gated steps, along rows and columns", identity=19, projection=4, gated=24, dense=22
+    ),
     "alexnet": _of(),
     "vgg11": _of(),
     "vgg11_bn": _of(),

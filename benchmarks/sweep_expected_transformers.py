@@ -134,6 +134,14 @@ _OTHERS: dict[str, Expected] = {
         "for the MLP is selected once more for the sum, which an exporter merges where the stream is still the same",
         {"identity": 4},
     ),
+    **_each(
+        _of(
+            "inner",
+            "four streams, mixed by a matrix that each position makes; two blocks in each of three layers",
+            gated=6,
+        ),
+        "deepseek_v4 glm5_next glm5_next_text",
+    ),
     # state spaces: the skip D·x beside the scan is nested in the mixer's branch
     "mamba": _of("pre", identity=4),
     "falcon_mamba": _of("pre", identity=4),

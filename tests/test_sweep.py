@@ -6,7 +6,9 @@ tests/test_detect_models.py.
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -61,3 +63,33 @@ def test_a_model_that_the_definition_contradicts_is_said_to_be_bad() -> None:
     assert sweep_table.verdict(record).startswith("BAD: fx 2 identity, not 6")
     assert sweep_table.agreement(record) == "same"
     assert sweep_table.agreement({**record, "onnx": {"kinds": {}, "shortcuts": {}}}) == "differ"
+
+
+def test_models_that_differ_in_size_alone_have_one_structure() -> None:
+    pytest.importorskip("timm")
+    structure = sweep.find_source("timm").structure
+    assert structure("resnet18") == structure("resnet34")
+    assert len({structure(name) for name in ("resnet18", "resnet50", "seresnet50", "resnet50d")}) == 4
+
+
+def test_whole_names_come_before_parts_of_names() -> None:
+    offered = [("timm", "vit"), ("timm", "crossvit"), ("timm", "resnet18"), ("timm", "resnet50")]
+    assert sweep.choose(offered, ["resnet", "vit"]) == [offered[2], offered[3], offered[0]]
+    assert sweep.choose(offered, ["*vit"]) == offered[:2]
+
+
+def test_an_export_that_took_too_long_does_not_hide_what_was_found_before(tmp_path: Path) -> None:
+    found = {"kinds": {"add": 2}, "shortcuts": {"identity": 2}, "not_residual": {}, "norms": {}, "nested": 0}
+    records = [
+        {"source": "timm", "name": "a", "fx": found},
+        {"source": "timm", "name": "a", "export": "over 60 s"},
+        {"source": "timm", "name": "b", "twin": "a"},
+        {"source": "timm", "name": "b", "fx": found},
+    ]
+    log = tmp_path / "records.jsonl"
+    log.write_text("\n".join(map(json.dumps, records)))
+    known = sweep.read_records([log])
+    assert known["timm", "a"]["fx"] == found
+    assert known["timm", "a"]["onnx"] == {"stage": "export", "error": "over 60 s"}
+    assert "export" not in known["timm", "a"]
+    assert "twin" not in known["timm", "b"]
