@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rescompile.graph import Graph, Shape, Value
+from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind
 from rescompile.plans import (
     AddLiteral,
@@ -50,11 +51,22 @@ class Sketch:
         if recipe in ("kaiming_normal",):
             settings["seed"] = [self._seed, len(self.edits)]
         self.edits.append(AddParameter(name, recipe, (), settings, trainable))
-        size = 1
-        for extent in shape:
-            size *= extent
-        self.parameters += size * trainable
+        self.parameters += math.prod(shape) * trainable
         return Made(name, shape, self.dtype)
+
+    def copy(self, leaf: str, parameter: Value) -> Made:
+        """A new parameter with the contents of another."""
+        name = self._fresh(f"{self.prefix}.{leaf}")
+        self.edits.append(AddParameter(name, "scaled", (parameter.name,), {"factor": 1.0}))
+        shape = tuple(extent for extent in parameter.shape or () if isinstance(extent, int))
+        self.parameters += math.prod(shape)
+        return Made(name, shape, self.dtype)
+
+    def scalar(self, name: str, number: float) -> Made:
+        """A new tensor without dimensions, under a name of its own, that no optimiser changes."""
+        settings = {"shape": (), "dtype": self.dtype, "value": number}
+        self.edits.append(AddParameter(name, "constant", (), settings, False))
+        return Made(name, (), self.dtype)
 
     def literal(self, number: float) -> Made:
         """A number that no training changes."""
@@ -62,9 +74,10 @@ class Sketch:
         self.edits.append(AddLiteral(name, number, self.dtype))
         return Made(name, (), self.dtype)
 
-    def rescale(self, parameter: Value, factor: float) -> None:
-        """Multiply an existing parameter by a number."""
-        self.edits.append(SetParameter(parameter.name, "scaled", (parameter.name,), {"factor": factor}))
+    def rescale(self, parameter: Value, factor: float, rows: tuple[int, int] | None = None) -> None:
+        """Multiply an existing parameter by a number, or the rows from one index to another of it."""
+        settings: dict[str, Any] = {"factor": factor} if rows is None else {"factor": factor, "rows": rows}
+        self.edits.append(SetParameter(parameter.name, "scaled", (parameter.name,), settings))
 
     def op(self, kind: OpKind, *inputs: Term | None, shape: Shape | None = None, label: str = "", **attrs: Any) -> Made:
         """A new operation with one output, of the first operand's shape where none is given."""
@@ -74,6 +87,10 @@ class Sketch:
         operands = tuple(None if term is None else term.name for term in inputs)
         self.edits.append(Insert(kind.value, operands, ((made.name, made.shape, made.dtype),), attrs))
         return made
+
+    def let_read(self, op: Op, made: Made) -> None:
+        """Let an existing operation read a new value as its first operand."""
+        self.edits.append(SetOperand(op.name, 0, made.name))
 
     def stand_in(self, old: Value, new: Made) -> None:
         """Let every reader of `old` read `new`, but for the operations of this sketch."""

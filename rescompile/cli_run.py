@@ -7,12 +7,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rescompile import api
-from rescompile.cli_files import write_whole
+from rescompile.arrays import Arrays, load_arrays
 from rescompile.cli_models import load_model
 from rescompile.cli_output import table
 from rescompile.errors import RescompileError, nearest
@@ -21,8 +21,6 @@ from rescompile.specs import InputSpec
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
-
-Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 
 def run(model: str, backend: str, inputs: Sequence[str], trust: bool, input_file: Path | None) -> Arrays:
@@ -67,32 +65,6 @@ def _inputs(names: Sequence[str], specs: Sequence[InputSpec], given: Arrays | No
 def _named(names: Sequence[str], outputs: Any) -> Arrays:
     values = outputs if isinstance(outputs, tuple | list) else (outputs,)
     return {name: np.asarray(value) for name, value in zip(names, values, strict=True)}
-
-
-# ---- files of arrays -----------------------------------------------------------------------------------------------
-
-
-def load_arrays(path: Path) -> Arrays:
-    """The arrays of an .npz file, by name. Pickled objects are refused."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise RescompileError(f"Cannot read '{path}': it holds one unnamed array; save it with numpy.savez.")
-        with archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "it is not an .npz file of plain arrays"
-        raise RescompileError(f"Cannot read '{path}': {reason}.") from error
-
-
-def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write an .npz file whole."""
-
-    def save(part: Path) -> None:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-
-    write_whole(path, save)
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

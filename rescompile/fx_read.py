@@ -30,7 +30,8 @@ from rescompile.kinds import Trait
 RULES: dict[str, Rule] = {**MATH_RULES, **REDUCE_RULES, **NN_RULES, **SHAPE_RULES}
 
 _SEVERAL = frozenset(
-    {"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "topk", "lstm", "gru", "var_mean", "std_mean"}
+    {"split", "chunk", "split_with_sizes", "tensor_split", "unbind", "meshgrid", "topk", "lstm", "gru"}
+    | {"var_mean", "std_mean"}
 )
 _COPIES = frozenset({"clone", "lift_fresh_copy", "_to_copy", "copy"})
 _FREE = frozenset(kind for kind in K if kind.has(Trait.FREE))

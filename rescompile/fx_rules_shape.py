@@ -205,6 +205,24 @@ def _unbind(c: Site) -> tuple[Step, ...] | None:
     return tuple(Step(K.RESHAPE, [(split, index)], types=(kind,)) for index, kind in enumerate(c.outs))
 
 
+def _meshgrid(c: Site) -> tuple[Step, ...] | None:
+    """Each vector along an axis of its own, repeated over the others: "xy" exchanges the first two axes"""
+    tensors = c.get("tensors")
+    if not isinstance(tensors, list | tuple) or any(kind.shape is None for kind in c.outs):
+        return None
+    rank = len(tensors)
+    axes = list(range(rank))
+    if c.get("indexing") == "xy" and rank > 1:
+        axes[:2] = 1, 0
+    steps: list[Step] = []
+    for index, (x, axis, kind) in enumerate(zip(tensors, axes, c.outs, strict=True)):
+        extent = kind.shape[axis] if kind.shape is not None else 1
+        lone = ValueType((*(1,) * axis, extent, *(1,) * (rank - axis - 1)), kind.dtype)
+        part = Step(K.RESHAPE, [x], suffix=f"part{index}", types=(lone,))
+        steps.append(Step(K.EXPAND, [part], types=(kind,)))
+    return tuple(steps)
+
+
 def _concat(c: Site) -> Step:
     tensors = c.get("tensors", c.get("input"))
     tensors = list(tensors) if isinstance(tensors, list | tuple) else [tensors]
@@ -354,6 +372,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "getitem": _getitem,
     **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split"), _split),
     "unbind": _unbind,
+    "meshgrid": _meshgrid,
     "cat": _concat,
     "stack": _stack,
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),

@@ -63,7 +63,8 @@ class Graph:
     @property
     def parameters(self) -> list[Value]:
         """The named tensors of the model's state, in its order."""
-        return [value for value in self._values.values() if value.role is Role.PARAMETER]
+        role = Role.PARAMETER
+        return [value for value in self._values.values() if value.role is role]
 
     @property
     def training(self) -> bool:

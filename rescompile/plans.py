@@ -76,6 +76,26 @@ class SetOperand(msgspec.Struct, frozen=True, tag="set_operand", tag_field="edit
         graph.set_operand(op, self.index, graph.value(self.value))
 
 
+class ReadAlike(msgspec.Struct, frozen=True, tag="read_alike", tag_field="edit"):
+    """Let one operand of an operation be what another operation reads when the edit is applied.
+
+    An edit that follows the stream by way of one of its readers holds whatever earlier edits made of the stream.
+    """
+
+    op: str
+    index: int
+    like: str
+    like_index: int
+
+    def apply(self, graph: Graph, provenance: str) -> None:
+        """Edit `graph`."""
+        operands = graph.op(self.like).inputs
+        value = operands[self.like_index] if 0 <= self.like_index < len(operands) else None
+        if value is None:
+            raise RescompileError(f"'{self.like}' has no operand {self.like_index} that '{self.op}' could read.")
+        SetOperand(self.op, self.index, value.name).apply(graph, provenance)
+
+
 class ReplaceUses(msgspec.Struct, frozen=True, tag="replace_uses", tag_field="edit"):
     """Let every reader of one value, the graph's outputs included, read another."""
 
@@ -144,7 +164,18 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
         graph.fuse(ops, _kind(self.kind), inputs, outputs, _attrs(self.attrs), provenance=provenance)
 
 
-Edit: TypeAlias = Insert | Erase | SetShape | SetOperand | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
+Edit: TypeAlias = (
+    Insert
+    | Erase
+    | SetShape
+    | SetOperand
+    | ReadAlike
+    | ReplaceUses
+    | AddParameter
+    | AddLiteral
+    | SetParameter
+    | Fuse
+)
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
+from rescompile.effects import Effect, measure_effects
 from rescompile.errors import RescompileError
 from rescompile.extents import extent_of
 from rescompile.graph import Graph, Value
@@ -50,6 +51,7 @@ class Verification(msgspec.Struct, frozen=True):
     checks: tuple[Check, ...] = ()
     skipped: str = ""
     vacuous: bool = False  # the original gives the same outputs for all inputs, so equality proves little
+    effects: tuple[Effect, ...] = ()  # how far the outputs moved, of a rewrite that keeps the interface only
 
     @property
     def ok(self) -> bool:
@@ -68,6 +70,8 @@ class Verification(msgspec.Struct, frozen=True):
         if worst is None:
             return "verified: nothing to compare"
         verdict = "verified" if self.ok else "FAILED"
+        if self.preserves == "interface" and self.ok:
+            return f"{verdict} (interface): names, shapes and dtypes are the same; {self._effect()}"
         kinds = len({check.inputs for check in self.checks})
         text = (
             f"{verdict} ({self.preserves}): {len(self.checks)} comparisons on {kinds} kinds of input, largest relative "
@@ -77,6 +81,15 @@ class Verification(msgspec.Struct, frozen=True):
         if self.vacuous:
             text += "; with these weights the model gives the same outputs for every input, so this proves little"
         return text
+
+
+    def _effect(self) -> str:
+        """In words, whether the function changed."""
+        if not self.effects:
+            return "how far the function changed was not measured: the inputs' shapes or dtypes are not known"
+        if all(effect.difference == 0.0 for effect in self.effects):
+            return "on random inputs the function is the same to the bit"
+        return f"the function changed, on random inputs: {'; '.join(map(str, self.effects))}"
 
 
 def interface_of(graph: Graph) -> tuple[Any, ...]:
@@ -95,7 +108,9 @@ def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed
             preserves, (Check("interface", "signature", float("inf"), 1.0, False, "interface differs"),)
         )
     if preserves == "interface":
-        return Verification(preserves, (Check("interface", "signature", 0.0, 1.0, True),))
+        inputs = make_inputs(original, _random, seed)
+        effects = () if inputs is None else measure_effects(original, original.run(inputs), rewritten.run(inputs))
+        return Verification(preserves, (Check("interface", "signature", 0.0, 1.0, True),), effects=effects)
     checks: list[Check] = []
     seen: list[list[Array]] = []
     for label, make in ADVERSARIES.items():

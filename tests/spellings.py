@@ -292,6 +292,98 @@ COUPLINGS: dict[str, Case] = {
     ),
 }
 
+# ---- states that are refined step by step ---------------------------------------------------------------------------
+
+
+def refined(s: Any, x: Tensor) -> Tensor:
+    """What all steps together added is read again and again, as optical flow reads its displacement."""
+    start = x
+    for f in (s.f, s.g):
+        x = x + f(torch.tanh(x - start))
+    return x
+
+
+def refined_from_a_grid(s: Any, x: Tensor) -> Tensor:
+    state = s.w + s.f(x)
+    for f in (s.g, s.h):
+        state = state + f(x + torch.tanh(state - s.w))  # two sums each
+    return state
+
+
+def gated_unit(s: Any, x: Tensor) -> Tensor:
+    """A GRU's step on a state of two rows: the reset gate of [h, c] weighs h, which is concatenated with c."""
+    h, c = torch.tanh(s.h(x)), s.c(x)
+    both = torch.cat([h, c], 1)
+    z, r = torch.sigmoid(s.z(both)), torch.sigmoid(s.r(both))
+    q = torch.tanh(s.q(torch.cat([r * h, c], 1)))
+    return (1 - z) * h + z * q
+
+
+def weighed_features(s: Any, x: Tensor) -> Tensor:
+    """New features that a gate of the fork weighs are new features."""
+    return s.q(torch.cat([torch.sigmoid(s.z(x)) * s.f(x), x], 1))
+
+
+def convs(**widths: int) -> dict[str, nn.Module]:
+    return {name: nn.Conv2d(width, WIDTH, 3, padding=1) for name, width in widths.items()}
+
+
+def mixed(s: Any, x: Tensor) -> Tensor:
+    """Two copies of a stream, each a mix of both, and one branch that reads a mix (hyper-connections)."""
+    first = second = x
+    for f in (s.f, s.g):
+        y = f(0.3 * first + 0.7 * second)
+        first, second = 0.9 * first + 0.2 * second + y, 0.1 * first + 0.8 * second + 0.5 * y
+    return first + second
+
+
+def summed_pictures(s: Any, x: Tensor) -> Tensor:
+    """A sum runs beside the stream, enlarged as it is (StyleGAN2)."""
+    total = s.p(x)
+    for layer, view in ((s.f, s.q), (s.g, s.r)):
+        x = torch.relu(layer(F.interpolate(x, scale_factor=2.0)))
+        total = F.interpolate(total, scale_factor=2.0) + view(x)
+    return total
+
+
+def two_pooled(s: Any, x: Tensor) -> Tensor:
+    """A block, enlarged, and another branch from its fork: no sum beside a stream."""
+    return F.interpolate(x + s.f(x), scale_factor=2.0) + F.interpolate(torch.relu(s.g(x)), scale_factor=2.0)
+
+
+REFINED: dict[str, Case] = {
+    "mixed": case(mixed, *["add identity none", "add identity none branch-constant"] * 2, refused="a mix", g=mlp()),
+    "mix_of_two_streams": case(
+        lambda s, x: 0.3 * s.h(x) + 0.7 * x + s.f(x), "parallel identity none branch-constant", h=nn.Linear(WIDTH, WIDTH)
+    ),
+    "summed_pictures": case(
+        summed_pictures,
+        *["add projection none"] * 2,
+        images=True,
+        **{name: nn.Conv2d(WIDTH, WIDTH, 1) for name in "pqr"},
+        g=nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+    ),
+    "two_pooled": case(
+        two_pooled, *PLAIN, refused="two working branches", images=True, g=nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+    ),
+    "difference_of_one_stream": case(refined, *PLAIN * 2, refused="cancels", g=mlp()),
+    # The first branch starts from x alone, so the first sum is no block.
+    "difference_from_a_grid": case(
+        refined_from_a_grid, *PLAIN * 4, refused="cancels", g=mlp(), h=mlp(), w=par(6, WIDTH)
+    ),
+    "difference_of_two_streams": case(
+        lambda s, x: s.h(x) - x - s.f(x), "parallel identity none", h=nn.Linear(WIDTH, WIDTH)
+    ),
+    "gated_unit": case(
+        gated_unit,
+        "gated identity none",
+        refused="a gate",
+        images=True,
+        **convs(h=WIDTH, c=WIDTH, z=2 * WIDTH, r=2 * WIDTH, q=2 * WIDTH),
+    ),
+    "weighed_features": case(weighed_features, "dense identity none", images=True, **convs(z=WIDTH, q=2 * WIDTH)),
+}
+
 # ---- scales ---------------------------------------------------------------------------------------------------------
 
 VECTOR, SCALAR, NUMBER = (f"add identity none branch-{kind}" for kind in ("vector", "scalar", "constant"))
@@ -441,4 +533,4 @@ for _name, (_norm, _parts) in IMAGE_NORMS.items():
 for _name, (_norm, _parts, _images) in NO_NORMS.items():
     NORMS |= placed(_name, _norm, _parts, _images, ("none", "none", "none"))
 
-CASES: dict[str, Case] = {**SUMS, **SCATTERS, **COUPLINGS, **SCALES, **NORMS}
+CASES: dict[str, Case] = {**SUMS, **SCATTERS, **COUPLINGS, **REFINED, **SCALES, **NORMS}

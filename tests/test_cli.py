@@ -275,7 +275,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_arrays_are_read_without_pickle(tmp_path: Path) -> None:
-    from rescompile.cli_run import load_arrays, save_arrays
+    from rescompile.arrays import load_arrays, save_arrays
 
     save_arrays(tmp_path / "x.npz", {"x": np.arange(3)})
     np.testing.assert_array_equal(load_arrays(tmp_path / "x.npz")["x"], np.arange(3))

@@ -217,6 +217,11 @@ SPELLINGS = {
     "split": (lambda x: torch.cat(x.split([1, 3], 1)[::-1], 1), (X,), [K.SPLIT, K.CONCAT]),
     "chunk": (lambda x: x.chunk(2, -1)[1], (X,), [K.SPLIT]),
     "unbind": (lambda x: x.unbind(1)[2], (X,), [K.SPLIT, *[K.RESHAPE] * 4]),
+    "meshgrid": (
+        lambda x, y: torch.add(*torch.meshgrid(x, y, indexing="xy")),
+        ((3,), (4,)),
+        [K.RESHAPE, K.EXPAND] * 2 + [K.ADD],
+    ),
     "cat": (lambda x, y: torch.cat((x, y), -1), (X, Y), [K.CONCAT]),
     "stack": (lambda x, y: torch.stack((x, y), 1), (X, Y), [K.RESHAPE, K.RESHAPE, K.CONCAT]),
     "pad": (lambda x: F.pad(x, (1, 0, 2, 1), value=0.5), (X,), [K.PAD]),
@@ -243,7 +248,7 @@ def test_an_exported_spelling_is_read_and_written_back(name):
 
 
 # Python runs these while it traces, so that the traced graph is another one.
-UNTRACED = {"split", "index_select", "logic"}
+UNTRACED = {"split", "meshgrid", "index_select", "logic"}
 
 
 @pytest.mark.parametrize("name", [name for name in SPELLINGS if name not in UNTRACED])

@@ -337,6 +337,13 @@ def test_each_block_is_converted_for_itself(chosen: set[int]) -> None:
     report = rc.inspect(graph)
     names = tuple(report.blocks[index].join for index in sorted(chosen))
     result = rc.rewrite(graph, PreActivation(blocks=names))
+    numbers = [str(index) for index in sorted(chosen)]
+    spec = (
+        f"pre-activation{{blocks=[{','.join(numbers)}]}}"
+        if len(numbers) > 1
+        else f"pre-activation{{blocks={names[0]}}}"
+    )
+    assert rc.plan(graph, spec).rewrites == result.plan.rewrites
     assert len(result.applied) == len(chosen)
     with torch.no_grad():
         wanted = partly(post, chosen, image()[0])
