@@ -154,8 +154,9 @@ def _decisions(graph: Graph, wanted: Names, form: str, write: _Writer) -> Iterat
 
 
 def _nothing(block: ActivatedBlock, form: str) -> str:
-    if block.norm is None and not block.bare and block.projected:
-        return "without norms, and with a projection as its skip, a block is the same in both forms"
+    if block.norm is None and not block.bare and (block.projected or block.lead is None):
+        skip = "is a projection" if block.projected else "starts from what no activation makes"
+        return f"without a norm behind its branch, and with a skip that {skip}, it is the same in both forms"
     return f"it has the {form}-activation form already"
 
 
