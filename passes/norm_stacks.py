@@ -124,7 +124,7 @@ class Stacks:
         """
         own = {op for unit in normed.units.values() for op in unit.ops}
         for value in {operand for op in own for operand in op.operands if operand.role is Role.PARAMETER}:
-            for op in value.users:
+            for op in () if self.graph.may_share(value) else value.users:
                 if op in own:
                     continue
                 other = self._by_norm.get(op)

@@ -628,3 +628,11 @@ class Finished(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.norm(self.stack(x))
         return y
+
+
+def test_equal_norms_that_an_exporter_merged_are_no_shared_norm() -> None:
+    model = encoder(False).eval()  # gains 1, shifts 0
+    graph = captured(model, S, "onnx")
+    assert len({value for op in graph if op.kind.value == "layer_norm" for value in op.inputs[1:]}) == 2
+    result = converted(graph, "pre-norm", 6)
+    assert difference(result.graph, twin(model, Finished(encoder(True)), lambda key: f"stack.{key}"), S) < 1e-5
