@@ -53,6 +53,9 @@ def stacks(depth: int = 3) -> tuple[Stack, Stack]:
     """Post-norm and pre-norm, with the same weights."""
     torch.manual_seed(0)
     post, pre = Stack(depth), Stack(depth, pre=True)
+    for norm in post.norm:  # norms that are equal would be one in an ONNX file
+        nn.init.normal_(norm.weight, 1.0, 0.1)
+        nn.init.normal_(norm.bias, 0.0, 0.1)
     pre.load_state_dict(post.state_dict())
     return post.eval(), pre.eval()
 
@@ -100,6 +103,32 @@ def test_the_stream_is_measured_at_both_joins() -> None:
     assert before.join.mean_square == near((x + torch.tanh(post.work[0](x))).square().mean().item())
     assert after.join.mean_square == near(pre(x).square().mean().item())
     assert after.join_gradient == near(cotangent(comparison.after, (4, WIDTH)).norm().item())
+
+
+@pytest.mark.parametrize("ir", ["fx", "onnx"])
+def test_a_converted_graph_is_compared_like_the_hand_written_one(ir: str) -> None:
+    x = torch.randn(4, WIDTH)
+    post, pre = stacks()
+    result = rc.rewrite(graph_of(post, x, ir), "pre-norm{final-norm=none}")
+    converted = result.compare_gradients((x,))
+    written = rc.compare_gradients(result.original, graph_of(pre, x, ir), inputs=(x,))
+    assert converted.placements == (("post", "pre"),) * 3
+    assert converted.before.to_dict() == written.before.to_dict()
+    assert [block.join for block in converted.after] == [block.join for block in written.after]
+
+
+def test_blocks_of_a_blend_that_the_original_has_no_place_for_are_counted() -> None:
+    x = torch.randn(4, WIDTH)
+    result = rc.rewrite(stacks()[0], "pre-norm{mode=gradual}", (x,))
+    comparison = result.compare_gradients((x,))
+    assert len(comparison.notes) == 1
+    assert comparison.notes[0].endswith("blocks of the result have no counterpart.")
+    own = [pair for pair, (was, _) in zip(comparison, comparison.placements, strict=True) if was == "post"]
+    assert len(own) == 3
+    for before, after in own:
+        assert before.join is not None
+        assert after.join is not None
+        assert after.join.mean_square == near(before.join.mean_square)
 
 
 def test_each_side_is_the_flow_of_its_own_graph() -> None:
