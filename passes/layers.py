@@ -123,12 +123,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """A shortcut from `fork` to `join`, the value that it is added to. `ops`: the branch, in topological order."""
+    """A shortcut from `fork` to `join`, the value that it is added to. `ops`: the branch, in topological order.
+
+    `note`: what is to be said of it besides.
+    """
 
     fork: Value
     join: Value
     ops: tuple[Op, ...]
     layers: int = 0
+    note: str = ""
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ residual    F(x) + s(x)                                    another function; for
 rezero      s(x) + α·F(x), α = 0                           the skips alone (Bachlechner et al. 2020)
 skipinit    the same (De and Smith 2020)
 layerscale  s(x) + γ⊙F(x), γ small                         nearly the skips alone (Touvron et al. 2021)
-fixup       s(x) + a·F'(x) + b, F' rescaled, its last 0    the skips alone (Zhang et al. 2019)
+fixup       s(x) + a·F′(x) + b, F′ rescaled, its last 0    the skips alone (see `passes.fixup`)
 highway     T⊙F(x) + (1 − T)⊙s(x), T = σ(W·x + b), b < 0    mostly the skips (Srivastava et al. 2015); kind=gated only
 
 A gated connection that preserves has 1 − T = g·σ(W·x − b) with g = 0; a dense one, whose 1×1 contraction takes
@@ -19,11 +19,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from rescompile.graph import Value
 from rescompile.kinds import OpKind as K
-from rescompile.kinds import Trait
+from rescompile.passes import fixup
 from rescompile.passes.geometry import Geometry, show
 from rescompile.passes.layers import Place
-from rescompile.passes.shortcut import Activation, Match, Norm, Skip, level, matched, per_channel, project, resized
+from rescompile.passes.shortcut import (
+    Activation,
+    Match,
+    Norm,
+    Skip,
+    level,
+    matched,
+    per_channel,
+    project,
+    projects,
+    resized,
+)
 from rescompile.passes.sketch import Made, Sketch, Term
 from rescompile.plans import Refusal
 
@@ -34,7 +46,7 @@ Start: TypeAlias = Literal["preserve", "residual", "rezero", "skipinit", "layers
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Options of the pass that concern one shortcut. `depth`: how many shortcuts the network gets."""
+    """Options of the pass that concern one shortcut. `depth`: how many the network gets; `forks`: where they start."""
 
     match: Match
     norm: Norm
@@ -43,6 +55,7 @@ class Settings:
     gate_bias: float
     combine: Combine
     depth: int
+    forks: frozenset[Value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +76,18 @@ def add(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Set
     start = settings.start
     if start == "highway":
         return Refusal(place.name, "start=highway is for gated connections: give kind=gated too, or another start")
+    branch: Term = place.join
+    if start == "fixup":
+        refused = fixup.unfit(sketch, place)
+        if refused is not None:
+            return refused
+        projected, last = projects(place, lie, settings.match), place.join not in settings.forks
+        source, branch = fixup.start(sketch, source, place, settings.depth, projected=projected, last=last)
     skip = matched(
         sketch, source, place, lie, settings.match, settings.norm, settings.activation, zero=start == "preserve"
     )
     if isinstance(skip, Refusal):
         return skip
-    branch: Term = place.join
     equation = {"identity": "x", "projection": "P(x)", "pad": "pad(x)", "pool": "pool(x)"}[skip.kind]
     scaled = "F(x)"
     term = skip.term
@@ -90,13 +109,7 @@ def add(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Set
         branch = sketch.op(K.MUL, place.join, gamma, label="scaled")
         scaled = "γ⊙F(x)"
     elif start == "fixup":
-        refused = _fixup(sketch, place, settings.depth)
-        if refused is not None:
-            return refused
-        scale = sketch.parameter("scale", (), "constant", value=1.0)
-        bias = sketch.parameter("bias", (), "constant", value=0.0)
-        branch = sketch.op(K.ADD, sketch.op(K.MUL, place.join, scale, label="scaled"), bias, label="shifted")
-        scaled = "a·F(x) + b"
+        scaled = "a·F′(x) + b"
     total = sketch.op(K.ADD, branch, term, label="sum")
     return Mixed(total, f"y = F(x)  →  y = {scaled} + {equation}", skip.kind)
 
@@ -162,22 +175,6 @@ def _positions_only(sketch: Sketch, source: Term, place: Place, lie: Geometry, s
 def _layer_scale(depth: int) -> float:
     """Touvron et al. 2021, section 2: 0.1 up to 18 blocks, 1e-5 up to 24, 1e-6 beyond."""
     return 0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6
-
-
-def _fixup(sketch: Sketch, place: Place, depth: int) -> Refusal | None:
-    """Scale the branch's weights by L^(−1/(2m−2)) and make the last zero, for m layers and L branches."""
-    work = [op for op in place.ops if op.has(Trait.PARAMETRIC) and not op.has(Trait.NORM)]
-    weights = [op.operand("weight") for op in work if op.kind in (K.CONV, K.LINEAR, K.CONV_TRANSPOSE)]
-    fitting = [value for value in weights if value is not None and value.producer is None]
-    if not fitting or len(fitting) != len(work):
-        return Refusal(place.name, "start=fixup rescales convolutions and linears, and the branch holds others")
-    if any(op.has(Trait.NORM) for op in place.ops):
-        return Refusal(place.name, "start=fixup is for networks without norms, and the branch holds one")
-    factor = depth ** (-1.0 / (2 * len(fitting) - 2)) if len(fitting) > 1 else 1.0
-    for value in fitting[:-1]:
-        sketch.rescale(value, factor)
-    sketch.rescale(fitting[-1], 0.0)
-    return None
 
 
 def long(sketch: Sketch, source: Term, place: Place, lie: Geometry, settings: Settings) -> Mixed | Refusal:

@@ -137,8 +137,7 @@ def read_block(graph: Graph, report: Report, block: Block) -> NormedBlock | Refu
     placement, norms = block.norm, block.norm_ops
     spots = SPOTS.get(placement)
     if spots is None:
-        found = "it has no norm" if placement == "none" else "its norms stand inside the branch, at neither end of it"
-        return Refusal(block.join, f"{found}: there is nothing to move")
+        return Refusal(block.join, _nothing_to_move(block))
     branch = report.all_branch_ops(block)
     inside = frozenset(branch)
     skip = _skip(block)
@@ -166,7 +165,7 @@ def read_block(graph: Graph, report: Report, block: Block) -> NormedBlock | Refu
         scale,
         frozenset(_parameters(op for op in branch if op not in moved and not op.has(Trait.NORM))),
     )
-    refused = _misplaced(graph, normed)
+    refused = _misplaced(graph, normed) or _leak(graph, normed, inside)
     return Refusal(block.join, refused) if refused else normed
 
 
@@ -185,6 +184,20 @@ def _unfit(graph: Graph, block: Block) -> str:
     if block.fork_value.shape is None or block.fork_value.shape != block.join_value.shape:
         return f"its fork is {_shape(block.fork_value)} and its sum {_shape(block.join_value)}"
     return ""
+
+
+def _nothing_to_move(block: Block) -> str:
+    """Why a block without a norm at its ends stays as it is."""
+    readers = [] if block.join_value is None else block.join_value.users
+    norm = next((op for op in readers if op.has(Trait.NORM)), None)
+    other = next((op for op in readers if op is not norm), None)
+    if norm is not None and other is not None:
+        return f"the sum is also read by '{other.name}', beside its norm '{norm.name}'"
+    if norm is not None:
+        return "the sum is an output of the graph, beside its norm"
+    if block.norm == "none":
+        return "it has no norm: there is nothing to move"
+    return "its norms stand inside the branch, at neither end of it: there is nothing to move"
 
 
 def _skip(block: Block) -> Slot | str:
@@ -334,6 +347,22 @@ def _outsider(graph: Graph, unit: NormUnit, normed: NormedBlock) -> str | None:
     own = {slot.op for slot in (*normed.entries, *normed.ends)}
     other = next((op for op in unit.output.users if op not in own), None)
     return None if other is None else f"is also read by '{other.name}'"
+
+
+def _leak(graph: Graph, normed: NormedBlock, inside: frozenset[Op]) -> str:
+    """Who beside the branch reads the stream by way of the branch's own views of it; empty when nobody does."""
+    pending = [slot.op for slot in normed.entries]
+    while pending:
+        op = pending.pop()
+        if not op.has(Trait.FREE):
+            continue
+        for value in op.outputs:
+            other = next((user.name for user in value.users if user not in inside), None)
+            if graph.is_output(value) or other is not None:
+                reader = "the model's caller" if other is None else f"'{other}'"
+                return f"'{op.name}' rearranges the stream for {reader} as well as for the branch"
+            pending += value.users
+    return ""
 
 
 def _slots(value: Value, among: frozenset[Op]) -> Iterator[Slot]:

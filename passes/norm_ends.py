@@ -105,10 +105,10 @@ class Ends:
             if normed.placed in _CLOSED and self.stacks.ends_unnormed(normed, normed.out):
                 name = next(names, None)
                 if name is None and self.names != ("auto",):
-                    missing = (
-                        f"{len(found) + 1} stacks or more would end un-normed, and {len(self.names)} names are given"
+                    raise RescompileError(
+                        f"More stacks than the {len(self.names)} norms of the option final_norm would end un-normed: "
+                        "name one for each, or let it be auto."
                     )
-                    raise RescompileError(f"{missing} in final_norm: name a norm for each, or let it be auto.")
                 found[block] = name or self._own_name(block, set(found.values()))
         return found
 

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
-from rescompile.blocks import Report
+from rescompile.blocks import Block, Report
+from rescompile.detection.paths import is_pointwise
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
+from rescompile.kinds import OpKind, Trait
 from rescompile.passes.geometry import Geometry, geometry
 from rescompile.passes.layers import Chain, Layer, Place, chains, layers
+from rescompile.passes.likeness import Likeness
 from rescompile.plans import Refusal
+
+_FACTORS = 4  # factors and shifts between the end of a branch and the join, a gate among them
 
 Join: TypeAlias = Literal["before-activation", "after", "pre-activation"]
 
 
-def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[Place | Refusal]:
+def by_count(graph: Graph, report: Report, every: int, join: Join, alike: Likeness) -> Iterator[Place | Refusal]:
     """Groups of `every` consecutive layers.
 
     1. The stem and the head stay outside, and so does a layer that holds a residual block.
     2. A group lies in one chain; a rest shorter than `every` gets none.
+    3. Where the sum before the activation would be no residual connection, the join goes behind it.
     """
     if every < 1:
         raise RescompileError(f"A shortcut skips at least one layer, so every={every} places none: give 1 or more.")
     for chain, run in _runs(graph, report):
         last: Value | None = None
         for start in range(0, len(run) - every + 1, every):
-            place = _place(chain, run[start : start + every], join, last)
+            place = _place(chain, run[start : start + every], join, last, alike)
             last = place.join
             yield place
         rest = len(run) % every
@@ -35,7 +42,7 @@ def by_count(graph: Graph, report: Report, every: int, join: Join) -> Iterator[P
             yield Refusal(run[-rest].name, f"{rest} of {every} layers are left: a rest gets no shortcut")
 
 
-def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refusal]:
+def by_stage(graph: Graph, report: Report, join: Join, alike: Likeness) -> Iterator[Place | Refusal]:
     """Pairs of layers within a stage, the layers that keep one shape and the one that changes to it.
 
     A stage's odd layer goes with its last pair; a region with branches (an Inception module) is a group of its own.
@@ -51,7 +58,7 @@ def by_stage(graph: Graph, report: Report, join: Join) -> Iterator[Place | Refus
                 if len(group) == 1 and not region:
                     yield Refusal(group[0].name, "the only layer of its stage: a shortcut around it would skip nothing")
                 else:
-                    place = _place(chain, group, join, last)
+                    place = _place(chain, group, join, last, alike)
                     last = place.join
                     yield place
 
@@ -77,13 +84,45 @@ def by_name(graph: Graph, report: Report, pairs: Sequence[str]) -> Iterator[Plac
             raise RescompileError(f"The requests '{taken[join]}' and '{pair}' end in one value: keep one of them.")
         taken[join] = pair
         spans.append(span)
-        existing = next(
-            (b for b in report if b.fork_value is fork and join.producer in (*b.join_ops, *b.branch_ops)), None
-        )
-        if existing is not None and existing.join_op in (join.producer, *(op for op in join.users)):
+        existing = _existing(report, fork, join)
+        if existing is not None:
             yield Refusal(pair, f"there is a shortcut already: block {existing.id}, {existing.fork} → {existing.join}")
             continue
         yield Place(fork, join, tuple(ops))
+
+
+def _existing(report: Report, fork: Value, join: Value) -> Block | None:
+    """The block that a shortcut from `fork` to `join` has made already, whatever it did to the branch and its end."""
+    forks = {fork}
+    for block in report:
+        if _is_end(block, fork):  # the stream goes on from what stands in for the value
+            forks.update(_handed_on(block))
+    for block in report:
+        op = block.fork_value.producer
+        shifted = op is not None and op.kind is OpKind.ADD and any(operand in forks for operand in op.operands)
+        if (block.fork_value in forks or shifted) and _is_end(block, join):
+            return block
+    return None
+
+
+def _is_end(block: Block, value: Value) -> bool:
+    """Whether a branch of the block ends in the value, but for factors and shifts."""
+    if value.producer is None or value.producer not in (*block.join_ops, *block.branch_ops):
+        return False
+    ends = [value]
+    for _ in range(_FACTORS):
+        users = [op for end in ends for op in end.users]
+        if value is block.join_op.output or any(op in block.join_ops for op in users):
+            return True
+        ends = [op.output for op in users if op.has(Trait.ELEMENTWISE) and not op.has(Trait.ACTIVATION)]
+    return False
+
+
+def _handed_on(block: Block) -> list[Value]:
+    """The join, and what a transition alone makes of it."""
+    readers = block.join_op.output.users
+    transition = block.join_op.kind is OpKind.CONCAT and len(readers) == 1 and is_pointwise(readers[0])
+    return [block.join_op.output, *([readers[0].output] if transition else [])]
 
 
 def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
@@ -92,7 +131,7 @@ def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
     1. Something between them lowers the resolution and something raises it again; the skip is not around a stem.
     2. The join is what the layer behind the rise reads, so that a transposed convolution's activation comes first.
     """
-    joins = {op for block in report for op in block.join_ops}
+    joins = _joins(report)
     for chain in chains(graph):
         earlier: dict[Shape, Layer] = {}  # the last layer that ended at each resolution
         for before, after in pairwise(layers(chain, joins)):
@@ -122,7 +161,7 @@ def _larger(one: Shape, other: Shape) -> bool:
 
 def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
     """Consecutive layers between the stem and the head that no block holds."""
-    joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
+    joins = _joins(report)
     for chain in chains(graph):
         run: list[Layer] = []
         for layer in layers(chain, joins):
@@ -136,8 +175,24 @@ def _runs(graph: Graph, report: Report) -> Iterator[tuple[Chain, list[Layer]]]:
             yield chain, run
 
 
-def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None) -> Place:
+def _joins(report: Report) -> set[Op]:
+    """What brings the paths of blocks together: a contraction that alone reads a dense join, a transition, does too."""
+    joins = {op for block in report if block.kind != "branches" for op in block.join_ops}
+    handed_on = (value.producer for block in report if block.kind != "branches" for value in _handed_on(block))
+    return joins | {op for op in handed_on if op is not None}
+
+
+def _place(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None, alike: Likeness) -> Place:
     """The place around a group. `previous`: where the shortcut before this one joins."""
+    place = _around(chain, group, join, previous)
+    why = alike(place) if join == "before-activation" else ""
+    behind = _around(chain, group, "after", previous) if why else place
+    if why and not alike(behind):
+        return replace(behind, note=f"joins behind the activation, for before it {why}")
+    return place
+
+
+def _around(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | None) -> Place:
     first, last = group[0], group[-1]
     if join == "pre-activation":
         fork, end = first.lead, last.work

@@ -79,17 +79,31 @@ def matched(
     return Skip(projected, "projection", zero)
 
 
+def projects(place: Place, geometry: Geometry, match: Match) -> bool:
+    """Whether the skip that `matched` makes holds a contraction."""
+    if match in ("pad", "none"):
+        return False
+    same_width = _width(place.fork.shape, geometry) == _width(place.join.shape, geometry)
+    return match == "always" or not (same_width and (match == "pool" or geometry.same_positions))
+
+
+def averages(geometry: Geometry, match: Match) -> bool:
+    """Whether the skip that `matched` makes pools or repeats elements."""
+    return not geometry.same_positions and (match == "pool" or any(extent.factor > 1 for extent in geometry.extents))
+
+
 def resized(sketch: Sketch, source: Term, place: Place, geometry: Geometry, match: Match) -> Skip | Refusal:
     """The source at the join's positions, with its own channels: pooled (match=pool), strided, or repeated."""
     if geometry.same_positions:
         return Skip(source, "identity")
     width = _width(place.fork.shape, geometry)
     if any(extent.factor > 1 for extent in geometry.extents):
-        if geometry.channel != 1 or not 3 <= len(place.join.shape or ()) <= 5:
-            why = f"the branch enlarges its extents ({_both(place)})"
-            return Refusal(place.name, f"{why}, and only images with channels first are matched")
         shape = _with_width(place.join.shape, geometry, width)
-        return Skip(sketch.op(K.INTERPOLATE, source, shape=shape, mode="nearest"), "pool")
+        enlarged = _as_images(sketch, source, geometry, shape, K.INTERPOLATE, mode="nearest")
+        if enlarged is None:
+            why = f"the branch enlarges its extents ({_both(place)})"
+            return Refusal(place.name, f"{why}, and only images of one to three dimensions are matched")
+        return Skip(enlarged, "pool")
     if match == "pool":
         pooled = _pooled(sketch, source, place, geometry)
         return pooled if isinstance(pooled, Refusal) else Skip(pooled, "pool")
@@ -177,28 +191,37 @@ def _padded(sketch: Sketch, term: Term, geometry: Geometry, more: int, place: Pl
     return sketch.op(K.PAD, term, shape=place.join.shape, pads=tuple(pads), mode="constant", value=0.0)
 
 
-def _pooled(sketch: Sketch, term: Term, place: Place, geometry: Geometry) -> Made | Refusal:
-    """Average pooling with the stride as its window, rounding as the branch does."""
+def _pooled(sketch: Sketch, term: Term, place: Place, geometry: Geometry) -> Term | Refusal:
+    """Average pooling with the stride as its window, over what the branch's windows cover."""
     spatial = [axis for axis in range(len(place.join.shape or ())) if axis not in (0, geometry.channel)]
-    if geometry.channel != 1 or not 1 <= len(spatial) <= 3:
-        return Refusal(place.name, f"match=pool takes images with channels first ({_both(place)}): use a projection")
     changes = [geometry.extents[axis] for axis in spatial]
-    ceil = all(change.lost == 0 for change in changes)
-    if not ceil and any(change.lost != change.stride - 1 for change in changes):
-        why = f"the branch shortens its extents ({_both(place)}) by more than a pool does"
-        return Refusal(place.name, f"{why}: use a projection")
+    ceil = any(change.lost != change.stride - 1 for change in changes)
+    if ceil:  # with the border that the branch loses cut off, a last window that is not full counts
+        term = _strided(sketch, term, place, geometry, crop_only=True)
     window = tuple(change.stride for change in changes)
+    if set(window) == {1}:
+        return term
     shape = _with_width(place.join.shape, geometry, _width(term.shape, geometry))
-    return sketch.op(
-        K.AVG_POOL,
-        term,
-        shape=shape,
-        kernel=window,
-        stride=window,
-        pads=(0,) * (2 * len(window)),
-        ceil_mode=ceil,
-        count_include_pad=False,
-    )
+    pads = (0,) * (2 * len(window))
+    attrs = {"kernel": window, "stride": window, "pads": pads, "ceil_mode": ceil, "count_include_pad": False}
+    pooled = _as_images(sketch, term, geometry, shape, K.AVG_POOL, **attrs)
+    if pooled is None:
+        why = f"match=pool takes images of one to three dimensions ({_both(place)})"
+        return Refusal(place.name, f"{why}: use a projection")
+    return pooled
+
+
+def _as_images(sketch: Sketch, term: Term, geometry: Geometry, shape: Shape, kind: K, **attrs: Any) -> Made | None:
+    """The operation on [N, C, ...], with channels moved there and back where they come last; None for other layouts."""
+    last = len(shape) - 1
+    if not 2 <= last <= 4 or geometry.channel not in (1, last):
+        return None
+    if geometry.channel == 1:
+        return sketch.op(kind, term, shape=shape, **attrs)
+    to, back = (0, last, *range(1, last)), (0, *range(2, last + 1), 1)
+    first = sketch.op(K.PERMUTE, term, shape=tuple((term.shape or ())[axis] for axis in to), perm=to)
+    made = sketch.op(kind, first, shape=tuple(shape[axis] for axis in to), **attrs)
+    return sketch.op(K.PERMUTE, made, shape=shape, perm=back)
 
 
 def _both(place: Place) -> str:

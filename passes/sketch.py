@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rescompile.graph import Graph, Shape, Value
+from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind
 from rescompile.plans import (
     AddLiteral,
@@ -87,6 +87,10 @@ class Sketch:
         operands = tuple(None if term is None else term.name for term in inputs)
         self.edits.append(Insert(kind.value, operands, ((made.name, made.shape, made.dtype),), attrs))
         return made
+
+    def let_read(self, op: Op, made: Made) -> None:
+        """Let an existing operation read a new value as its first operand."""
+        self.edits.append(SetOperand(op.name, 0, made.name))
 
     def stand_in(self, old: Value, new: Made) -> None:
         """Let every reader of `old` read `new`, but for the operations of this sketch."""

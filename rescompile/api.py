@@ -131,9 +131,15 @@ def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
     return make_plan(capture(model, example_inputs), resolve(passes))[0]
 
 
-def rewrite(model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True) -> Result:
-    """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven."""
-    return run_passes(capture(model, example_inputs), resolve(passes), check=verify)
+def rewrite(
+    model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True, all_or_nothing: bool = False
+) -> Result:
+    """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
+
+    With `all_or_nothing` a place that a pass refuses raises RescompileError.
+    """
+    graph = capture(model, example_inputs)
+    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing)
 
 
 def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:

@@ -155,6 +155,9 @@ def rewrite(
     plan_out: Annotated[
         Path | None, typer.Option("--plan-out", metavar="P.json", help="write the plan, for review and `apply`")
     ] = None,
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="write nothing when a pass refuses a place")
+    ] = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
     gradients: Annotated[
@@ -196,7 +199,7 @@ def rewrite(
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
-        result = api.rewrite(graph, specs, verify=not no_verify)
+        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())

@@ -57,6 +57,7 @@ class FxGraph(Graph):
         self.native = Native()
         self.output_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
+        self.forgone: set[str] = set()  # nodes of the captured graph that neither form has any more
         self._nodes: Nodes | None = None  # bookkeeping of native edits, made by the first one
 
     @classmethod
@@ -143,6 +144,11 @@ class FxGraph(Graph):
             return
         self._emit_anew(op, index, value)
 
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Sizes, and the tensors that `expand_as` and its like take for a shape only."""
+        if isinstance(old.native, fx.Node) and isinstance(new.native, fx.Node):
+            old.native.replace_all_uses_with(new.native, delete_user_cb=lambda user: user.op != "output")
+
     def native_replace_output(self, old: Value, new: Value) -> None:
         """Let the graph return `new` where it returned `old`."""
         self._edit()
@@ -179,6 +185,15 @@ class FxGraph(Graph):
             del self.native.targets[target]
             self._drop_counter(target)
 
+    def native_set_shape(self, value: Value) -> None:
+        """Infer the node's type anew, or write down the declared one where it cannot be."""
+        if isinstance(value.native, fx.Node):
+            self._edit().declare(value.native, value)
+
+    def native_forgo(self, op: Op) -> None:
+        """Remember the nodes by name: the other form has the same names."""
+        self.forgone.update(node.name for node in op.native)
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, with the checks that read them."""
         self._edit().erase(nodes)
@@ -202,6 +217,7 @@ class FxGraph(Graph):
         copy.dims = self.dims
         copy.output_names = self.output_names
         copy.origin = self.origin
+        copy.forgone = set(self.forgone)
         copy.native = _map_native(self.native, memo, copy)
         for value in copy._values.values():
             value.native = _map(value.native, memo)

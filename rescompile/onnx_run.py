@@ -89,6 +89,8 @@ def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, NotImplementedError, *_own_errors(onnxruntime))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # The level above chooses layouts for the graph as a whole, and rounds a convolution differently beside a new sum.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     providers = ["CPUExecutionProvider"]
     try:
         if tensor_bytes(model) < PROTO_LIMIT:

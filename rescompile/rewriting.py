@@ -15,7 +15,7 @@ import msgspec
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Result(msgspec.Struct):
                 found.append(name)
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter) and edit.name in present:
+                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
                     for operand in edit.operands:
                         if operand in heirs and edit.name not in heirs[operand]:
                             heirs[operand].append(edit.name)
@@ -118,9 +118,20 @@ def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Gr
     return plan, working
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True) -> Result:
-    """Plan and apply `passes`, and verify the result unless `check` is off."""
+def run_passes(
+    graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True, all_or_nothing: bool = False
+) -> Result:
+    """Plan and apply `passes`, and verify the result unless `check` is off.
+
+    With `all_or_nothing` a place that a pass refuses is an error, and nothing is done.
+    """
     plan, rewritten = make_plan(graph, passes)
+    if all_or_nothing and plan.refusals:
+        count = len(plan.refusals)
+        raise RescompileError(
+            f"Nothing was done, because {count} place{'s were' if count > 1 else ' was'} refused, the first: "
+            f"{plan.refusals[0]}."
+        )
     return _verified(graph, rewritten, plan, check=check)
 
 

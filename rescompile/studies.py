@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
@@ -68,7 +69,8 @@ def run_study(
     try:
         _run(study, names, objective, progress)
     except optuna.exceptions.OptunaError as error:
-        raise RescompileError(f"The study's storage '{training.storage}' failed: {_first_line(error)}.") from error
+        where = _shown(training.storage)
+        raise RescompileError(f"The study's storage '{where}' failed: {_first_line(error)}.") from error
     return _results(study, training.steps)
 
 
@@ -103,9 +105,8 @@ def _open(training: Training, names: Sequence[str]) -> optuna.Study:
             )
         except Exception as error:
             if attempts == _ATTEMPTS or not isinstance(error, DBAPIError | optuna.exceptions.StorageInternalError):
-                reason = _first_line(error)
                 raise RescompileError(
-                    f"The study's storage '{training.storage}' cannot be opened: {reason}."
+                    f"The study's storage '{_shown(training.storage)}' cannot be opened: {_reason(error)}."
                 ) from error
             time.sleep(_POLL)
 
@@ -198,6 +199,21 @@ def _results(study: optuna.Study, steps: int) -> dict[str, tuple[float, int, boo
         loss = trial.intermediate_values[last] if pruned else trial.value
         results[name] = (math.inf if loss is None else float(loss), last if pruned else steps, pruned)
     return results
+
+
+def _shown(url: str | None) -> str:
+    """The URL without its password."""
+    try:
+        return "" if url is None else make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url or ""
+
+
+def _reason(error: Exception) -> str:
+    driver = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+    if isinstance(driver, ModuleNotFoundError) and driver.name:
+        return f"its driver, the package '{driver.name}', is not installed"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -312,6 +312,22 @@ def test_trap_sum_of_two_activated_projections() -> None:
     assert refused(b.output(b.add(b.relu(b.linear(x, 8)), b.relu(b.linear(x, 8))))).startswith("two working branches")
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_normed_projections_the_one_without_an_activation_is_the_shortcut(order: int) -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    normed, active = b.layer_norm(b.linear(x, 8)), b.relu(b.layer_norm(b.linear(x, 8)))
+    block = only(b.output(b.add(*(normed, active)[::order])))
+    assert (block.shortcut, block.shortcut_ops[-1].output) == ("projection", normed)
+
+
+def test_two_normed_projections_are_alike() -> None:
+    b = Builder()
+    x = b.linear(b.input(2, 8), 8)
+    joined = b.add(b.layer_norm(b.linear(x, 8)), b.layer_norm(b.linear(x, 8)))
+    assert refused(b.output(joined)).startswith("two working branches")
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_affine_projection_beside_an_activated_one_is_the_shortcut(swapped: bool) -> None:
     b = Builder()

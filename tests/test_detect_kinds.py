@@ -76,6 +76,39 @@ def test_concat_that_is_not_residual(why: str) -> None:
     assert [entry.reason for entry in report.not_residual]
 
 
+def resized(b: Builder, kind: K, x: Value, extent: int) -> Value:
+    return b.op(kind, x, shape=(1, (x.shape or ())[1], extent, extent))
+
+
+@pytest.mark.parametrize("kind", [K.AVG_POOL, K.INTERPOLATE])
+@pytest.mark.parametrize("order", [1, -1])
+def test_fork_brought_to_the_resolution_of_its_branch_is_dense(kind: K, order: int) -> None:
+    b = Builder()
+    x = b.relu(b.conv(b.input(1, 8, 8, 8), 8))
+    extent = 4 if kind is K.AVG_POOL else 16
+    new = b.relu(b.conv(resized(b, kind, b.relu(b.conv(x, 8)), extent), 12))
+    block = only(b.output(b.concat(*(resized(b, kind, x, extent), new)[::order])))
+    assert (block.kind, block.shortcut, block.fork_value) == ("dense", "pool", x)
+
+
+@pytest.mark.parametrize("why", ["maximum", "enlarged last", "two pools", "weights on both", "three parts"])
+def test_concat_of_resized_values_that_is_not_residual(why: str) -> None:
+    b = Builder()
+    x = b.relu(b.conv(b.input(1, 8, 8, 8), 8))
+    small, large = resized(b, K.AVG_POOL, x, 4), resized(b, K.INTERPOLATE, x, 16)
+    made = b.relu(b.conv(resized(b, K.MAX_POOL, b.conv(x, 8), 4), 8))
+    parts = {
+        "maximum": lambda: (resized(b, K.MAX_POOL, x, 4), made),
+        "enlarged last": lambda: (large, resized(b, K.INTERPOLATE, b.relu(b.conv(b.relu(b.conv(x, 8)), 8)), 16)),
+        "two pools": lambda: (small, resized(b, K.MAX_POOL, x, 4)),
+        "weights on both": lambda: (b.relu(b.conv(small, 8, 1)), made),
+        "three parts": lambda: (small, made, b.relu(b.conv(resized(b, K.MAX_POOL, x, 4), 8))),
+    }[why]()
+    report = inspect_graph(b.output(b.concat(*parts)))
+    assert len(report) == 0
+    assert [entry.reason for entry in report.not_residual]
+
+
 def test_class_token_in_front_of_the_tokens_is_no_dense_block() -> None:
     b = Builder()
     x, token = b.linear(b.input(1, 5, 8), 8), b.param(1, 1, 8)

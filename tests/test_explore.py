@@ -337,6 +337,10 @@ def test_placement_of_a_process_that_died_is_trained_when_resumed(
         (["--train", "placement_lab:train", "--steps", "0"], "at least one step"),
         (["--train", "placement_lab:train", "--storage", "sqlite:////no/such/folder/a.db"], "cannot be opened"),
         (["--train", "placement_lab:train", "--storage", "nonsense"], "cannot be opened"),
+        (
+            ["--train", "placement_lab:train", "--storage", "mysql+oursql://me:secret@host/db"],
+            "storage 'mysql+oursql://me:***@host/db' cannot be opened",
+        ),
         (["--train", "placement_lab:fails"], "ValueError: no data"),
         (["--every", "two"], "no list of layer counts"),
         (["--every", "0"], "no list of layer counts"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import islice
 
-from rescompile.detection.chains import order
+from rescompile.detection.chains import age, order
 from rescompile.detection.flavours import comes_back
 from rescompile.detection.gates import is_gate, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain
+from rescompile.detection.paths import Chain, branch_works, chain, works
 from rescompile.detection.recurrences import shares_weights, takes_part
 from rescompile.detection.streams import crossing
 from rescompile.graph import Op, Value
@@ -18,6 +18,7 @@ _FREE = ("identity", "view")
 _TRIED = 3  # operands that are tried as the new features, newest first
 _LAST = (OpKind.LINEAR, OpKind.LAYER_NORM, OpKind.RMS_NORM)  # of tokens [N, T, C]: features are the last axis
 _FIRST = (OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.BATCH_NORM, OpKind.GROUP_NORM, OpKind.INSTANCE_NORM)
+_RESIZES = (OpKind.AVG_POOL, OpKind.INTERPOLATE)
 _SAME_AXES = (OpKind.SLICE, OpKind.SPLIT, OpKind.CONCAT)
 _GATE = "a gate: '{}' only weighs what it is concatenated with"
 _LOOKED_AT = 12  # operations behind a concatenation, until one tells which axis holds features
@@ -27,37 +28,38 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     """A block that ends in the concatenation `op`, or why it is none.
 
     1. One operand, the new features, comes from another one, the old ones, by a way that works.
-    2. The old ones are the fork, or come from it by a free way.
+    2. The old ones are the fork, or come from it by a free way; or, of two parts, by an average pool or a resampling.
     3. What reads the concatenation reads its axis as features: a class token in front of others is none.
     """
     output = op.outputs[0]
     if output.dtype is not None and output.dtype.startswith(("int", "uint", "bool")):
         return Refusal("integer arithmetic: the concatenation holds positions or sizes, not features")
+    axis = op.attr("axis")
     parts = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
-    moving = [(index, value) for index, value in parts if not value.constant]
+    moving = [part for part in parts if not part[1].constant]
     if len(parts) < 2:
         judgement.concats[tuple(value for _, value in parts)] = output
         return Refusal("a concatenation of one value")
-    if all(_extent(value, op.attr("axis")) == 1 for _, value in parts):
+    if all(_extent(value, axis) == 1 for _, value in parts):
         return Refusal("a stack: each value has a place of its own on the axis, nothing reads them as features")
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
-    judgement.concats[tuple(value for _, value in parts)] = output
+    judgement.concats[tuple([value for _, value in parts])] = output
     features = _feature_axis(output)
-    if features is not None and features != op.attr("axis"):
-        return Refusal(f"positions: the parts lie beside each other on axis {op.attr('axis')}, features on {features}")
+    if features is not None and features != axis:
+        return Refusal(f"positions: the parts lie beside each other on axis {axis}, features on {features}")
     gated = _gated_skip(judgement, op, moving)
     if gated is not None:
         return gated
-    newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
+    newest = sorted(moving, key=age, reverse=True)
     meet: Value | None = None
     working = False
     weighing: Refusal | None = None
     for index, new in newest[:_TRIED]:
-        before = judgement.concats.get(tuple(value for other, value in parts if other != index))
+        before = judgement.concats.get(tuple([value for other, value in parts if other != index]))
         if before is not None and order(before) < order(new) and judgement.reach.comes_from(before, new):
             return _appended(judgement, op, before, (index, new))
-        old = [(other, value) for other, value in moving if other != index and value is not new]
+        old = [part for part in moving if part[0] != index and part[1] is not new]
         fork = judgement.reach.meet(new, [value for _, value in old])
         if fork is None:
             continue
@@ -71,7 +73,7 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     if meet is None:
         return Refusal(f"no common origin: {names} come from streams of their own")
     if working:
-        across = _across(judgement, op, newest)
+        across = _across(judgement, op, newest) or _resized(judgement, op, newest)
         if across is not None:
             return across
         return Refusal(f"two working branches: {names} all work on what they come from, '{meet.name}'", meet)
@@ -172,6 +174,27 @@ def _across(judgement: Judgement, op: Op, newest: list[tuple[int, Value]]) -> Dr
         back = comes_back(judgement, draft)
         if back and all(back):
             return draft
+    return None
+
+
+def _resized(judgement: Judgement, op: Op, parts: list[tuple[int, Value]]) -> Draft | None:
+    """[pool(x), F(x)]: the fork, averaged or enlarged to the resolution that its branch goes to (ShuffleNet v1).
+
+    What works last in the branch has weights: of [up(x), up(F(x))] or two kinds of pool neither is the other's skip.
+    """
+    if len(parts) != 2:
+        return None
+    for (skip, old), (_, new) in (parts, parts[::-1]):
+        fork = judgement.reach.meet(new, [old])
+        way = None if fork is None else chain(judgement.reach, fork, old)
+        if fork is None or way is None or way.shortcut != "pool" or way.sums:
+            continue
+        if not all(step.kind in _RESIZES or step.has(Trait.FREE) for step in way.ops):
+            continue
+        region, outside = judgement.reach.between(fork, [new])
+        working = [member for member in region if works(member) and not member.has(Trait.NORM)]
+        if working and working[-1].has(Trait.PARAMETRIC):
+            return _draft(op, fork, (skip, way), [new], region, outside)
     return None
 
 
