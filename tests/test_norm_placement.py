@@ -286,7 +286,7 @@ def test_public_post_norm_models_become_their_pre_norm_siblings(make: Any) -> No
         assert difference(back.graph, post, inputs) == 0.0
 
 
-@pytest.mark.parametrize("make", [roberta, bart])
+@pytest.mark.parametrize("make", [opt, roberta, bart])
 def test_files_in_onnx_convert_as_the_module_does(make: Any, tmp_path: Any) -> None:
     post, pre, inputs, finals, rename = make()
     livened(post)
@@ -295,7 +295,7 @@ def test_files_in_onnx_convert_as_the_module_does(make: Any, tmp_path: Any) -> N
     result = rc.rewrite(rc.load(path), f"pre-norm{{{finals}}}")
     assert not result.refused
     result.save(tmp_path / "pre.onnx")
-    assert difference(rc.load(tmp_path / "pre.onnx"), twin(post, pre, rename), inputs) < 1e-5
+    assert difference(rc.load(tmp_path / "pre.onnx"), twin(post, pre, rename), inputs) < 2e-6
 
 
 # ---- which blocks, and the end of the stack --------------------------------------------------------------------------
