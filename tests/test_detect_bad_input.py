@@ -303,6 +303,57 @@ def test_sum_of_a_value_and_its_quantised_form_is_no_block() -> None:
     assert "no working branch" in report.not_residual[0].reason
 
 
+QLINEAR = """g (float[1, 4, 8, 8] x) => (float[1, C, 8, 8] y)
+  <float s = {0.1}, uint8 z = {128}, int8[4, 4, 1, 1] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16},
+   float[4] sw = {1,1,1,1}, int8[4] zw = {0,0,0,0}, int32[4] b = {1,2,3,4}, uint8[4, 1, 1] t = {1,2,3,4}> {
+  xq = QuantizeLinear(x, s, z)
+  c = QLinearConv(xq, s, z, w, sw, zw, s, z, b)  r = com.microsoft.QLinearSigmoid(c, s, z, s, z)
+  d = QLinearConv(r, s, z, w, sw, zw, s, z)
+  jq = JOIN
+  y = DequantizeLinear(jq, s, z) }"""
+
+
+def quantised_join(join: str, channels: int = 4) -> Report:
+    text = QLINEAR.replace("JOIN", join).replace("[1, C, 8, 8]", f"[1, {channels}, 8, 8]")
+    return found(parse(text, ', "com.microsoft" : 1'))
+
+
+@pytest.mark.parametrize(
+    ("join", "kind", "equation"),
+    [
+        ("com.microsoft.QLinearAdd(xq, s, z, d, s, z, s, z)", "add", "x + F(x)"),
+        ("com.microsoft.QLinearConcat <axis = 1> (s, z, xq, s, z, d, s, z)", "dense", "[x, F(x)]"),
+    ],
+)
+def test_quantised_join_in_one_operator(join: str, kind: str, equation: str) -> None:
+    report = quantised_join(join, 8 if kind == "dense" else 4)
+    block = one(report)
+    assert (block.kind, block.shortcut, block.fork, block.join) == (kind, "identity", "xq", "jq")
+    assert block.branch == ("c", "r", "d")
+    assert block.undecided == ()
+    assert report.to_dict()["blocks"][0]["equation"] == equation
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        ("com.microsoft.QLinearAdd(d, s, z, t, s, z, s, z)", "bias"),
+        ("com.microsoft.QLinearAdd(r, s, z, c, s, z, s, z)", "no working branch"),
+    ],
+    ids=["a constant", "an activation of the other"],
+)
+def test_quantised_join_of_no_block_has_a_reason(join: str, reason: str) -> None:
+    report = quantised_join(join)
+    assert not report.blocks
+    assert [each.reason.split(":")[0] for each in report.not_residual] == [reason]
+
+
+def test_quantised_product_is_no_join() -> None:
+    report = quantised_join("com.microsoft.QLinearMul(xq, s, z, d, s, z, s, z)")
+    assert not report.blocks
+    assert not report.not_residual
+
+
 def test_quantised_around_the_add_in_torch() -> None:
     decomposed = torch.ops.quantized_decomposed
 
