@@ -57,9 +57,8 @@ class Reach:
         self._sources[join] = (fork,)
 
     def pass_through(self, total: Value, source: Value) -> None:
-        """Let a value that is no join of a block lead back to `source` only."""
+        """Let a value that is no join of a block lead back to `source` only. No search may have started there before."""
         self._sources[total] = (source,)
-        self._chains.link(total, source)
 
     def operands(self, op: Op) -> tuple[Value, ...]:
         """What the operation reads of streams: weights, literals and other constants that start none are left out."""
