@@ -348,6 +348,13 @@ def test_quantised_join_of_no_block_has_a_reason(join: str, reason: str) -> None
     assert [each.reason.split(":")[0] for each in report.not_residual] == [reason]
 
 
+@pytest.mark.parametrize(("second", "reasons"), [("d", ["opaque"]), ("t", [])], ids=["two streams", "a constant"])
+def test_opaque_join_whose_shape_nobody_knows_has_a_reason(second: str, reasons: list[str]) -> None:
+    report = quantised_join(f"com.microsoft.QLinearMystery(xq, s, z, {second}, s, z, s, z)")
+    assert not report.blocks
+    assert [each.reason.split(":")[0] for each in report.not_residual] == reasons
+
+
 def test_quantised_product_is_no_join() -> None:
     report = quantised_join("com.microsoft.QLinearMul(xq, s, z, d, s, z, s, z)")
     assert not report.blocks
