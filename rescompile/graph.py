@@ -172,6 +172,8 @@ class Graph:
             self._unlink(op, keep=kept)
         self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
         native = tuple(dict.fromkeys(node for op in ops for node in op.native))
+        makers = {op.provenance for op in ops if not op.has(Trait.FREE)}
+        maker = makers.pop() if len(makers) == 1 else ""
         order = max(member.order for member in ops)
         members = []
         for step_kind, step_inputs, step_outputs, step_attrs in (
@@ -182,6 +184,7 @@ class Graph:
             op = Op(step_kind, label, step_inputs, step_outputs, step_attrs, native, module=ops[-1].module)
             self._link(op)
             op.order = order
+            op.provenance = maker
             members.append(op)
         if before:
             for op in members:
