@@ -181,7 +181,9 @@ def _unfit(graph: Graph, block: Block) -> str:
         return f"its paths meet in '{block.join}' ({block.join_op.kind.value}), not in a sum"
     if block.shortcut == "projection":
         return "its shortcut is a projection: which side of it the norm belongs to is another question"
-    if block.fork_value.shape is None or block.fork_value.shape != block.join_value.shape:
+    if block.fork_value.shape is None or block.join_value.shape is None:
+        return "the stream's shape is not known: capture the model with example inputs, or infer its shapes"
+    if block.fork_value.shape != block.join_value.shape:
         return f"its fork is {_shape(block.fork_value)} and its sum {_shape(block.join_value)}"
     return ""
 
@@ -274,7 +276,7 @@ def _misplaced(graph: Graph, normed: NormedBlock) -> str:
             return f"'{norm.name}' is a batch norm: its running statistics are those of what it normalises now"
         if norm.kind not in _MOVED:
             return f"'{norm.name}' is a {norm.kind.value}: only layer, RMS and group norms are moved"
-        if norm.kind is not OpKind.GROUP_NORM and norm.attr("axis") != (norm.operands[0].rank or 0) - 1:
+        if not _over_features(norm):
             return f"'{norm.name}' normalises other axes than the last"
         if any(not value.constant for value in norm.operands[1:]):
             return f"the scale or shift of '{norm.name}' is computed from the graph's inputs"
@@ -296,6 +298,11 @@ def _misplaced(graph: Graph, normed: NormedBlock) -> str:
     if not normed.ends:
         return "its branch ends in the sum in no single place"
     return "" if normed.entries else "the branch does not read the stream"
+
+
+def _over_features(norm: Op) -> bool:
+    """Whether a norm works along the last axis; a group norm has its own."""
+    return norm.kind is OpKind.GROUP_NORM or norm.attr("axis") == (norm.operands[0].rank or 0) - 1
 
 
 def fits(unit: NormUnit, shape: Shape | None) -> bool:

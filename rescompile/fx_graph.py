@@ -132,14 +132,14 @@ class FxGraph(Graph):
                 self.native.versions[new] = versions
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
-        """Change one argument in place where it is one; else make the operation's nodes anew."""
+        """Change arguments in place where they are nothing but the operand; else make the operation's nodes anew."""
         self._edit()
         old = op.inputs[index]
-        slot = self._slot(op, old)
-        if slot is not None and not isinstance(value.native, int | float):
-            node, argument = slot
+        slots = self._slots(op, old)
+        if slots and not isinstance(value.native, int | float):
             new = self._argument(value)
-            node.replace_input_with(argument, new)
+            for node, argument in slots:
+                node.replace_input_with(argument, new)
             _loosen_views(new)
             return
         self._emit_anew(op, index, value)
@@ -317,19 +317,29 @@ class FxGraph(Graph):
         ]
         return max(behind) if behind else self._edit().header()
 
-    def _slot(self, op: Op, old: Value | None) -> tuple[fx.Node, fx.Node] | None:
-        """Node and argument of the operand, when the operation is one call that reads it in exactly one place."""
+    def _slots(self, op: Op, old: Value | None) -> list[tuple[fx.Node, fx.Node]]:
+        """Nodes and arguments of an operand: one place in one call, or all reads of a value that a region makes."""
         main = [node for node in op.native if node.op == "call_module" or node.target is not operator.getitem]
-        if old is None or len(main) != 1 or sum(value is old for value in op.inputs) != 1:
-            return None
+        if old is None or sum(value is old for value in op.inputs) != 1:
+            return []
+        if len(main) != 1:
+            return self._reads_of(op, old)
         node = main[0]
         if isinstance(old.native, Attr):
             found = [n for n in node.all_input_nodes if n.op == "get_attr" and self._reads(n, old)]
         else:
             found = [n for n in node.all_input_nodes if n is old.native]
         if len(found) != 1 or _count(node, found[0]) != 1:
-            return None
-        return node, found[0]
+            return []
+        return [(node, found[0])]
+
+    def _reads_of(self, op: Op, old: Value) -> list[tuple[fx.Node, fx.Node]]:
+        """Where the nodes of a region read a value; nowhere where they read what is no operand of the region."""
+        known = {*op.native, *(value.native for value in op.operands if isinstance(value.native, fx.Node))}
+        for node in op.native:
+            if _mutates(node) or any(read not in known and read.op != "get_attr" for read in node.all_input_nodes):
+                return []
+        return [(node, old.native) for node in op.native if old.native in node.all_input_nodes]
 
     def _reads(self, getter: fx.Node, value: Value) -> bool:
         return self.native.targets.get(str(getter.target)) is value
@@ -378,6 +388,14 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
         count = seen[name] = seen.get(name, -1) + 1
         result.append(name if count == 0 else f"{name}_{count}")
     return tuple(result)
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Whether a call may change what it reads."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _count(node: fx.Node, argument: fx.Node) -> int:

@@ -165,16 +165,7 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
 
 
 Edit: TypeAlias = (
-    Insert
-    | Erase
-    | SetShape
-    | SetOperand
-    | ReadAlike
-    | ReplaceUses
-    | AddParameter
-    | AddLiteral
-    | SetParameter
-    | Fuse
+    Insert | Erase | SetShape | SetOperand | ReadAlike | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
 )
 
 

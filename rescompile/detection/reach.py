@@ -57,7 +57,7 @@ class Reach:
         self._sources[join] = (fork,)
 
     def pass_through(self, total: Value, source: Value) -> None:
-        """Let a value that is no join of a block lead back to `source` only, as `contract` does."""
+        """Let a value that is no join of a block lead back to `source` only. No search may have started there yet."""
         self._sources[total] = (source,)
 
     def operands(self, op: Op) -> tuple[Value, ...]:
