@@ -461,13 +461,23 @@ def test_traced_without_shapes_says_what_it_could_not_decide() -> None:
     assert block.undecided
 
 
+def test_shortcut_that_enlarges_too_makes_no_long_block_where_no_shapes_are_known() -> None:
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    wide = [b.op(Kind.INTERPOLATE, value, shape=(1, 4, 16, 16)) for value in (x, b.relu(b.conv(x, 4)))]
+    assert one(untyped(b.output(b.conv(b.add(wide[0], b.conv(wide[1], 4)), 4)))).kind == "add"
+
+
 def untyped_network(up: bool) -> Report:
     """[x, F(x)] with F by a smaller image and back, or not, and nothing known of any shape but the weights'"""
     b = Builder()
     x = b.input(1, 4, 8, 8)
     y = b.relu(b.conv(b.relu(b.conv(x, 4, stride=2 if up else 1)), 4))
     y = b.op(Kind.INTERPOLATE, y, shape=(1, 4, 8, 8)) if up else y
-    graph = b.output(b.conv(b.concat(x, y), 4))
+    return untyped(b.output(b.conv(b.concat(x, y), 4)))
+
+
+def untyped(graph: rc.Graph) -> Report:
     for value in graph.values:
         if value.role is not Role.PARAMETER:
             value.shape = None
