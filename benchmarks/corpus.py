@@ -83,11 +83,11 @@ class LastHidden(torch.nn.Module):
 def _vision(name: str) -> Built:
     torch.manual_seed(0)
     model = import_torchvision().models.get_model(name, weights=None)
-    _vary_norms(model)
+    vary_norms(model)
     return model.eval(), (torch.randn(1, 3, 224, 224),)
 
 
-def _vary_norms(model: torch.nn.Module) -> None:
+def vary_norms(model: torch.nn.Module) -> None:
     """Give norms a scale, shift and statistics of their own, so that nothing folds into ones and zeros."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d | torch.nn.LayerNorm):
@@ -98,7 +98,7 @@ def _vary_norms(model: torch.nn.Module) -> None:
 
 
 def _language(model: Any, vocabulary: int) -> Built:
-    _vary_norms(model)
+    vary_norms(model)
     tokens = torch.randint(0, vocabulary, (1, 128), generator=torch.Generator().manual_seed(0))
     return LastHidden(model).eval(), (tokens,)
 

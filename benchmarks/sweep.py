@@ -111,11 +111,13 @@ def check(source: str, name: str, irs: tuple[str, ...] = IRS, keep: Path | None 
 def _program(source: str, name: str) -> Any:
     import torch
 
+    from benchmarks.corpus import vary_norms
     from rescompile import fx_capture
 
     with _stage("build"):
         torch.manual_seed(0)
         model, inputs = find_source(source).build(name)
+        vary_norms(model)  # an exporter makes one of two that are equal, as untrained ones are
     with _stage("export"), torch.no_grad():
         return fx_capture.export(model, *fx_capture.arguments(inputs), None)
 
@@ -237,12 +239,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.fresh:
         log.unlink(missing_ok=True)
     known = read_records([log] if log.exists() else [])
-    wanted = [
-        (source, name)
-        for source in arguments.source.split(",")
-        for name in find_source(source).names(arguments.all)
-        if not arguments.only or any(_matches(name, pattern) for pattern in arguments.only.split(","))
-    ][: arguments.limit or None]
+    offered = [(source, name) for source in arguments.source.split(",") for name in _names(source, arguments.all)]
+    wanted = _chosen(offered, arguments.only.split(",") if arguments.only else ["*"])[: arguments.limit or None]
     due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments)]
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
         for record in pool.map(_Share(arguments, known), due):
@@ -285,8 +283,18 @@ def _is_done(record: dict[str, Any], arguments: argparse.Namespace) -> bool:
     return "build" in record or "export" in record or all(ir in record for ir in arguments.ir.split(","))
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or pattern in name
+def _names(source: str, everything: bool) -> list[str]:
+    return find_source(source).names(everything)
+
+
+def _chosen(offered: list[tuple[str, str]], patterns: list[str]) -> list[tuple[str, str]]:
+    """The models that one of the patterns means, pattern by pattern: a whole name, one with `*`, a part of a name."""
+    chosen: dict[tuple[str, str], None] = {}
+    for pattern in patterns:
+        whole = [key for key in offered if key[1] == pattern]
+        parts = (key for key in offered if fnmatch.fnmatchcase(key[1], pattern) or pattern in key[1])
+        chosen.update(dict.fromkeys(whole or parts))
+    return list(chosen)
 
 
 class _Share:
@@ -298,10 +306,7 @@ class _Share:
         self._listed = {
             (source, name) for source in arguments.source.split(",") for name in find_source(source).names()
         }
-        self._first: dict[tuple[str, str], str] = {}  # source and structure → the model that was looked at
-        for (source, name), record in known.items() if arguments.distinct else ():
-            if "kinds" in record.get("fx", {}) and (structure := record.get("structure") or _structure(source, name)):
-                self._first.setdefault((source, structure), name)
+        self._first = _first_of_each(known) if arguments.distinct else {}
 
     def __call__(self, key: tuple[str, str]) -> dict[str, Any]:
         source, name = key
@@ -318,6 +323,25 @@ class _Share:
 def _structure(source: str, name: str) -> str:
     told = getattr(find_source(source), "structure", None)
     return str(told(name)) if told is not None else ""
+
+
+def _first_of_each(known: dict[tuple[str, str], dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Source and structure → the first model of it that was looked at."""
+    first: dict[tuple[str, str], str] = {}
+    for (source, name), record in known.items():
+        if "kinds" in record.get("fx", {}) and (structure := record.get("structure") or _structure(source, name)):
+            first.setdefault((source, structure), name)
+    return first
+
+
+def _left(known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Records of the models that no run came to: those of a known structure, and others."""
+    first = _first_of_each(known)
+    for source in SOURCES:
+        for name in find_source(source).names(everything=True):
+            if (source, name) not in known:
+                twin = first.get((source, _structure(source, name)))
+                yield {"source": source, "name": name, **({"twin": twin} if twin else {"left": True})}
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -337,7 +361,9 @@ def main() -> None:
     """Check the models asked for, print a line for each, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="torchvision,timm", help=f"of {', '.join(SOURCES)}")
-    parser.add_argument("--only", default="", help="parts of names, or patterns with *, separated by commas")
+    parser.add_argument(
+        "--only", default="", help="names, parts of names, or patterns with *, separated by commas: in that order"
+    )
     parser.add_argument("--all", action="store_true", help="every model that fits, not a few of each family")
     parser.add_argument("--distinct", action="store_true", help="of models that differ in size alone only the first")
     parser.add_argument("--limit", type=int, default=0, help="stop after this many models")
@@ -357,7 +383,8 @@ def main() -> None:
         _work(arguments)
         return
     if arguments.tables_of:
-        write_tables(read_records(arguments.tables_of).values())
+        known = read_records(arguments.tables_of)
+        write_tables([*known.values(), *_left(known)])
         return
     records = run(arguments)
     if not arguments.no_tables:

@@ -94,6 +94,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, int]:
         "models": len(rows),
         "looked at": len(looked_at),
         "of the structure of another, at other sizes, and so not looked at": sum("twin" in row for row in rows),
+        "not come to": sum("left" in row for row in rows),
         "not built by their library": sum("build" in row for row in rows),
         "not exported by torch": sum("export" in row for row in rows),
         "crashes of rescompile": sum(map(crashed, rows)),
@@ -158,6 +159,10 @@ def _rest(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield ""
         for first, names in sorted(twins.items()):
             yield f"- {first}: {', '.join(names)}"
+    left = [row["name"] for row in rows if "left" in row]
+    if left:
+        yield ""
+        yield f"Not come to: {', '.join(left)}."
     for stage, title in (("build", "Not built"), ("export", "Not exported by torch"), ("read", "Not read")):
         failed = [row for row in rows if stage in row and "fx" not in row and "onnx" not in row]
         if failed:

@@ -170,6 +170,14 @@ SUMS: dict[str, Case] = {
     "mean_of_two": case(lambda s, x: (x + s.f(x)) / 2, *PLAIN),
     "bias": case(lambda s, x: s.f(x) + s.b * 2.0, refused="constant", b=par(WIDTH)),
     "table": case(lambda s, x: s.f(x) + s.b, refused="constant table", b=par(6, WIDTH)),
+    "table_again": case(lambda s, x: s.g(s.f(x) + s.b) + s.b, refused="constant table", b=par(6, WIDTH), g=mlp()),
+    "stream_from_a_table": case(
+        lambda s, x: s.b + s.f(s.g(s.b) + x),
+        *PLAIN,
+        onnx=[],  # the exporter makes a constant of g(b)
+        b=par(6, WIDTH),
+        g=mlp(),
+    ),
     "twice": case(lambda s, x: x + x, refused="x + x", onnx=[]),
 }
 
@@ -351,10 +359,42 @@ def two_pooled(s: Any, x: Tensor) -> Tensor:
     return F.interpolate(x + s.f(x), scale_factor=2.0) + F.interpolate(torch.relu(s.g(x)), scale_factor=2.0)
 
 
+def balanced(scores: Tensor) -> Tensor:
+    matrix = torch.softmax(scores, -1) + 1e-6
+    for _ in range(2):
+        matrix = matrix / (matrix.sum(-2, keepdim=True) + 1e-6)
+        matrix = matrix / (matrix.sum(-1, keepdim=True) + 1e-6)
+    return matrix
+
+
+def mixed_by_a_matrix(s: Any, x: Tensor) -> Tensor:
+    """Four streams in an axis of their own, mixed by what each position makes of them (mHC)."""
+    streams = x.unsqueeze(2).expand(-1, -1, 4, -1)
+    for w, f in ((s.w1, s.f), (s.w2, s.g)):
+        weights = w(streams.reshape(2, 6, 4 * WIDTH))
+        pre, post, matrix = weights.split([4, 4, 16], -1)
+        y = f((torch.sigmoid(pre).unsqueeze(-1) * streams).sum(2))
+        kept = torch.matmul(balanced(matrix.reshape(2, 6, 4, 4)).transpose(-1, -2), streams)
+        streams = torch.sigmoid(post).unsqueeze(-1) * y.unsqueeze(-2) + kept
+    return streams.mean(2)
+
+
 REFINED: dict[str, Case] = {
+    "mixed_by_a_matrix": case(
+        mixed_by_a_matrix,
+        *["gated identity none"] * 2,
+        g=mlp(),
+        **{name: nn.Linear(4 * WIDTH, 24) for name in ("w1", "w2")},
+    ),
+    # Scores are a product of two values: what they weigh is an attention's, not a mixed stream.
+    "weighed_by_scores": case(
+        lambda s, x: s.f(x) + attention(s, x) @ x, refused="two working branches", **two_linears()
+    ),
     "mixed": case(mixed, *["add identity none", "add identity none branch-constant"] * 2, refused="a mix", g=mlp()),
     "mix_of_two_streams": case(
-        lambda s, x: 0.3 * s.h(x) + 0.7 * x + s.f(x), "parallel identity none branch-constant", h=nn.Linear(WIDTH, WIDTH)
+        lambda s, x: 0.3 * s.h(x) + 0.7 * x + s.f(x),
+        "parallel identity none branch-constant",
+        h=nn.Linear(WIDTH, WIDTH),
     ),
     "summed_pictures": case(
         summed_pictures,

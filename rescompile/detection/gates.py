@@ -1,5 +1,8 @@
 """Gated sums: y = T·H + (1 − T)·x, x + T·(H − x), or T·H + C·x with gates T and C (highways, Srivastava et al. 2015).
 
+Of several streams beside each other, C may be a matrix that each position makes for itself, to mix them by
+(manifold-constrained hyper-connections, Xie et al. 2026).
+
 A gate that does not depend on the inputs is a scale: with a constant t the second spelling is an `add` block.
 """
 
@@ -16,6 +19,7 @@ from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 
 _PASSED = (OpKind.IDENTITY, OpKind.CAST)
+_MADE_BY = 160  # operations between a matrix and the linear that it is made by: Sinkhorn's steps, at most
 _LOOKED_AT = 24  # values behind a sum, until it is clear what becomes of it
 
 
@@ -39,14 +43,14 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
     """
     if (nothing := cancelled(op)) is not None:
         return nothing
-    if len(op.inputs) != 2:
+    if len(op.inputs) != 2 or op.scales != (1.0, 1.0):
         return None
     left, right = op.inputs
-    if (_producer(left, OpKind.MUL) is None and _producer(right, OpKind.MUL) is None) or op.scales != (1.0, 1.0):
+    if not (_is_product(left) or _is_product(right)):
         return None
     reach = judgement.reach
     best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
-    for mix in (*_differences(op), *(_convex(judgement.graph, op) or _carried(op))):
+    for mix in (*_differences(op), *(_convex(judgement.graph, op) or _carried(op)), *_mixed(op)):
         fork = reach.meet(mix.x, (mix.new,))
         way = None if fork is None else chain(reach, fork, mix.x)
         if fork is None or way is None or way.shortcut is None or way.sums:
@@ -230,6 +234,29 @@ def _carried(op: Op) -> Iterator[_Mix]:
                     yield _Mix(index, x, new, gate, (), carry)
 
 
+def _mixed(op: Op) -> Iterator[_Mix]:
+    """H + C·x with a matrix C that a linear made"""
+    for index, value in enumerate(op.inputs):
+        product, new = _producer(value, OpKind.MATMUL), op.inputs[1 - index]
+        for x, carry in (product.inputs, product.inputs[::-1]) if product is not None else ():
+            if x is not None and carry is not None and new is not None and not carry.constant and _is_made(carry):
+                yield _Mix(index, x, new, carry, (), carry)
+
+
+def _is_made(value: Value) -> bool:
+    """Whether a value is what a linear gave, element by element, normalised: no product of two, as scores are."""
+    for _ in range(_MADE_BY):
+        op = value.producer
+        if op is None or op.kind is OpKind.LINEAR:
+            return op is not None
+        moving = [operand for operand in op.operands if not operand.constant]
+        known = op.has(Trait.FREE) or op.has(Trait.ELEMENTWISE) or op.kind in (OpKind.SOFTMAX, OpKind.SPLIT)
+        if not known or not moving or (len(moving) > 1 and op.kind is not OpKind.DIV):
+            return False
+        value = moving[0]
+    return False
+
+
 def is_gate(value: Value) -> bool:
     """Whether a value is a sigmoid's, or a part of one's."""
     op = value.producer
@@ -248,6 +275,11 @@ def _one_minus(graph: Graph, value: Value) -> Value | None:
         if number is not None and number * op.scales[index] == 1.0 and op.scales[1 - index] == -1.0:
             return op.inputs[1 - index]
     return None
+
+
+def _is_product(value: Value | None) -> bool:
+    op = None if value is None else value.producer
+    return op is not None and (op.kind is OpKind.MUL or op.kind is OpKind.MATMUL)
 
 
 def _producer(value: Value | None, kind: OpKind) -> Op | None:

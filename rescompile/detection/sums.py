@@ -191,6 +191,8 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
+    if fork.constant and _only_added(judgement, fork, region):
+        return constant_operand([skip, *others])
     in_part = bool(way.ops) and takes_part(way.ops)
     if in_part and shares_weights(region):
         judgement.recurrences.add(op)
@@ -238,6 +240,14 @@ def _block(
         return draft
     parallel_tail(judgement, draft)
     return draft
+
+
+def _only_added(judgement: Judgement, table: Value, region: Sequence[Op]) -> bool:
+    """Whether a constant came into the region as a table that was added to a stream: it starts none of its own."""
+    readers = [op for op in region if table in judgement.reach.sources(op.outputs[0])]
+    return bool(readers) and all(
+        op.kind is OpKind.ADD and op in judgement.refusals and not op.outputs[0].constant for op in readers
+    )
 
 
 def _works_on_parts(judgement: Judgement, fork: Value, region: Sequence[Op]) -> bool:
