@@ -83,7 +83,7 @@ class InsertShortcuts:
             joined[place.join] = mixed.result
             sketch.stand_in(place.join, mixed.result)
             reason = f"{place.layers} layer{'s' * (place.layers != 1)}" if place.layers else "as asked"
-            reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameter{'s' * (sketch.parameters != 1)}"
+            reason += f"; {mixed.shortcut} shortcut: {sketch.costs}"
             if place.note:
                 reason += f"; {place.note}"
             if number == first:

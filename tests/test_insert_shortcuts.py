@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,20 @@ def test_preserve_is_exact_across_upsampling_and_found_again(options: str, mode:
     assert result.applied
     assert len(rc.inspect(result.graph)) == len(result.applied)
     np.testing.assert_array_equal(first_output(result.graph, image(7)), first_output(graph, image(7)))
+
+
+@pytest.mark.parametrize("ir", IRS)
+@pytest.mark.parametrize("spec", [*SPECS, "insert-shortcuts{every=2,start=layerscale,match=pool}"])
+def test_costs_of_the_shortcuts_add_up_to_what_the_network_costs_more(spec: str, ir: str) -> None:
+    result = rc.rewrite(captured(livened(PlainNet(1)), image(16), ir), spec, verify=False)
+    pattern = r": ([\d,]+) parameters?, ([\d,]+) FLOPs, ([\d,]+) bytes moved"
+    found = [re.search(pattern, rewrite.reason) for rewrite in result.applied]
+    stated = [sum(int(match[1 + at].replace(",", "")) for match in found if match) for at in range(3)]
+    before, after = result.costs
+    assert all(found)
+    assert stated[0] == after.parameters - before.parameters
+    assert stated[1] == after.flops - before.flops
+    assert stated[2] == after.bytes - before.bytes
 
 
 # ---- sums that would be no residual connection -------------------------------------------------------------------
