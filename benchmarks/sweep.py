@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,10 @@ IRS = ("fx", "onnx")
 
 
 class Source(Protocol):
-    """A library of models; a module with these two functions is one."""
+    """A library of models; a module with these two functions is one.
+
+    It may have a third, `structure(name)`: a text that models have in common which differ in widths and depths alone.
+    """
 
     def names(self, everything: bool = False) -> list[str]:
         """The models to look at: one or a few of each family, or all that fit into memory."""
@@ -233,35 +236,53 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     log = WORK / "records.jsonl"
     if arguments.fresh:
         log.unlink(missing_ok=True)
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    if log.exists():
-        for line in log.read_text().splitlines():
-            record = json.loads(line)
-            key = record["source"], record["name"]
-            known[key] = _merged(known.get(key, {}), record)
+    known = read_records([log] if log.exists() else [])
     wanted = [
         (source, name)
         for source in arguments.source.split(",")
         for name in find_source(source).names(arguments.all)
         if not arguments.only or any(_matches(name, pattern) for pattern in arguments.only.split(","))
     ][: arguments.limit or None]
-    due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments.ir.split(","))]
+    due = [key for key in wanted if arguments.again or not _is_done(known.get(key, {}), arguments)]
     with ThreadPoolExecutor(arguments.jobs) as pool, log.open("a") as file:
-        for record in pool.map(_Share(arguments), due):
+        for record in pool.map(_Share(arguments, known), due):
             key = record["source"], record["name"]
+            record = _kept(known.get(key, {}), record)
             known[key] = _merged(known.get(key, {}), record)
             print(json.dumps(record), file=file, flush=True)
             print(_line(known[key]), flush=True)
     return [known[key] for key in wanted if key in known]
 
 
+def read_records(logs: Iterable[Path]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The records of earlier runs by source and name, the last of each model counting."""
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for log in logs:
+        for line in log.read_text().splitlines():
+            record = json.loads(line)
+            key = record["source"], record["name"]
+            if "twin" not in record or key not in known:
+                known[key] = _merged(known.get(key, {}), _kept(known.get(key, {}), record))
+    return known
+
+
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """A record with the other IR's findings of an earlier run, but none of its errors."""
-    return {**{key: value for key, value in old.items() if key not in ("build", "export", "read")}, **new}
+    return {**{key: value for key, value in old.items() if key not in ("build", "export", "read", "twin")}, **new}
 
 
-def _is_done(record: dict[str, Any], irs: list[str]) -> bool:
-    return "build" in record or "export" in record or all(ir in record for ir in irs)
+def _kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A record in which an export that took too long is ONNX's where the other one was done before."""
+    if "export" not in new or "onnx" in new or "fx" in new or "kinds" not in old.get("fx", {}):
+        return new
+    rest = {key: value for key, value in new.items() if key != "export"}
+    return {**rest, "onnx": {"stage": "export", "error": new["export"]}}
+
+
+def _is_done(record: dict[str, Any], arguments: argparse.Namespace) -> bool:
+    if "twin" in record:
+        return bool(arguments.distinct)
+    return "build" in record or "export" in record or all(ir in record for ir in arguments.ir.split(","))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -271,21 +292,40 @@ def _matches(name: str, pattern: str) -> bool:
 class _Share:
     """Gives each thread of a pool a worker of its own."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, known: dict[tuple[str, str], dict[str, Any]]) -> None:
         self._arguments = arguments
         self._idle: list[Worker] = []
+        self._listed = {
+            (source, name) for source in arguments.source.split(",") for name in find_source(source).names()
+        }
+        self._first: dict[tuple[str, str], str] = {}  # source and structure → the model that was looked at
+        for (source, name), record in known.items() if arguments.distinct else ():
+            if "kinds" in record.get("fx", {}) and (structure := record.get("structure") or _structure(source, name)):
+                self._first.setdefault((source, structure), name)
 
     def __call__(self, key: tuple[str, str]) -> dict[str, Any]:
+        source, name = key
+        structure = _structure(source, name) if self._arguments.distinct else ""
+        twin = self._first.setdefault((source, structure), name)
+        if structure and twin != name and key not in self._listed:
+            return {"source": source, "name": name, "structure": structure, "twin": twin}
         worker = self._idle.pop() if self._idle else Worker(self._arguments)
-        record = worker.check(*key)
+        record = worker.check(source, name)
         self._idle.append(worker)
-        return record
+        return {**record, "structure": structure} if structure else record
+
+
+def _structure(source: str, name: str) -> str:
+    told = getattr(find_source(source), "structure", None)
+    return str(told(name)) if told is not None else ""
 
 
 def _line(record: dict[str, Any]) -> str:
     from benchmarks.sweep_table import agreement, counts_text, verdict
 
     head = f"{record.get('seconds', '-'):>6} {record['source']}:{record['name']:40}"
+    if "twin" in record:
+        return f"{head} as {record['twin']}"
     failed = record.get("build") or record.get("export")
     if failed:
         return f"{head} not exported: {failed[:120]}"
@@ -299,6 +339,7 @@ def main() -> None:
     parser.add_argument("--source", default="torchvision,timm", help=f"of {', '.join(SOURCES)}")
     parser.add_argument("--only", default="", help="parts of names, or patterns with *, separated by commas")
     parser.add_argument("--all", action="store_true", help="every model that fits, not a few of each family")
+    parser.add_argument("--distinct", action="store_true", help="of models that differ in size alone only the first")
     parser.add_argument("--limit", type=int, default=0, help="stop after this many models")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--ir", default=",".join(IRS))
@@ -308,11 +349,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300, help="limit for one model")
     parser.add_argument("--gigabytes", type=float, default=8.0, help="limit for one process")
     parser.add_argument("--renew", type=int, default=25, help="models after which a process begins anew")
+    parser.add_argument("--tables-of", type=Path, nargs="+", help="records of earlier runs to write tables of, no more")
     parser.add_argument("--no-tables", action="store_true", help="leave benchmarks/results as it is")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         _work(arguments)
+        return
+    if arguments.tables_of:
+        write_tables(read_records(arguments.tables_of).values())
         return
     records = run(arguments)
     if not arguments.no_tables:

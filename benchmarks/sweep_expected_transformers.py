@@ -104,6 +104,20 @@ _OTHERS: dict[str, Expected] = {
         "what they go by; the codes' features are a list; the exporter drops the last rest, which nothing reads",
         {"identity": 40, "dense": 1},
     ),
+    "detr": Expected(
+        {"identity": 22, "projection": 4},
+        None,
+        "ResNet-50, two layers each; the decoder starts from zeros: an exporter makes constants of 0 + positions and of "
+        "the values, so its first sum, 0 + attention, starts no stream",
+        {"identity": 21, "projection": 4},
+    ),
+    "higgs_audio_v2": Expected(
+        {"identity": 2},
+        None,
+        "tokens of text and of sound pass MLPs of their own, selected by masks, and are written back: what is selected "
+        "for the MLP is selected once more for the sum, which an exporter merges where the stream is still the same",
+        {"identity": 4},
+    ),
     # state spaces: the skip D·x beside the scan is nested in the mixer's branch
     "mamba": _of("pre", identity=4),
     "falcon_mamba": _of("pre", identity=4),

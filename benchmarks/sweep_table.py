@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -88,10 +89,16 @@ def _version(name: str) -> str:
 def _totals(rows: list[dict[str, Any]]) -> dict[str, int]:
     verdicts = [verdict(row) for row in rows]
     agreements = [agreement(row) for row in rows]
+    looked_at = [row for row in rows if "fx" in row or "onnx" in row]
     return {
         "models": len(rows),
-        "not built or exported": sum("fx" not in row and "onnx" not in row for row in rows),
+        "looked at": len(looked_at),
+        "of the structure of another, at other sizes, and so not looked at": sum("twin" in row for row in rows),
+        "not built by their library": sum("build" in row for row in rows),
+        "not exported by torch": sum("export" in row for row in rows),
         "crashes of rescompile": sum(map(crashed, rows)),
+        "in torch's form alone": sum("onnx" not in row for row in looked_at),
+        "not exported to ONNX": sum(row.get("onnx", {}).get("stage") == "export" for row in looked_at),
         "in both IRs": sum(bool(text) for text in agreements),
         "same in both IRs": agreements.count("same"),
         "differ as explained": agreements.count("explained"),
@@ -104,6 +111,7 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, int]:
 def _compact(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what both IRs have in common."""
     kept = {key: value for key, value in row.items() if key != "seconds"}
+    kept.pop("structure", None)
     kept["expected"] = verdict(row)
     kept["irs"] = agreement(row)
     return kept
@@ -126,9 +134,9 @@ def _markdown(rows: list[dict[str, Any]], head: dict[str, Any]) -> Iterator[str]
         yield ""
         yield "| model | blocks | norms | joins that are none | ONNX | expected |"
         yield "|---|---|---|---|---|---|"
-        for row in rows:
-            if row["source"] == source:
-                yield _row(row)
+        own = [row for row in rows if row["source"] == source]
+        yield from (_row(row) for row in own if "fx" in row or "onnx" in row)
+        yield from _rest(own)
     notes = {key: entry.because for key, entry in EXPECTED.items() if entry.because}
     if notes:
         yield ""
@@ -138,10 +146,35 @@ def _markdown(rows: list[dict[str, Any]], head: dict[str, Any]) -> Iterator[str]
             yield f"- `{key}`: {text}"
 
 
+def _rest(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What was not looked at, and why."""
+    twins: dict[str, list[str]] = {}
+    for row in rows:
+        if "twin" in row:
+            twins.setdefault(row["twin"], []).append(row["name"])
+    if twins:
+        yield ""
+        yield "Of the structure of another model, at other sizes:"
+        yield ""
+        for first, names in sorted(twins.items()):
+            yield f"- {first}: {', '.join(names)}"
+    for stage, title in (("build", "Not built"), ("export", "Not exported by torch"), ("read", "Not read")):
+        failed = [row for row in rows if stage in row and "fx" not in row and "onnx" not in row]
+        if failed:
+            yield ""
+            yield f"{title}:"
+            yield ""
+            for row in failed:
+                yield f"- {row['name']}: {_reason(row[stage])}"
+
+
+def _reason(text: str) -> str:
+    """An error in one line, without the paths of this machine."""
+    text = re.sub(r"/\S*/site-packages/", "", " ".join(text.split()))
+    return f"{text[:197]}..." if len(text) > 200 else text
+
+
 def _row(row: dict[str, Any]) -> str:
-    failed = row.get("build") or row.get("export") or row.get("read")
-    if failed:
-        return f"| {row['name']} | not exported: {_cell(failed[:160])} | | | | |"
     found = row.get("fx") if "kinds" in row.get("fx", {}) else row.get("onnx", {})
     if found is None or "kinds" not in found:
         return f"| {row['name']} | {_cell(counts_text(row.get('fx') or row['onnx']))} | | | | |"

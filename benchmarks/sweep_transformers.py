@@ -24,7 +24,7 @@ HEADS = 4
 WIDTH = 32
 VOCABULARY = 128
 LENGTH = 8
-PARAMETERS = 200_000_000  # of the largest model that is built
+PARAMETERS = 500_000_000  # of the largest model that is built
 
 Inputs = dict[str, torch.Tensor]
 

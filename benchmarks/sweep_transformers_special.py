@@ -9,6 +9,8 @@ import torch
 
 _SECTIONS = {"rope_parameters": {"mrope_section": [2, 1, 1]}}
 _SECTIONS_HALF = {"rope_parameters": {"mrope_section": [1, 1, 0]}}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SORTS = {"full_attention": _ROPE, "sliding_attention": _ROPE}
 _SERIES: dict[str, Any] = {"prediction_length": 4, "context_length": 8, "d_model": 32, "lags_sequence": [1, 2]}
 
 
@@ -34,14 +36,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "glm_image": _in_text(_SECTIONS),
     "glmga": _in_text(_SECTIONS),
     "glm4v_moe": _in_text(_SECTIONS_HALF),
-    "funnel": {"block_sizes": [2, 2, 2]},
+    "funnel": {"block_sizes": [2, 2, 2], "architectures": []},
     "nemotron": {"head_dim": 8},
-    "mistral4": {"head_dim": 8, "qk_nope_head_dim": 8, "qk_head_dim": 16},
+    "mistral4": {"head_dim": 16, "qk_nope_head_dim": 8, "qk_head_dim": 16},
     "step3p7": {"text_config.sliding_window": 8},
     "patchtst": {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2},
     "patchtsmixer": {"context_length": 32, "patch_length": 8, "patch_stride": 8, "num_input_channels": 2},
-    "vits": {"pad_token_id": 0},
-    "dbrx": {},
+    "vits": {"pad_token_id": 0, "vocab_size": 128},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "esm": {"pad_token_id": 1, "mask_token_id": 2},
+    "hunyuan_vl_text": _SECTIONS,
+    "hunyuan_vl": _in_text(_SECTIONS),
+    "musicgen": {"dropout": 0.0, "layerdrop": 0.0, "scale_embedding": False},
+    "musicgen_melody": {"dropout": 0.0, "layerdrop": 0.0, "scale_embedding": False},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "chameleon": {"vocabulary_map": {"<image>": 120, "IMGIMGA": 121}},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121}},
+    "cvt": {"depth": [1, 2, 10]},
+    "cohere_compass_text": {"rope_parameters": _SORTS},
+    "cohere_compass": {"text_config.rope_parameters": _SORTS},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "qwen4_exp_text": {"token_budget": 8, "compress_ratio": 4},
+    "qwen4_exp": {"text_config.token_budget": 8, "text_config.compress_ratio": 4},
+    "sam2_vision_model": {"backbone_config.hidden_size": 96, "backbone_config.blocks_per_stage": [1, 2, 7, 2]},
+    "sam2_hiera_det_model": {"hidden_size": 96, "blocks_per_stage": [1, 2, 7, 2]},
 }
 
 
@@ -153,12 +173,37 @@ INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
         "image_attention_mask": torch.ones(1, 8, 1, dtype=torch.long),
     },
     "kosmos-2": lambda config: {
-        "input_ids": _ids(),
+        "input_ids": _ids(config.latent_query_num + 8),
         "pixel_values": _image(config),
         "image_embeds_position_mask": (
             torch.arange(config.latent_query_num + 8)[None] < config.latent_query_num
-        ).long()[:, :8],
+        ).long(),
     },
+    "kyutai_speech_to_text": lambda config: {
+        "input_ids": torch.randint(5, 60, (1, 8, config.num_codebooks + 1)),
+    },
+    "granite_speech5_encoder": lambda config: {"input_features": torch.randn(1, 64, 320)},
+    "granite_speech5_ctc": lambda config: {"input_features": torch.randn(1, 64, 320)},
+    "gemma4_audio": lambda config: {"input_features": torch.randn(1, 64, 128)},
+    "gemma4_vision": lambda config: {
+        "pixel_values": torch.randn(1, 16, 3 * config.patch_size**2),
+        "pixel_position_ids": torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij"), -1).reshape(
+            1, 16, 2
+        ),
+    },
+    "gemma3n_audio": lambda config: {
+        "audio_mel": torch.randn(1, 64, 128),
+        "audio_mel_mask": torch.zeros(1, 64, dtype=torch.bool),
+    },
+    "fun_asr_nano_encoder": lambda config: {
+        "input_features": torch.randn(1, 16, 560),
+        "input_features_mask": torch.ones(1, 16, dtype=torch.long),
+    },
+    "qwen3_asr_encoder": lambda config: {
+        "input_features": torch.randn(1, 128, 100),
+        "input_features_mask": torch.ones(1, 100, dtype=torch.long),
+    },
+    "muse_spark_audio": lambda config: {"input_values": torch.randn(1, 3840)},
     "lightglue": lambda config: {"pixel_values": torch.randn(1, 2, 1, 64, 64)},
     "efficientloftr": lambda config: {"pixel_values": torch.randn(1, 2, 1, 64, 64)},
     "dia": lambda config: {
@@ -173,5 +218,5 @@ INPUTS: dict[str, Callable[[Any], dict[str, torch.Tensor]]] = {
     },
     "neucodec": lambda config: {"input_values": torch.randn(1, 1, 1280), "input_features": torch.randn(1, 4, 160)},
     "xcodec2": lambda config: {"input_values": torch.randn(1, 1, 1280), "input_features": torch.randn(1, 4, 160)},
-    "videoprism": lambda config: {"input_ids": _ids(), "pixel_values_videos": torch.randn(1, 2, 3, 32, 32)},
+    "videoprism": lambda config: {"input_ids": _ids(), "pixel_values_videos": torch.randn(1, 16, 3, 32, 32)},
 }

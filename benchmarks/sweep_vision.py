@@ -3,8 +3,13 @@
 # ruff: noqa: SIM905 (a list of 270 names reads better as words than as 270 lines)
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
+from contextlib import ExitStack
 from itertools import zip_longest
 from typing import Any
+from unittest import mock
 
 from benchmarks.corpus import import_torchvision
 
@@ -76,7 +81,7 @@ _SHORTENED: dict[str, dict[str, Any]] = {
     "gemma4_vit_167m": {"depth": 4},
 }
 
-# Parameters of the largest model whose weights are made; those above are captured without, on the meta device.
+# Parameters of the largest model whose weights are made.
 _LARGEST = 100_000_000
 
 
@@ -131,7 +136,10 @@ class _Timm:
         return [*_TIMM, *dict.fromkeys(name for turn in rounds for name in turn if name is not None)]
 
     def build(self, name: str) -> tuple[Any, tuple[Any, ...]]:
-        """A model with an image of the size that it is made for; above `_LARGEST` both without values, on "meta"."""
+        """A model with an image of the size that it is made for.
+
+        Both are without values, on the device "meta", where the model is none of the list above, or a large one.
+        """
         import torch
 
         import_torchvision()
@@ -140,11 +148,50 @@ class _Timm:
         options = _SHORTENED.get(name, {})
         with torch.device("meta"):
             model = timm.create_model(name, **options)
-        if sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST:
+        if name in _TIMM and sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST:
             model = timm.create_model(name, **options)
         channels, height, width = model.pretrained_cfg.get("input_size", (3, _SIDE, _SIDE))
         device = next(model.parameters()).device
         return model.eval(), (torch.randn(1, channels, height, width, device=device),)
+
+    def structure(self, name: str) -> str:
+        """A digest of what the library would build the model from, but for numbers: widths, depths, kernels."""
+        import_torchvision()
+        import timm.models
+
+        with mock.patch.multiple(timm.models._builder, build_model_with_cfg=_told):
+            patched = [module for module in vars(timm.models).values() if hasattr(module, "build_model_with_cfg")]
+            with ExitStack() as stack:
+                for module in patched:
+                    stack.enter_context(mock.patch.object(module, "build_model_with_cfg", _told))
+                built: Any = timm.models.model_entrypoint(name)()
+        return built if isinstance(built, str) else ""
+
+
+def _told(model_cls: Any, variant: str, pretrained: bool, *args: Any, **kwargs: Any) -> str:
+    """In place of a model: what it was to be built from."""
+    outline = repr((model_cls.__name__, _outline(args), _outline(kwargs)))
+    return hashlib.sha1(outline.encode()).hexdigest()[:16]
+
+
+_NAMES = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn", "feature_cfg", "img_size", "window_size")
+
+
+def _outline(value: Any) -> Any:
+    """A setting without its numbers; of a sequence each sort of entry once."""
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return "one" if value == 1 else "none" if value == 0 else "some"
+    if isinstance(value, dict):
+        return {key: _outline(entry) for key, entry in sorted(value.items()) if key not in _NAMES}
+    if dataclasses.is_dataclass(value):
+        return _outline(vars(value))
+    if isinstance(value, list | tuple):
+        return sorted({repr(_outline(entry)) for entry in value})
+    if isinstance(value, functools.partial):
+        return _outline((value.func, value.keywords))
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 TORCHVISION = _Torchvision()

@@ -53,6 +53,13 @@ def score(model: nn.Module) -> tuple[float, float]:
     return loss, right
 
 
+def smoothed(curve: list[float]) -> tuple[list[int], list[float]]:
+    """Steps, and the running mean of the losses that ends at each of them."""
+    losses = torch.tensor(curve)
+    smooth = losses.unfold(0, min(RECENT, len(losses)), 1).mean(1)
+    return list(range(len(losses) - len(smooth), len(losses))), smooth.tolist()
+
+
 def draw_curves(curves: dict[str, list[list[float]]], title: str, path: str | os.PathLike[str]) -> None:
     """Training losses over steps: one line for each network, the mean over its seeds of a running mean."""
     from matplotlib.figure import Figure
@@ -60,9 +67,7 @@ def draw_curves(curves: dict[str, list[list[float]]], title: str, path: str | os
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, runs in curves.items():
-        losses = torch.tensor(runs).mean(0)
-        smooth = losses.unfold(0, min(RECENT, len(losses)), 1).mean(1)
-        axes.plot(range(len(losses) - len(smooth), len(losses)), smooth.tolist(), label=name)
+        axes.plot(*smoothed(torch.tensor(runs).mean(0).tolist()), label=name)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.set_yscale("log")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
+from rescompile.passes.fold_norm_affine import FoldNormAffine
 from rescompile.passes.freeze_blend import FreezeBlend
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
+from rescompile.passes.merge_norms import MergeNorms
 from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
+from rescompile.passes.pre_activation import PostActivation, PreActivation
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
+from rescompile.passes.rms_norm import RmsNorm
 from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
@@ -23,6 +27,11 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "sandwich": SandwichNorm,
     "deepnorm": DeepNorm,
     "freeze-blend": FreezeBlend,
+    "rms-norm": RmsNorm,
+    "fold-norm-affine": FoldNormAffine,
+    "merge-norms": MergeNorms,
+    "pre-activation": PreActivation,
+    "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
     "fuse-joins": FuseJoins,

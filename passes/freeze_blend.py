@@ -44,12 +44,10 @@ class FreezeBlend:
         stranger = next((op for op in readers if op not in known), None)
         if stranger is not None:
             return Refusal(self.scalar, f"'{stranger.name}' reads it, which is no blend of two values")
-        edits: list[Edit] = []
-        dropped: dict[Op, None] = {}
-        for mix in mixes:
-            edits.append(ReplaceUses(mix.sum.output.name, (mix.new if number else mix.old).name))
-            dropped[mix.sum] = None
-        _drop_unread(graph, dropped, {mix.sum.output: mix.new if number else mix.old for mix in mixes})
+        stand_ins = _followed({mix.sum.output: mix.new if number else mix.old for mix in mixes})
+        edits: list[Edit] = [ReplaceUses(old.name, new.name) for old, new in stand_ins.items()]
+        dropped: dict[Op, None] = {mix.sum: None for mix in mixes}
+        _drop_unread(graph, dropped, stand_ins)
         edits += [Erase(op.name) for op in sorted(dropped, key=lambda op: -op.order)]
         side = "λ = 1: y = (1−λ)·a + λ·b  →  y = b" if number else "λ = 0: y = (1−λ)·a + λ·b  →  y = a"
         return Rewrite(self.scalar, side, f"{len(mixes)} blends, {len(dropped)} operations go", tuple(edits))
@@ -93,12 +91,20 @@ def _factor(op: Op, scalars: set[Value]) -> Value | None:
     return others[0] if len(others) == 1 and len(op.operands) == 2 else None
 
 
+def _followed(stand_ins: dict[Value, Value]) -> dict[Value, Value]:
+    """The same, where a stand-in is replaced itself, by what replaces it."""
+    found = {}
+    for old, new in stand_ins.items():
+        while new in stand_ins:
+            new = stand_ins[new]
+        found[old] = new
+    return found
+
+
 def _drop_unread(graph: Graph, dropped: dict[Op, None], stand_ins: dict[Value, Value]) -> None:
     """Add what nothing reads any more once the dropped operations are gone, their readers moved to the stand-ins."""
     moved: dict[Value, int] = {}
     for old, new in stand_ins.items():
-        while new in stand_ins:
-            new = stand_ins[new]
         moved[new] = moved.get(new, 0) + len([op for op in old.users if op not in dropped]) + graph.is_output(old)
     pending = list(dropped)
     while pending:

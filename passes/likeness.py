@@ -25,8 +25,6 @@ Likeness: TypeAlias = Callable[[Place], str]
 def likeness(graph: Graph, nature: Callable[[Place], Nature | None]) -> Likeness:
     """The question, where `nature` says how the skip at a place would work; None: not at all, or it is no sum."""
     reach = Reach(graph)
-    for op in graph:
-        reach.extend(op)
 
     def why(place: Place) -> str:
         skip = nature(place)

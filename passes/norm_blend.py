@@ -55,7 +55,7 @@ class Blender:
         sketch.edits.append(ReadAlike(plain.name, 0, skip.op.name, skip.index))
         for slot in normed.entries:
             read(sketch, slot, entry)
-        return self._in_place(sketch, unit.output, normed.sum, "stream")
+        return self._in_place(sketch, unit.output, unit.input, "stream")
 
     def blend_end(self, sketch: Sketch, normed: NormedBlock, stream: Made, ends: Ends) -> str:
         """The norm behind the stack, blended in, where the stack would end un-normed; in words."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from rescompile.blocks import Block, Report
-from rescompile.graph import Graph, Op, Role, Value
+from rescompile.graph import Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.plans import Refusal
 
@@ -137,8 +137,7 @@ def read_block(graph: Graph, report: Report, block: Block) -> NormedBlock | Refu
     placement, norms = block.norm, block.norm_ops
     spots = SPOTS.get(placement)
     if spots is None:
-        found = "it has no norm" if placement == "none" else "its norms stand inside the branch, at neither end of it"
-        return Refusal(block.join, f"{found}: there is nothing to move")
+        return Refusal(block.join, _nothing_to_move(block))
     branch = report.all_branch_ops(block)
     inside = frozenset(branch)
     skip = _skip(block)
@@ -166,7 +165,7 @@ def read_block(graph: Graph, report: Report, block: Block) -> NormedBlock | Refu
         scale,
         frozenset(_parameters(op for op in branch if op not in moved and not op.has(Trait.NORM))),
     )
-    refused = _misplaced(graph, normed)
+    refused = _misplaced(graph, normed) or _leak(graph, normed, inside)
     return Refusal(block.join, refused) if refused else normed
 
 
@@ -182,9 +181,25 @@ def _unfit(graph: Graph, block: Block) -> str:
         return f"its paths meet in '{block.join}' ({block.join_op.kind.value}), not in a sum"
     if block.shortcut == "projection":
         return "its shortcut is a projection: which side of it the norm belongs to is another question"
-    if block.fork_value.shape is None or block.fork_value.shape != block.join_value.shape:
+    if block.fork_value.shape is None or block.join_value.shape is None:
+        return "the stream's shape is not known: capture the model with example inputs, or infer its shapes"
+    if block.fork_value.shape != block.join_value.shape:
         return f"its fork is {_shape(block.fork_value)} and its sum {_shape(block.join_value)}"
     return ""
+
+
+def _nothing_to_move(block: Block) -> str:
+    """Why a block without a norm at its ends stays as it is."""
+    readers = [] if block.join_value is None else block.join_value.users
+    norm = next((op for op in readers if op.has(Trait.NORM)), None)
+    other = next((op for op in readers if op is not norm), None)
+    if norm is not None and other is not None:
+        return f"the sum is also read by '{other.name}', beside its norm '{norm.name}'"
+    if norm is not None:
+        return "the sum is an output of the graph, beside its norm"
+    if block.norm == "none":
+        return "it has no norm: there is nothing to move"
+    return "its norms stand inside the branch, at neither end of it: there is nothing to move"
 
 
 def _skip(block: Block) -> Slot | str:
@@ -261,42 +276,100 @@ def _misplaced(graph: Graph, normed: NormedBlock) -> str:
             return f"'{norm.name}' is a batch norm: its running statistics are those of what it normalises now"
         if norm.kind not in _MOVED:
             return f"'{norm.name}' is a {norm.kind.value}: only layer, RMS and group norms are moved"
-        if norm.kind is not OpKind.GROUP_NORM and norm.attr("axis") != (norm.operands[0].rank or 0) - 1:
+        if not _over_features(norm):
             return f"'{norm.name}' normalises other axes than the last"
         if any(not value.constant for value in norm.operands[1:]):
             return f"the scale or shift of '{norm.name}' is computed from the graph's inputs"
-        if unit.output.shape != unit.input.shape or unit.input.shape != normed.fork.shape:
+        if unit.output.type != unit.input.type:
+            return f"'{norm.name}' changes the dtype or shape of what it normalises"
+        if not fits(unit, normed.fork.shape):
             return f"'{norm.name}' works on {_shape(unit.input)} and the stream is {_shape(normed.fork)}"
-        if unit.output.dtype != unit.input.dtype:
-            return f"'{norm.name}' takes {unit.input.dtype} and gives {unit.output.dtype}"
-        if spot == "close" and unit.input is not normed.sum:
-            return f"'{norm.name}' reads '{unit.input.name}' and not the sum itself"
-        if spot == "lead" and unit.input is not normed.fork:
-            return f"'{norm.name}' reads '{unit.input.name}' and not the stream itself"
-        if spot == "tail" and not normed.ends:
-            return f"'{norm.name}' does not end in the sum alone"
-        outsider = _outsider(graph, unit, normed)
-        if outsider and spot != "close":
+        source = {"lead": normed.fork, "close": normed.sum}.get(spot)
+        way = [] if source is None else _views(source, unit.input)
+        if way is None:
+            what = "the sum" if spot == "close" else "the stream"
+            return f"'{norm.name}' reads '{unit.input.name}' and not {what} itself"
+        if spot == "close":
+            reason = _read_elsewhere(graph, [normed.sum, *(op.output for op in way)], [*way, unit.ops[0]])
+            if reason:
+                return reason
+        elif (outsider := _outsider(graph, unit, normed)) is not None:
             return f"'{unit.output.name}', which '{norm.name}' makes, {outsider}"
-    if "close" in normed.units:
-        own = normed.units["close"].ops[0]
-        other = next((op.name for op in normed.sum.users if op is not own), None)
-        if graph.is_output(normed.sum):
+    if not normed.ends:
+        return "its branch ends in the sum in no single place"
+    return "" if normed.entries else "the branch does not read the stream"
+
+
+def _over_features(norm: Op) -> bool:
+    """Whether a norm works along the last axis; a group norm has its own."""
+    return norm.kind is OpKind.GROUP_NORM or norm.attr("axis") == (norm.operands[0].rank or 0) - 1
+
+
+def fits(unit: NormUnit, shape: Shape | None) -> bool:
+    """Whether a norm can work on a value of that shape: the same, or the same features in other rows."""
+    own = unit.input.shape
+    if own is None or shape is None or unit.norm.kind is OpKind.GROUP_NORM:
+        return own is not None and own == shape
+    return bool(own) and bool(shape) and own[-1] == shape[-1]
+
+
+def keeps_features(op: Op) -> bool:
+    """Whether an operation only rearranges rows: the last axis stays what and where it is."""
+    before, after = op.operands[0].shape, op.output.shape
+    if op.kind is OpKind.RESHAPE:
+        return bool(before) and bool(after) and before[-1] == after[-1]  # type: ignore[index]
+    if op.kind is OpKind.PERMUTE:
+        perm = op.attr("perm")
+        return bool(perm) and perm[-1] == len(perm) - 1
+    return op.kind is OpKind.IDENTITY and not op.attr("dropout")
+
+
+def _views(source: Value, value: Value) -> list[Op] | None:
+    """The operations that lead from one value to another and only rearrange rows; None where others do."""
+    way: list[Op] = []
+    while value is not source:
+        op = value.producer
+        if op is None or not op.operands or not keeps_features(op):
+            return None
+        way.insert(0, op)
+        value = op.operands[0]
+    return way
+
+
+def _read_elsewhere(graph: Graph, values: Iterable[Value], readers: Iterable[Op]) -> str:
+    """Who reads one of the values beside the reader that it is for; empty when nobody does."""
+    for value, reader in zip(values, readers, strict=True):
+        if graph.is_output(value):
             return "the sum is an output of the graph"
+        other = next((op for op in value.users if op is not reader), None)
         if other is not None:
-            return f"the sum is also read by '{other}'"
-    if not normed.entries:
-        return "the branch does not read the stream"
+            return f"the sum is also read by '{other.name}'"
     return ""
 
 
-def _outsider(graph: Graph, unit: NormUnit, normed: NormedBlock) -> str:
-    """Who else reads a norm inside the block; empty when nobody does."""
+def _outsider(graph: Graph, unit: NormUnit, normed: NormedBlock) -> str | None:
+    """Who else reads a norm inside the block; None when nobody does."""
     if graph.is_output(unit.output):
         return "is an output of the graph"
     own = {slot.op for slot in (*normed.entries, *normed.ends)}
-    other = next((op.name for op in unit.output.users if op not in own), None)
-    return f"is also read by '{other}'" if other is not None else ""
+    other = next((op for op in unit.output.users if op not in own), None)
+    return None if other is None else f"is also read by '{other.name}'"
+
+
+def _leak(graph: Graph, normed: NormedBlock, inside: frozenset[Op]) -> str:
+    """Who beside the branch reads the stream by way of the branch's own views of it; empty when nobody does."""
+    pending = [slot.op for slot in normed.entries]
+    while pending:
+        op = pending.pop()
+        if not op.has(Trait.FREE):
+            continue
+        for value in op.outputs:
+            other = next((user.name for user in value.users if user not in inside), None)
+            if graph.is_output(value) or other is not None:
+                reader = "the model's caller" if other is None else f"'{other}'"
+                return f"'{op.name}' rearranges the stream for {reader} as well as for the branch"
+            pending += value.users
+    return ""
 
 
 def _slots(value: Value, among: frozenset[Op]) -> Iterator[Slot]:

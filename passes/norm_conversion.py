@@ -35,6 +35,7 @@ class Conversion:
         self.report = inspect_graph(graph)
         self.stacks = Stacks(graph, self.report)
         self.asked = chosen(self.stacks.blocks, asked)
+        self.by_name = asked != "all"
         self.finals = finals
         self.writer = writer
 
@@ -74,6 +75,10 @@ class Conversion:
             return "it has two norms, and one of them would have to go with its weights"
         if self.target in ("branch", "sandwich") and len(normed.ends) != 1:
             return f"it has {len(normed.ends)} branches, which meet in the sum only"
+        if not self.by_name and self.stacks.embeds(normed):
+            return (
+                "it embeds positions by a convolution, and its norm is the embedding's: name it in blocks to convert it"
+            )
         return self.writer.against(normed) or self.stacks.stranger(normed)
 
     def _keep_sharers_together(self, fitting: dict[Block, NormedBlock], refused: dict[Block, Refusal]) -> None:

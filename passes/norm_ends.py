@@ -8,7 +8,7 @@ from rescompile.blocks import Block
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import Trait
-from rescompile.passes.norm_blocks import NormedBlock
+from rescompile.passes.norm_blocks import NormedBlock, keeps_features
 from rescompile.passes.norm_moves import new_norm
 from rescompile.passes.norm_stacks import Stacks
 from rescompile.passes.sketch import Sketch
@@ -34,6 +34,7 @@ class Ends:
         self.closed = target in _CLOSED
         self.names = (finals,) if isinstance(finals, str) else finals
         self.fresh = fresh
+        self._moving = {op for normed in converted.values() for unit in normed.units.values() for op in unit.ops}
         self._given = self._assigned(converted)
 
     def name_for(self, block: Block) -> str | None:
@@ -48,12 +49,12 @@ class Ends:
         name = self.name_for(normed.block)
         if name is None:
             return ""
-        own = next((op for op in self.graph if op.has(Trait.NORM) and name in _names(op)), None)
-        at = normed.sum
+        own = self._present(name)
+        at = normed.units["close"].input
         if own is not None:
-            if own.inputs[0] is None or own.output.shape != normed.sum.shape:
-                raise RescompileError(f"The norm '{name}' does not fit '{normed.sum.name}': they differ in shape.")
-            sketch.edits.append(ReplaceUses(own.output.name, own.inputs[0].name))
+            if own.output.shape != at.shape:
+                raise RescompileError(f"The norm '{name}' does not fit '{at.name}': they differ in shape.")
+            sketch.edits.append(ReplaceUses(own.output.name, own.operands[0].name))
             sketch.edits.append(ReplaceUses(at.name, own.output.name))
             sketch.edits.append(SetOperand(own.name, 0, at.name))
             return f"'{own.name}' moves behind the stack"
@@ -69,12 +70,25 @@ class Ends:
         """Remove the norm that reads the end of a stack which is normed by itself now; in words, empty for nothing."""
         if not self.closed or self.stacks.next_blocks(normed.block) or normed.placed in _CLOSED:
             return ""
-        reader = next((op for op in normed.sum.users if op.has(Trait.NORM)), None)
-        if reader is None or len(normed.sum.users) != 1 or not self._goes(reader):
+        end = normed.sum
+        while len(end.uses) == 1 and keeps_features(end.users[0]):
+            end = end.users[0].output
+        reader = end.users[0] if len(end.uses) == 1 and not self.graph.is_output(end) else None
+        if reader is None or not reader.has(Trait.NORM) or not self._goes(reader):
             return ""
-        sketch.edits.append(ReplaceUses(reader.output.name, stream.name))
+        sketch.edits.append(ReplaceUses(reader.output.name, (stream if end is normed.sum else end).name))
         sketch.edits.append(Erase(reader.name))
         return f"'{reader.name}' behind the stack goes"
+
+    def _present(self, name: str) -> Op | None:
+        """The norm of that name, which may leave out the outer modules, that the model has outside the blocks."""
+        free = [op for op in self.graph if op.has(Trait.NORM) and op not in self._moving]
+        exact = [op for op in free if name in _names(op)]
+        found = exact or [op for op in free if any(own.endswith(f".{name}") for own in _names(op))]
+        if len(found) > 1:
+            several = ", ".join(f"'{op.name}'" for op in found[:3])
+            raise RescompileError(f"The name '{name}' in final_norm fits several norms ({several}): write it whole.")
+        return found[0] if found else None
 
     def _goes(self, norm: Op) -> bool:
         if self.names == ("auto",):
@@ -91,10 +105,10 @@ class Ends:
             if normed.placed in _CLOSED and self.stacks.ends_unnormed(normed, normed.out):
                 name = next(names, None)
                 if name is None and self.names != ("auto",):
-                    missing = (
-                        f"{len(found) + 1} stacks or more would end un-normed, and {len(self.names)} names are given"
+                    raise RescompileError(
+                        f"More stacks than the {len(self.names)} norms of the option final_norm would end un-normed: "
+                        "name one for each, or let it be auto."
                     )
-                    raise RescompileError(f"{missing} in final_norm: name a norm for each, or let it be auto.")
                 found[block] = name or self._own_name(block, set(found.values()))
         return found
 

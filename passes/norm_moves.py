@@ -16,33 +16,37 @@ from rescompile.plans import Erase, ReadAlike, ReplaceUses, SetOperand
 def take_off(sketch: Sketch, normed: NormedBlock, spot: Spot) -> NormUnit:
     """Let what read a norm's output read its input. The norm itself stays, unread."""
     unit = normed.units[spot]
-    if spot == "lead":
-        for slot in normed.entries:
+    if spot == "close":
+        sketch.edits.append(ReplaceUses(unit.output.name, unit.input.name))
+    for slot in {"lead": normed.entries, "tail": normed.ends}.get(spot, ()):
+        if unit.input is normed.fork:
             alike(sketch, slot, normed.skip)
-    elif spot == "tail":
-        for slot in normed.ends:
+        else:
             read(sketch, slot, unit.input)
-    else:
-        sketch.edits.append(ReplaceUses(unit.output.name, normed.sum.name))
     return unit
 
 
 def put_on(sketch: Sketch, normed: NormedBlock, spot: Spot, unit: NormUnit) -> None:
-    """Let a norm that nothing reads normalise what is at a spot."""
-    if spot == "lead":
-        for slot in unit.readers:
+    """Let a norm that nothing reads normalise what is at a spot; made anew where rows are arranged otherwise there."""
+    source = {"lead": normed.fork, "tail": normed.end, "close": normed.sum}[spot]
+    readers, output = unit.readers, Made(unit.output.name, unit.output.shape, unit.output.dtype)
+    if source.shape != unit.input.shape:
+        made = copy_norm(sketch, unit, source)
+        readers, output = (), made[-1]
+        sketch.edits += [Erase(op.name) for op in reversed(unit.ops)]
+    if spot == "close":
+        sketch.edits.append(ReplaceUses(source.name, output.name))
+        if not readers:
+            sketch.edits.append(SetOperand(made[0].name, 0, source.name))
+    elif not readers and spot == "lead":
+        sketch.edits.append(ReadAlike(made[0].name, 0, normed.skip.op.name, normed.skip.index))
+    for slot in readers:
+        if spot == "lead":
             alike(sketch, slot, normed.skip)
-        for slot in normed.entries:
-            read(sketch, slot, unit.output)
-    elif spot == "tail":
-        for slot in unit.readers:
-            read(sketch, slot, normed.end)
-        for slot in normed.ends:
-            read(sketch, slot, unit.output)
-    else:
-        sketch.edits.append(ReplaceUses(normed.sum.name, unit.output.name))
-        for slot in unit.readers:
-            read(sketch, slot, normed.sum)
+        else:
+            read(sketch, slot, source)
+    for slot in {"lead": normed.entries, "tail": normed.ends}.get(spot, ()):
+        read(sketch, slot, output)
 
 
 def put_new(sketch: Sketch, normed: NormedBlock, spot: Spot, model: NormUnit) -> Made:
@@ -85,7 +89,8 @@ def copy_norm(sketch: Sketch, unit: NormUnit, source: Term) -> list[Made]:
     for op in unit.ops:
         operands = [None if value is None else made.get(value, value) for value in op.inputs]
         label = f"{op.kind.value}_{len(found)}" if found else op.kind.value
-        found.append(sketch.op(op.kind, *operands, label=label, shape=op.output.shape, **op.attrs))
+        attrs = {**op.attrs, "axis": len(source.shape or ()) - 1} if "axis" in op.attrs else op.attrs
+        found.append(sketch.op(op.kind, *operands, label=label, shape=source.shape, **attrs))
         made[op.output] = found[-1]
     return found
 

@@ -8,13 +8,17 @@ from functools import cached_property
 from rescompile.blocks import Block, Report
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.norm_blocks import NormedBlock, read_block
+from rescompile.passes.norm_blocks import NormedBlock, keeps_features, read_block
 from rescompile.plans import Refusal
 
 _TURNS = (OpKind.RESHAPE, OpKind.PERMUTE)
 _PASSED = (OpKind.IDENTITY, OpKind.DROPOUT, OpKind.CAST, OpKind.MUL, OpKind.ADD, *_TURNS)
 _KINDS = ("add", "parallel", "recurrent", "stochastic")
 _LOOKED_AT = 8  # operations between two blocks of a stack
+
+
+def _convolves(block: Block) -> bool:
+    return any(op.kind is OpKind.CONV for op in block.branch_ops)
 
 
 class Stacks:
@@ -81,9 +85,10 @@ class Stacks:
         Behind a block that others follow, it may be read by those, and through norms.
         """
         following = self.next_blocks(normed.block)
+        whole = any(unit.norm.kind is OpKind.GROUP_NORM for unit in normed.units.values())
         turn = next((op for _, way in following for op in way if op.kind in _TURNS), None)
-        if turn is not None:
-            return f"between it and the next block's norm '{turn.name}' ({turn.kind.value}) changes which axis is last"
+        if turn is not None and (whole or not keeps_features(turn)):
+            return f"between its norm and the next block's '{turn.name}' ({turn.kind.value}) changes the axis"
         if not following:
             return ""
         if self.graph.is_output(normed.out):
@@ -95,6 +100,16 @@ class Stacks:
             if op not in known and not op.has(Trait.NORM):
                 return f"'{normed.out.name}', in the middle of the stack, is also read by '{op.name}'"
         return ""
+
+    def embeds(self, normed: NormedBlock) -> bool:
+        """Whether a block is no layer of its stack but what leads to it: a convolution of the input (wav2vec 2.0).
+
+        It is the stack's first, its branch convolves, and no later branch does.
+        """
+        stack = self.stack_of(normed.block)
+        if stack[0] is not normed.block or len(stack) == 1:
+            return False
+        return _convolves(normed.block) and not any(_convolves(block) for block in stack[1:])
 
     def ends_unnormed(self, normed: NormedBlock, stream: Value) -> bool:
         """Whether the block is its stack's last and something reads `stream`, its result, other than through a norm."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rescompile.detection import Explanation
     from rescompile.differences import GraphDiff
     from rescompile.exploring import Exploration, Training
+    from rescompile.gradient_comparison import GradientComparison
     from rescompile.gradients import GradientFlow
 
 PassLike: TypeAlias = str | Pass | Pipeline
@@ -93,6 +94,22 @@ def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None,
     return measure(graph, inspect_graph(graph), inputs, seed)
 
 
+def compare_gradients(
+    before: Any, after: Any, example_inputs: Any = None, *, inputs: Any = None, seed: int = 0, init: str = "given"
+) -> GradientComparison:
+    """Gradient norm and E[x²] by block of two graphs or models, on the same inputs and in the same direction.
+
+    `before`, `after`: a model and what became of it (`result.compare_gradients()` is short for a rewrite), or two whose
+    parameters have the same names. `init`: "given", or "xavier" for new weights, the same in both. The other arguments
+    are those of `gradient_flow`; see `rescompile.gradient_comparison`.
+    """
+    from rescompile.detection import inspect_graph
+    from rescompile.fx_gradient_comparison import compare
+
+    one, other = ((graph, inspect_graph(graph)) for graph in (capture(m, example_inputs) for m in (before, after)))
+    return compare(one, other, inputs, seed, init)
+
+
 def explain(graph: Graph, report: Report, node: str) -> Explanation:
     """Which block the operation or value belongs to and in which role, or which rule turned it down; prints as text."""
     from rescompile.detection import Explainer
@@ -114,9 +131,15 @@ def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
     return make_plan(capture(model, example_inputs), resolve(passes))[0]
 
 
-def rewrite(model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True) -> Result:
-    """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven."""
-    return run_passes(capture(model, example_inputs), resolve(passes), check=verify)
+def rewrite(
+    model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True, all_or_nothing: bool = False
+) -> Result:
+    """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
+
+    With `all_or_nothing` a place that a pass refuses raises RescompileError.
+    """
+    graph = capture(model, example_inputs)
+    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing)
 
 
 def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:

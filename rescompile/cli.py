@@ -53,6 +53,13 @@ ModelOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", 
 ArtifactOut = Annotated[Path, typer.Option("-o", "--output", metavar="ARTIFACT", help="where the compiled model goes")]
 
 
+class Init(StrEnum):
+    """Which weights gradients are measured with."""
+
+    GIVEN = "given"
+    XAVIER = "xavier"
+
+
 class Backend(StrEnum):
     """What runs a model."""
 
@@ -148,13 +155,35 @@ def rewrite(
     plan_out: Annotated[
         Path | None, typer.Option("--plan-out", metavar="P.json", help="write the plan, for review and `apply`")
     ] = None,
+    all_or_nothing: Annotated[
+        bool, typer.Option("--all-or-nothing", help="write nothing when a pass refuses a place")
+    ] = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="measure what it does to training: gradient and E[x²] by block")
+    ] = False,
+    init: Annotated[
+        Init, typer.Option("--init", help="weights for --gradients: the given ones, or new ones (Xavier)")
+    ] = Init.GIVEN,
+    input_file: Annotated[
+        Path | None, typer.Option("--input-file", metavar="X.npz", help="data for --gradients, by name; else random")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="draw what --gradients found, as .png or .svg")
+    ] = None,
 ) -> None:
     """Rewrite MODEL by passes, verify, write OUT."""
     from rescompile.cli_files import check_writable, write_text
 
     specs = _passes(passes)
+    comparison = None
+    if gradients or init is not Init.GIVEN or input_file is not None or plot is not None:
+        from rescompile.cli_gradients import Comparison
+
+        if dry_run:
+            raise _usage("A dry run makes no model whose gradients could be measured: leave out --dry-run")
+        comparison = Comparison(input_file, plot, init.value)
     if not dry_run:
         _check_model_out(model, output)
     if plan_out is not None:
@@ -170,11 +199,24 @@ def rewrite(
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
-        result = api.rewrite(graph, specs, verify=not no_verify)
+        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
-    _print_result(result, as_json)
+    if comparison is None:
+        _print_result(result, as_json)
+        return
+    with stage("Following the gradient"):
+        comparison.measure(result)
+    if as_json:
+        say_json(comparison.to_dict(result))
+    else:
+        show(result)
+        if comparison.found is not None:
+            say("")
+            show(comparison.found)
+    if comparison.refusal is not None:
+        raise comparison.refusal
 
 
 @app.command()

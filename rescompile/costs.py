@@ -21,6 +21,7 @@ constants only is computed once, not on each call, and costs nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,7 +113,8 @@ def cost_lines(before: Costs, after: Costs) -> list[str]:
 
 def parameter_count(graph: Graph) -> int:
     """How many numbers training would change: what torch counts over `module.parameters()`."""
-    return sum(_elements(value.shape, {}) for value in trained_parameters(graph))
+    shapes = Counter(value.shape for value in trained_parameters(graph))
+    return sum(count * _elements(shape, {}) for shape, count in shapes.items())
 
 
 def own_parameter_count(body: Body) -> int:
@@ -122,10 +124,11 @@ def own_parameter_count(body: Body) -> int:
 
 def trained_parameters(graph: Graph) -> list[Value]:
     """Parameters of floating dtype but for batch-norm statistics, each once however many operations share it."""
+    read = {value for op in graph if op.kind is _K.BATCH_NORM for value in op.inputs[3:]}
     return [
         value
         for value in graph.parameters
-        if (value.dtype is None or "float" in value.dtype) and not _is_statistic(value)
+        if (value.dtype is None or "float" in value.dtype) and not (value in read and _is_statistic(value))
     ]
 
 
@@ -330,7 +333,12 @@ _COUNTERS: dict[OpKind, Callable[[_Shapes, Attrs], int]] = {
 
 def _elements(shape: Shape | None, extents: Mapping[str, int]) -> int:
     """Number of elements; 0 where the shape is unknown."""
-    return 0 if shape is None else math.prod(_extent(dim, extents) for dim in shape)
+    if shape is None:
+        return 0
+    count = 1
+    for dim in shape:
+        count *= dim if isinstance(dim, int) else _extent(dim, extents)
+    return count
 
 
 def _nbytes(value: Sized, extents: Mapping[str, int]) -> int:

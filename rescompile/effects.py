@@ -34,7 +34,7 @@ class Effect(msgspec.Struct, frozen=True):
 
 
 def measure_effects(graph: Graph, before: Mapping[str, Array], after: Mapping[str, Array]) -> tuple[Effect, ...]:
-    """For each floating-point output of `graph`, whose values are `before`, in order; `after` are the rewritten ones."""
+    """For each floating-point output of `graph`: `before` are its values, in order, and `after` the rewritten ones."""
     found = []
     for value, old, new in zip(graph.outputs, before.values(), after.values(), strict=True):
         if old.shape != new.shape or not old.size or old.dtype.kind not in "fV":

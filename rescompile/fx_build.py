@@ -12,7 +12,7 @@ from rescompile.fx_aliases import Aliases
 from rescompile.fx_ops import Attr
 from rescompile.fx_rules import Step, is_number
 from rescompile.fx_types import UNKNOWN, Dims
-from rescompile.fx_view import Deferred, Item, Native, module_path, tensor_at
+from rescompile.fx_view import Deferred, Item, Native, made_by, module_path, tensor_at
 from rescompile.graph import Graph, Op, Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 
@@ -137,6 +137,7 @@ class Builder:
             natives=(node,),
             module=self._path(node),
         )
+        op.provenance = made_by(node)
         return op.outputs[0]
 
     def make_steps(
@@ -213,5 +214,6 @@ class Builder:
         op = self.graph.add_op(
             step.kind, inputs, outputs, step.attrs, name=name, native=(node,), natives=natives, module=self._path(node)
         )
+        op.provenance = made_by(node)
         self._count_training(step)
         return op

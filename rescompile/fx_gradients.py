@@ -12,22 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rescompile.blocks import Block, Report
+from rescompile.blocks import Report
 from rescompile.errors import RescompileError
 from rescompile.fx_twin import Data, Twin, twin
 from rescompile.gradients import (
     BlockFlow,
     GradientFlow,
+    Probe,
     Signal,
     Term,
-    branch_parameters,
-    contributions,
     final_outputs,
-    join_of,
     pooled,
+    probes_of,
 )
 from rescompile.graph import Graph, Value
-from rescompile.kinds import OpKind
 from rescompile.verify import make_inputs
 
 Inputs: TypeAlias = Mapping[str, Data] | Sequence[Data] | Data
@@ -40,16 +38,21 @@ def measure(graph: Graph, report: Report, inputs: Inputs | None = None, seed: in
     RescompileError when the graph cannot be run in torch, or when no gradient leads from its outputs to its blocks.
     """
     arrays, data, extents = example_arrays(graph, inputs, seed)
-    own = set(graph.values)
-    blocks = [block for block in report.blocks if block.fork_value in own and join_of(block) in own]
-    if not blocks:
+    probes = probes_of(graph, report)
+    if not probes:
         notes = ("There is no residual block, and so no stream to follow.",)
         return GradientFlow(report.model, (), data, seed, extents, (), notes)
-    run = _Run(twin(graph), blocks, branch_parameters(graph, report))
-    outputs = run.forward(arrays)
-    names = run.backward(outputs, final_outputs(graph, report), seed)
-    flows = tuple(run.flow(block) for block in blocks)
-    return GradientFlow(report.model, flows, data, seed, extents, names, _notes(report, flows))
+    names, flows = run_probes(twin(graph), probes, arrays, final_outputs(graph, report), seed)
+    return GradientFlow(report.model, flows, data, seed, extents, names, notes_on(flows, len(report.blocks)))
+
+
+def run_probes(
+    module: Twin, probes: Sequence[Probe], inputs: Mapping[str, Data], outputs: Sequence[int], seed: int
+) -> tuple[tuple[str, ...], tuple[BlockFlow, ...]]:
+    """Names of the outputs that the gradient came from, of those at the positions `outputs`; and what probes found."""
+    run = _Run(module, probes)
+    names = run.backward(run.forward(inputs), outputs, seed)
+    return names, tuple(run.flow(probe) for probe in probes)
 
 
 def forward_signals(
@@ -107,7 +110,7 @@ def _named(graph: Graph, inputs: Inputs) -> dict[str, Data]:
 class _Sum:
     """Terms whose sum is measured once all of them have been made."""
 
-    terms: list[Term]
+    terms: Sequence[Term]
     tensors: dict[Value, Tensor] = field(default_factory=dict)
     signal: Signal | None = None
 
@@ -121,23 +124,22 @@ class _Sum:
 class _Run:
     """Takes down signals while values are made, and norms while gradients come back; keeps no tensor of either."""
 
-    def __init__(self, module: Twin, blocks: Sequence[Block], parameters: Mapping[int, Sequence[Value]]) -> None:
+    def __init__(self, module: Twin, probes: Sequence[Probe]) -> None:
         self.module = module
-        self.ends = {block.fork_value for block in blocks} | {join_of(block) for block in blocks}
-        self.parameters = parameters
+        self.ends = {value for probe in probes for value in probe.ends}
+        self.terms = {value for probe in probes for value, _ in (*probe.skips, *probe.branches)}
         self.signals: dict[Value, Signal] = {}
         self.norms: dict[Value, Tensor] = {}
-        self.terms = {block: contributions(block) for block in blocks}
-        self.sums: dict[tuple[Block, int], _Sum] = {}
+        self.sums: dict[tuple[Probe, int], _Sum] = {}
         self.waiting: dict[Value, list[_Sum]] = {}
-        for block, sides in self.terms.items():
-            for side, terms in enumerate(sides):
-                if len(terms) > 1 and block.join_op.kind is not OpKind.CONCAT:
-                    total = self.sums[block, side] = _Sum(terms)
+        for probe in probes:
+            for side, terms in enumerate((probe.skips, probe.branches)):
+                if len(terms) > 1 and not probe.side_by_side:
+                    total = self.sums[probe, side] = _Sum(terms)
                     for value in {value for value, _ in terms}:
                         self.waiting.setdefault(value, []).append(total)
         self.trained: dict[Value, Tensor] = {}
-        for value in {value for values in parameters.values() for value in values}:
+        for value in {value for probe in probes for value in probe.parameters}:
             tensor = module.tensor(value)
             if tensor.requires_grad:
                 self.trained[value] = tensor
@@ -157,9 +159,8 @@ class _Run:
 
     def forward(self, inputs: Mapping[str, Data]) -> list[tuple[str, Tensor]]:
         """The outputs by name."""
-        watch = self.ends | {value for sides in self.terms.values() for terms in sides for value, _ in terms}
         with torch.enable_grad():
-            return list(self.module.run(inputs, watch, self._see)[0].items())
+            return list(self.module.run(inputs, self.ends | self.terms, self._see)[0].items())
 
     def _see(self, value: Value, tensor: Tensor) -> None:
         if not tensor.is_floating_point():
@@ -192,28 +193,27 @@ class _Run:
 
     # ---- what came of it -----------------------------------------------------------------------------------------
 
-    def flow(self, block: Block) -> BlockFlow:
-        skips, branches = self.terms[block]
-        gradients = [self.norms[value] for value in self.parameters[block.id] if value in self.norms]
+    def flow(self, probe: Probe) -> BlockFlow:
+        gradients = [self.norms[value] for value in probe.parameters if value in self.norms]
         return BlockFlow(
-            block,
-            self.signals.get(block.fork_value),
-            self.signals.get(join_of(block)),
-            self._side(block, 1, branches),
-            self._side(block, 0, skips),
-            self._norm_at(block.fork_value),
-            self._norm_at(join_of(block)),
+            probe.block,
+            None if probe.fork is None else self.signals.get(probe.fork),
+            None if probe.join is None else self.signals.get(probe.join),
+            self._side(probe, 1, probe.branches),
+            self._side(probe, 0, probe.skips),
+            self._norm_at(probe.fork),
+            self._norm_at(probe.join),
             float(torch.linalg.vector_norm(torch.stack(gradients))) if gradients else None,
         )
 
-    def _side(self, block: Block, side: int, terms: Sequence[Term]) -> Signal | None:
-        total = self.sums.get((block, side))
+    def _side(self, probe: Probe, side: int, terms: Sequence[Term]) -> Signal | None:
+        total = self.sums.get((probe, side))
         if total is not None:
             return total.signal
         return pooled([self.signals[value].scaled(scale) for value, scale in terms if value in self.signals])
 
-    def _norm_at(self, value: Value) -> float | None:
-        norm = self.norms.get(value)
+    def _norm_at(self, value: Value | None) -> float | None:
+        norm = None if value is None else self.norms.get(value)
         return None if norm is None else float(norm)
 
 
@@ -232,9 +232,10 @@ def _cotangent(tensor: Tensor, name: str, seed: int) -> Tensor:
     return torch.randn(tensor.shape, generator=generator).to(tensor)
 
 
-def _notes(report: Report, flows: Sequence[BlockFlow]) -> tuple[str, ...]:
+def notes_on(flows: Sequence[BlockFlow], blocks: int) -> tuple[str, ...]:
+    """What a reader of the numbers must know. `blocks`: how many there are, measured or not."""
     notes = []
-    left = len(report.blocks) - len(flows)
+    left = blocks - len(flows)
     if left:
         notes.append(f"{left} blocks lie in bodies of control flow, which are run as a whole: they are not measured.")
     unreached = [flow.block.join for flow in flows if flow.join_gradient is None]

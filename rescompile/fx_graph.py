@@ -57,6 +57,7 @@ class FxGraph(Graph):
         self.native = Native()
         self.output_names: tuple[str, ...] = ()
         self.origin: Origin | None = None
+        self.forgone: set[str] = set()  # nodes of the captured graph that neither form has any more
         self._nodes: Nodes | None = None  # bookkeeping of native edits, made by the first one
 
     @classmethod
@@ -131,17 +132,22 @@ class FxGraph(Graph):
                 self.native.versions[new] = versions
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
-        """Change one argument in place where it is one; else make the operation's nodes anew."""
+        """Change arguments in place where they are nothing but the operand; else make the operation's nodes anew."""
         self._edit()
         old = op.inputs[index]
-        slot = self._slot(op, old)
-        if slot is not None and not isinstance(value.native, int | float):
-            node, argument = slot
+        slots = self._slots(op, old)
+        if slots and not isinstance(value.native, int | float):
             new = self._argument(value)
-            node.replace_input_with(argument, new)
+            for node, argument in slots:
+                node.replace_input_with(argument, new)
             _loosen_views(new)
             return
         self._emit_anew(op, index, value)
+
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Sizes, and the tensors that `expand_as` and its like take for a shape only."""
+        if isinstance(old.native, fx.Node) and isinstance(new.native, fx.Node):
+            old.native.replace_all_uses_with(new.native, delete_user_cb=lambda user: user.op != "output")
 
     def native_replace_output(self, old: Value, new: Value) -> None:
         """Let the graph return `new` where it returned `old`."""
@@ -179,6 +185,15 @@ class FxGraph(Graph):
             del self.native.targets[target]
             self._drop_counter(target)
 
+    def native_set_shape(self, value: Value) -> None:
+        """Infer the node's type anew, or write down the declared one where it cannot be."""
+        if isinstance(value.native, fx.Node):
+            self._edit().declare(value.native, value)
+
+    def native_forgo(self, op: Op) -> None:
+        """Remember the nodes by name: the other form has the same names."""
+        self.forgone.update(node.name for node in op.native)
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, with the checks that read them."""
         self._edit().erase(nodes)
@@ -202,6 +217,7 @@ class FxGraph(Graph):
         copy.dims = self.dims
         copy.output_names = self.output_names
         copy.origin = self.origin
+        copy.forgone = set(self.forgone)
         copy.native = _map_native(self.native, memo, copy)
         for value in copy._values.values():
             value.native = _map(value.native, memo)
@@ -301,19 +317,29 @@ class FxGraph(Graph):
         ]
         return max(behind) if behind else self._edit().header()
 
-    def _slot(self, op: Op, old: Value | None) -> tuple[fx.Node, fx.Node] | None:
-        """Node and argument of the operand, when the operation is one call that reads it in exactly one place."""
+    def _slots(self, op: Op, old: Value | None) -> list[tuple[fx.Node, fx.Node]]:
+        """Nodes and arguments of an operand: one place in one call, or all reads of a value that a region makes."""
         main = [node for node in op.native if node.op == "call_module" or node.target is not operator.getitem]
-        if old is None or len(main) != 1 or sum(value is old for value in op.inputs) != 1:
-            return None
+        if old is None or sum(value is old for value in op.inputs) != 1:
+            return []
+        if len(main) != 1:
+            return self._reads_of(op, old)
         node = main[0]
         if isinstance(old.native, Attr):
             found = [n for n in node.all_input_nodes if n.op == "get_attr" and self._reads(n, old)]
         else:
             found = [n for n in node.all_input_nodes if n is old.native]
         if len(found) != 1 or _count(node, found[0]) != 1:
-            return None
-        return node, found[0]
+            return []
+        return [(node, found[0])]
+
+    def _reads_of(self, op: Op, old: Value) -> list[tuple[fx.Node, fx.Node]]:
+        """Where the nodes of a region read a value; nowhere where they read what is no operand of the region."""
+        known = {*op.native, *(value.native for value in op.operands if isinstance(value.native, fx.Node))}
+        for node in op.native:
+            if _mutates(node) or any(read not in known and read.op != "get_attr" for read in node.all_input_nodes):
+                return []
+        return [(node, old.native) for node in op.native if old.native in node.all_input_nodes]
 
     def _reads(self, getter: fx.Node, value: Value) -> bool:
         return self.native.targets.get(str(getter.target)) is value
@@ -362,6 +388,14 @@ def _unique(names: Iterable[str]) -> tuple[str, ...]:
         count = seen[name] = seen.get(name, -1) + 1
         result.append(name if count == 0 else f"{name}_{count}")
     return tuple(result)
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Whether a call may change what it reads."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = str(getattr(node.target, "__name__", node.target))
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _count(node: fx.Node, argument: fx.Node) -> int:

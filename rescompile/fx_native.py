@@ -113,6 +113,18 @@ class Nodes:
             reason = str(error).strip().splitlines()[0]
             raise GraphError(f"torch cannot make '{target}' on these operands: {reason}") from error
 
+    def declare(self, node: fx.Node, value: Value) -> None:
+        """Type the node by its operands as they are now, and check that this is the value's declared type."""
+        for key in ("val", "example_value", "tensor_meta"):
+            node.meta.pop(key, None)
+        if node.op == "call_function":
+            self._infer(node)
+        if "val" in node.meta:
+            check_type(self.dims.of(node), value)
+        custom = dict(node.meta.get("custom") or {})
+        custom["rescompile"] = {**custom.get("rescompile", {}), "type": record_type(value.type)}
+        node.meta["custom"] = custom
+
     def getter(self, target: str) -> fx.Node:
         """The node that reads the tensor at a path of the module."""
         node = self.getters.get(target)
@@ -255,9 +267,15 @@ class NodeTorch:
         """That torch agrees with the declared type, which the node then carries."""
         found = self.nodes.dims.of(node)
         declared = value.type
-        if found.shape is not None and declared.shape is not None and not _agree(found, declared):
-            raise GraphError(f"'{value.name}' was declared as {_text(declared)}, but torch makes {_text(found)} of it.")
+        check_type(found, value)
         node.meta["custom"]["rescompile"]["type"] = record_type(declared if declared.shape is not None else found)
+
+
+def check_type(found: ValueType, value: Value) -> None:
+    """GraphError where torch makes another type than is declared."""
+    declared = value.type
+    if found.shape is not None and declared.shape is not None and not _agree(found, declared):
+        raise GraphError(f"'{value.name}' was declared as {_text(declared)}, but torch makes {_text(found)} of it.")
 
 
 def _agree(found: ValueType, declared: ValueType) -> bool:

@@ -174,6 +174,7 @@ def _switch(module: nn.Module, training: bool) -> None:
 
 def _lost_nodes(graph: FxGraph, names: Iterable[str], pristine: fx.Graph) -> list[str]:
     """Those of the nodes that an edit removed, or made something else of."""
+    names = [name for name in names if name not in graph.forgone]
     now = {node.name: node for node in graph.module.graph.nodes}
     before = {node.name: node for node in pristine.nodes}
     return [n for n in names if n not in now or not (_operation(now[n]) == _operation(before[n]) or modes_of(now[n]))]
@@ -195,6 +196,8 @@ def _traced_modes(graph: FxGraph, origin: Origin) -> Modes:
         module = origin.model.get_submodule(str(node.target))
         changes = isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "p", 0) > 0
         twin = present.get(node.name)
+        if node.name in graph.forgone:
+            continue
         if changes and is_known(module) and (twin is None or (twin.op != "call_module" and not modes_of(twin))):
             lost.append(node.name)
     modes.refusal = _lost(lost) if lost else None

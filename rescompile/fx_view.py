@@ -80,6 +80,12 @@ def module_path(node: fx.Node) -> str:
     return "" if path.startswith("_empty_nn_module_stack") else path.removeprefix("L['self'].")
 
 
+def made_by(node: fx.Node) -> str:
+    """Name of the pass that made the node, "" for nodes of the user's own."""
+    ours = (node.meta.get("custom") or {}).get("rescompile")
+    return str(ours["pass"]) if ours and "pass" in ours else ""
+
+
 def target_name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
     """What an opaque node calls, for people: "aten.sort.default", "torch.nn.MultiheadAttention", ".numpy"."""
     if node.op == "call_module":

@@ -133,6 +133,21 @@ class GradientFlow:
         trained = [flow.parameter_gradient for flow in self.stream if flow.parameter_gradient is not None]
         return _over(trained[0], trained[-1]) if trained else None
 
+    @property
+    def slope(self) -> float | None:
+        """Slope of ln ‖∂L/∂join‖ against the number of the block; negative where later blocks have less gradient."""
+        return _slope([_ln(flow.join_gradient) for flow in self.stream])
+
+    @property
+    def parameter_slope(self) -> float | None:
+        """Slope of ln ‖∂L/∂θ‖ against the number of the block."""
+        return _slope([_ln(flow.parameter_gradient) for flow in self.stream])
+
+    @property
+    def growth(self) -> float | None:
+        """What E[x²] at the join gains from block to block: its slope against the number of the block."""
+        return _slope([None if flow.join is None else flow.join.mean_square for flow in self.stream])
+
     def to_dict(self) -> dict[str, Any]:
         """As in `inspect --gradients --json`."""
         return {
@@ -146,6 +161,8 @@ class GradientFlow:
                 "stream": _plain(self.stream_ratio),
                 "parameters": _plain(self.parameter_ratio),
             },
+            "slope": {"join": _plain(self.slope), "parameters": _plain(self.parameter_slope)},
+            "growth": _plain(self.growth),
             "notes": list(self.notes),
         }
 
@@ -168,7 +185,7 @@ class GradientFlow:
                 ("the first block's join to the last's", self.ratio),
                 ("the first block's parameters to the last's", self.parameter_ratio),
             )
-            yield "gradient norms: " + ", ".join(f"{what} {_short(ratio)}" for what, ratio in ratios)
+            yield "gradient norms: " + ", ".join(f"{what} {short(ratio)}" for what, ratio in ratios)
         for note in self.notes:
             yield escape(note)
 
@@ -185,8 +202,8 @@ class GradientFlow:
             cells = (
                 f"{'·' if flow.block.parent is not None else ''}{flow.block.id}",
                 flow.block.join,
-                *(_short(None if signal is None else signal.variance) for signal in signals),
-                *map(_short, (flow.share, flow.fork_gradient, flow.join_gradient, flow.parameter_gradient)),
+                *(short(None if signal is None else signal.variance) for signal in signals),
+                *map(short, (flow.share, flow.fork_gradient, flow.join_gradient, flow.parameter_gradient)),
             )
             table.add_row(*map(Text, cells))
         return table
@@ -208,6 +225,39 @@ def forward_signals(graph: Graph, values: Sequence[Value], inputs: Any = None, s
 
 
 # ---- what to measure -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Where one block is measured: the values at its ends, the terms that meet at the join, its trained parameters."""
+
+    block: Block
+    fork: Value | None
+    join: Value | None
+    skips: Sequence[Term] = ()
+    branches: Sequence[Term] = ()
+    parameters: Sequence[Value] = ()
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """The fork and the join, where there are any."""
+        return tuple(value for value in (self.fork, self.join) if value is not None)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the terms stand beside one another at the join, and are not added."""
+        return self.block.join_op.kind is OpKind.CONCAT
+
+
+def probes_of(graph: Graph, report: Report) -> list[Probe]:
+    """One for each block whose ends are values of the graph itself."""
+    own = set(graph.values)
+    parameters = branch_parameters(graph, report)
+    return [
+        Probe(block, block.fork_value, join_of(block), *contributions(block), parameters[block.id])
+        for block in report.blocks
+        if block.fork_value in own and join_of(block) in own
+    ]
 
 
 def contributions(block: Block) -> tuple[list[Term], list[Term]]:
@@ -308,10 +358,24 @@ def _over(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None or b == 0 else a / b
 
 
+def _ln(number: float | None) -> float | None:
+    return math.log(number) if number is not None and number > 0 and math.isfinite(number) else None
+
+
+def _slope(heights: Sequence[float | None]) -> float | None:
+    """Of the straight line through the numbers at 0, 1, 2, ..., by least squares; None counts as missing."""
+    points = [(x, y) for x, y in enumerate(heights) if y is not None and math.isfinite(y)]
+    if len(points) < 2:
+        return None
+    across, up = (sum(numbers) / len(points) for numbers in zip(*points, strict=True))
+    slope: float = sum((x - across) * (y - up) for x, y in points) / sum((x - across) ** 2 for x, _ in points)
+    return slope
+
+
 def _plain(number: float | None) -> float | None:
     """As JSON, which has no infinity: None."""
     return None if number is None or not math.isfinite(number) else float(f"{number:.6g}")
 
 
-def _short(number: float | None) -> str:
+def short(number: float | None) -> str:
     return "–" if number is None else f"{number:.3g}"

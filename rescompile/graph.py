@@ -63,7 +63,8 @@ class Graph:
     @property
     def parameters(self) -> list[Value]:
         """The named tensors of the model's state, in its order."""
-        return [value for value in self._values.values() if value.role is Role.PARAMETER]
+        role = Role.PARAMETER
+        return [value for value in self._values.values() if value.role is role]
 
     @property
     def training(self) -> bool:
@@ -171,6 +172,8 @@ class Graph:
             self._unlink(op, keep=kept)
         self._orphans = orphans  # the native nodes still read the constants that the view no longer shows
         native = tuple(dict.fromkeys(node for op in ops for node in op.native))
+        makers = {op.provenance for op in ops if not op.has(Trait.FREE)}
+        maker = makers.pop() if len(makers) == 1 else ""
         order = max(member.order for member in ops)
         members = []
         for step_kind, step_inputs, step_outputs, step_attrs in (
@@ -181,6 +184,7 @@ class Graph:
             op = Op(step_kind, label, step_inputs, step_outputs, step_attrs, native, module=ops[-1].module)
             self._link(op)
             op.order = order
+            op.provenance = maker
             members.append(op)
         if before:
             for op in members:
@@ -261,15 +265,27 @@ class Graph:
         """Let every reader of `old` read `new`; with `outputs`, the graph's outputs too (they keep their names)."""
         for op, index in list(old.uses):
             self.set_operand(op, index, new)
+        earlier = new.producer is None or (old.producer is not None and new.producer.order < old.producer.order)
+        if earlier and new.shape is not None and new.shape == old.shape:
+            self.native_ask_shape(old, new)
         if outputs and self.is_output(old):
             self.native_replace_output(old, new)
             self.outputs = [new if value is old else value for value in self.outputs]
         self._dirty = True
 
-    def erase(self, op: Op) -> None:
-        """Remove an operation that nobody reads any more."""
+    def set_shape(self, value: Value, shape: Shape | None) -> None:
+        """Declare the shape of an operation's result anew, after what the operation reads got another one."""
+        if value.role is not Role.RESULT:
+            raise GraphError(f"'{value.name}' keeps its shape: nothing in the graph computes it.")
+        value.shape = shape
+        self.native_set_shape(value)
+
+    def erase(self, op: Op, *, for_good: bool = False) -> None:
+        """Remove an operation that nobody reads any more; with `for_good` the model's other form lacks it too."""
         self._check_unread(op, inside=frozenset((op,)))
         self.materialise(op)
+        if for_good:
+            self.native_forgo(op)
         self._unlink(op)
         self.native_erase(op)
         self._dirty = True
@@ -408,6 +424,12 @@ class Graph:
     def native_emit(self, op: Op) -> None:
         """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
 
+    def native_set_shape(self, value: Value) -> None:
+        """Declare `value.shape` natively."""
+
+    def native_forgo(self, op: Op) -> None:
+        """Note that no form of the model has `op`, which is removed next."""
+
     def native_erase(self, op: Op) -> None:
         """Remove the native nodes that `op` covers."""
         self.native_erase_nodes(op.native)
@@ -420,6 +442,12 @@ class Graph:
 
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
         """Change one operand of the native nodes of `op`; `op.inputs[index]` still is the old value."""
+
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Let native nodes that the view does not show, and that ask for the shape of `old`, ask `new`.
+
+        Else they would keep what makes `old` from going anywhere behind what they serve.
+        """
 
     def native_replace_output(self, old: Value, new: Value) -> None:
         """Let `new` be a graph output in the place of `old`; the output's outward name stays."""

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from rescompile.errors import GraphError
 from rescompile.kinds import OpKind as K
-from rescompile.onnx_build import HALF, Builder, Request, Writer, target_of
+from rescompile.onnx_build import HALF, Builder, Ref, Request, Writer, target_of
 from rescompile.onnx_ops import Arg, dtype_of, is_static
 
 # ---- convolutions and pools ------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def _group_norm(b: Builder, r: Request) -> ir.Value:
 def _layer_norm(b: Builder, r: Request) -> ir.Value:
     """(x − E x) / √(Var x + eps) · weight + bias; one operator from opset 17 on."""
     x, weight, bias = r.arg(0), r.maybe(1), r.maybe(2)
-    if b.opset >= 17:
+    if b.opset >= 17 and _holds_eps(r):
         return b.node(
             "LayerNormalization", [x, weight or _ones(b, r), bias], axis=r.attr("axis"), epsilon=r.attr("eps")
         )
@@ -224,10 +224,17 @@ def _layer_norm(b: Builder, r: Request) -> ir.Value:
 def _rms_norm(b: Builder, r: Request) -> ir.Value:
     """x / √(E x² + eps) · weight; one operator from opset 23 on."""
     x, weight = r.arg(0), r.maybe(1)
-    if b.opset >= 23:
+    if b.opset >= 23 and _holds_eps(r):
         return b.node("RMSNormalization", [x, weight or _ones(b, r)], axis=r.attr("axis"), epsilon=r.attr("eps"))
     wide, narrow = _widened(b, x)
     return _scaled(b, r, wide, _normed_axes(b, r), narrow)
+
+
+def _holds_eps(r: Request) -> bool:
+    """The attribute is a float32, which in double precision may be another number."""
+    eps = r.attr("eps")
+    number = eps.value if isinstance(eps, Ref) else eps
+    return r.arg(0).dtype != "float64" or float(np.float32(number)) == number
 
 
 def _normed_axes(b: Builder, r: Request) -> list[int]:

@@ -195,6 +195,14 @@ class OnnxGraph(Graph):
         op.native = tuple(builder.nodes)
         self._session = None
 
+    def native_set_shape(self, value: Value) -> None:
+        """Declare the shape, also for what asks about it."""
+        if isinstance(value.native, onnx_ir.Value):
+            set_type(value.native, value.type)
+            if value.native in self.native.measured:
+                self.native.measured[value.native] = value.type
+        self._session = None
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, and what is not shown and served only them."""
         self.native.erase(nodes)
@@ -228,6 +236,15 @@ class OnnxGraph(Graph):
             self._rewrite(op, index, value)
         self.native.dirty = True
         self._session = None
+
+    def native_ask_shape(self, old: Value, new: Value) -> None:
+        """Hidden nodes that compute shapes."""
+        if isinstance(old.native, onnx_ir.Value) and isinstance(new.native, onnx_ir.Value):
+            for node, slot in tuple(old.native.uses()):
+                if node in self.native.hidden:
+                    node.replace_input_with(slot, new.native)
+                    self.native.measured[new.native] = new.type
+                    self.native.dirty = True
 
     def native_replace_output(self, old: Value, new: Value) -> None:
         """`new` takes the output's place and outward name; what cannot be renamed goes through an Identity."""

@@ -284,13 +284,19 @@ def _dft(s: Site) -> Reading:
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
+def _eps(s: Site) -> float:
+    """The attribute is a float32. In double precision what that holds is not the decimal that was meant."""
+    value = float(s.attr("epsilon", 1e-5))
+    return float(np.float32(value)) if s.dtype() == "float64" else value
+
+
 def _batch_norm(s: Site) -> Reading:
     """BatchNormalization 7 and 9 train when they have more outputs, 14 and later when training_mode says so."""
     if s.attr("training_mode", 0) or any(s.used(index) for index in range(1, len(s.node.outputs))):
         return "it is in training"
     if s.attr("spatial", 1) == 0:
         return "its statistics are not by channel"
-    return s.one(K.BATCH_NORM, s.inputs(5), eps=s.attr("epsilon", 1e-5), training=False)
+    return s.one(K.BATCH_NORM, s.inputs(5), eps=_eps(s), training=False)
 
 
 def _layer_norm(s: Site) -> Reading:
@@ -299,7 +305,7 @@ def _layer_norm(s: Site) -> Reading:
         return "its statistics are used"
     if axis is None or (rank is not None and weight is not None and weight != rank - axis):
         return "its scale is broadcast"
-    return s.one(K.LAYER_NORM, s.inputs(3), axis=axis, eps=s.attr("epsilon", 1e-5))
+    return s.one(K.LAYER_NORM, s.inputs(3), axis=axis, eps=_eps(s))
 
 
 def _rms_norm(s: Site) -> Reading:
@@ -308,7 +314,7 @@ def _rms_norm(s: Site) -> Reading:
         return "its statistics are used"
     if axis is None or (rank is not None and weight is not None and weight != rank - axis):
         return "its scale is broadcast"
-    return s.one(K.RMS_NORM, s.inputs(2), axis=axis, eps=s.attr("epsilon", 1e-5))
+    return s.one(K.RMS_NORM, s.inputs(2), axis=axis, eps=_eps(s))
 
 
 def _group_norm(s: Site) -> Reading:
@@ -322,11 +328,11 @@ def _group_norm(s: Site) -> Reading:
         if scale is None or shift is None or not isinstance(channels, int):
             return "its scale for each group is not a constant"
         weight, bias = (np.repeat(array, channels // groups) for array in (scale, shift))  # type: ignore[assignment]
-    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=s.attr("epsilon", 1e-5))
+    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=_eps(s))
 
 
 def _instance_norm(s: Site) -> Reading:
-    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=s.attr("epsilon", 1e-5))
+    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=_eps(s))
 
 
 def _lrn(s: Site) -> Reading:

@@ -37,13 +37,28 @@ class Insert(msgspec.Struct, frozen=True, tag="insert", tag_field="edit"):
 
 
 class Erase(msgspec.Struct, frozen=True, tag="erase", tag_field="edit"):
-    """Remove an operation that nobody reads any more."""
+    """Remove an operation that nobody reads any more.
+
+    `for_good`: training is to do without it too. Otherwise a model from which it takes a norm or a dropout only infers.
+    """
 
     op: str
+    for_good: bool = False
 
     def apply(self, graph: Graph, provenance: str) -> None:
         """Edit `graph`."""
-        graph.erase(graph.op(self.op))
+        graph.erase(graph.op(self.op), for_good=self.for_good)
+
+
+class SetShape(msgspec.Struct, frozen=True, tag="set_shape", tag_field="edit"):
+    """Give a value the shape that it has now that what its operation reads has another."""
+
+    value: str
+    shape: tuple[int | str, ...] | None
+
+    def apply(self, graph: Graph, provenance: str) -> None:
+        """Edit `graph`."""
+        graph.set_shape(graph.value(self.value), self.shape)
 
 
 class SetOperand(msgspec.Struct, frozen=True, tag="set_operand", tag_field="edit"):
@@ -150,7 +165,7 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
 
 
 Edit: TypeAlias = (
-    Insert | Erase | SetOperand | ReadAlike | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
+    Insert | Erase | SetShape | SetOperand | ReadAlike | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
 )
 
 

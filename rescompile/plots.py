@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rescompile.errors import RescompileError
-from rescompile.gradients import GradientFlow
+from rescompile.gradient_comparison import GradientComparison
+from rescompile.gradients import BlockFlow, GradientFlow
 
 if TYPE_CHECKING:
     from rescompile.exploring import Exploration
@@ -33,7 +35,6 @@ def save(flow: GradientFlow, path: str | os.PathLike[str]) -> None:
 
 def draw(flow: GradientFlow, format_: str) -> bytes:
     """Variances and gradient norms over the blocks, on logarithmic scales, as a PNG or SVG file's contents."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
@@ -55,8 +56,46 @@ def draw(flow: GradientFlow, format_: str) -> bytes:
             axes.legend(loc="best", fontsize="small")
     ratio = "" if flow.ratio is None else f"; gradient norm first/last {flow.ratio:.3g}"
     figure.suptitle(f"{flow.model or 'graph'}: {len(flow)} blocks on {flow.data}{ratio}", fontsize="medium")
+    return _written(figure, format_)
+
+
+def save_comparison(comparison: GradientComparison, path: str | os.PathLike[str]) -> None:
+    """Write the picture of a comparison to a file."""
+    format_ = format_of(path)
+    Path(path).write_bytes(draw_comparison(comparison, format_))
+
+
+def draw_comparison(comparison: GradientComparison, format_: str) -> bytes:
+    """E[x²] and gradient norms over the blocks, before and after, as a PNG or SVG file's contents."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    rows: tuple[tuple[str, Callable[[BlockFlow], float | None]], ...] = (
+        ("E[x²] at the join", lambda flow: None if flow.join is None else flow.join.mean_square),
+        ("‖∂L/∂x‖ at the join", lambda flow: flow.join_gradient),
+        ("‖∂L/∂θ‖ of the branch", lambda flow: flow.parameter_gradient),
+    )
+    for axes, (label, number) in zip(panels, rows, strict=True):
+        for name, flow in (("before", comparison.before), ("after", comparison.after)):
+            _line(axes, range(len(flow)), list(map(number, flow)), name)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.set_yscale("log")
+            axes.legend(loc="best", fontsize="small")
+    panels[-1].set_xlabel("block")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    before = comparison.before
+    figure.suptitle(f"{before.model or 'graph'} on {before.data}, {comparison.weights}", fontsize="medium")
+    return _written(figure, format_)
+
+
+def _written(figure: Any, format_: str) -> bytes:
+    """The same figure gives the same file: no date, no random ids."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    # The same flow gives the same file: no date, no random ids.
     metadata: dict[str, Any] = {"Date": None} if format_ == "svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "rescompile"}):
         figure.savefig(buffer, format=format_, metadata=metadata, dpi=120)
@@ -66,7 +105,6 @@ def draw(flow: GradientFlow, format_: str) -> bytes:
 def save_exploration(exploration: Exploration, path: str | os.PathLike[str]) -> None:
     """Write the picture of an exploration to a file: loss, or gradient flow, against what each placement adds."""
     format_ = format_of(path)
-    import matplotlib
     from matplotlib.figure import Figure
 
     tried = [candidate for candidate in exploration.candidates if not candidate.reason]
@@ -88,9 +126,7 @@ def save_exploration(exploration: Exploration, path: str | os.PathLike[str]) -> 
     if not trained:
         panels[0].set_yscale("log")
     figure.suptitle(f"{exploration.model or 'model'}: placements of shortcuts", fontsize="medium")
-    metadata: dict[str, Any] = {"Date": None} if format_ == "svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "rescompile"}):
-        figure.savefig(path, format=format_, metadata=metadata, dpi=120)
+    Path(path).write_bytes(_written(figure, format_))
 
 
 def _variance(signal: Any) -> float | None:

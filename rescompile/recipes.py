@@ -86,6 +86,62 @@ def affine_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Arra
     return affine.run(attrs["steps"], operands).bias.astype(numpy_dtype(attrs["dtype"]))
 
 
+def centred(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """W − E W along `axis`; of γ ⊙ W with a second operand γ, one number for each place along it."""
+    weight, factor = operands
+    assert weight is not None
+    axis, wide = attrs["axis"], weight.astype(np.float64)
+    if factor is not None:
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        wide = wide * factor.astype(np.float64).reshape(shape)
+    moved: Array = wide - wide.mean(axis=axis, keepdims=True)
+    return moved.astype(weight.dtype)
+
+
+def folded_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """W·diag(γ), γ / √(σ² + ε) for γ where there is a variance; `axis` and `groups`: of the weight's inputs.
+
+    Operands: weight, gamma, variance.
+    """
+    weight, gamma, variance = operands
+    assert weight is not None
+    scaled: Array = weight.astype(np.float64) * _over_inputs(_gain(gamma, variance, attrs), weight, attrs)
+    return scaled.astype(weight.dtype)
+
+
+def folded_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """b + W·(β − μ·γ/√(σ² + ε)). Operands: weight, bias, gamma, beta, mean, variance."""
+    weight, bias, gamma, beta, mean, variance = operands
+    assert weight is not None
+    shift: Any = 0.0 if beta is None else beta.reshape(-1).astype(np.float64)
+    if mean is not None:
+        shift = shift - mean.astype(np.float64) * _gain(gamma, variance, attrs)
+    spread = weight.astype(np.float64) * _over_inputs(shift, weight, attrs)
+    kept = 1 - attrs["axis"]  # the weight's outputs are the other one of its first two axes
+    total: Array = spread.sum(axis=tuple(axis for axis in range(weight.ndim) if axis != kept))
+    if bias is not None:
+        total = total + bias.astype(np.float64)
+    return total.astype(weight.dtype)
+
+
+def _gain(gamma: Array | None, variance: Array | None, attrs: dict[str, Any]) -> Any:
+    gain: Any = 1.0 if gamma is None else gamma.reshape(-1).astype(np.float64)
+    return gain if variance is None else gain / np.sqrt(variance.astype(np.float64) + attrs["eps"])
+
+
+def _over_inputs(numbers: Array, weight: Array, attrs: dict[str, Any]) -> Array:
+    """One number for each input feature, shaped to multiply the weight with; group g of the outputs reads group g."""
+    axis, groups = attrs["axis"], attrs["groups"]
+    shape = [1] * weight.ndim
+    shape[axis] = weight.shape[axis]
+    if groups == 1:
+        return numbers.reshape(shape)
+    shape[1 - axis] = weight.shape[1 - axis]
+    parts = np.repeat(numbers.reshape(groups, -1), weight.shape[1 - axis] // groups, axis=0)
+    return (parts if axis == 1 else parts.T).reshape(shape)
+
+
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
     "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
@@ -95,4 +151,7 @@ RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = 
     "select_last": select_last,
     "affine_weight": affine_weight,
     "affine_bias": affine_bias,
+    "centred": centred,
+    "folded_weight": folded_weight,
+    "folded_bias": folded_bias,
 }

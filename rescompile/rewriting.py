@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph
-from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite
+from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from rescompile.gradient_comparison import GradientComparison
 
 
 class Result(msgspec.Struct):
@@ -53,7 +56,7 @@ class Result(msgspec.Struct):
                 found.append(name)
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter) and edit.name in present:
+                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
                     for operand in edit.operands:
                         if operand in heirs and edit.name not in heirs[operand]:
                             heirs[operand].append(edit.name)
@@ -63,6 +66,14 @@ class Result(msgspec.Struct):
     def costs(self) -> tuple[Costs, Costs]:
         """Parameters, floating-point operations and bytes moved, before and after."""
         return graph_costs(self.original), graph_costs(self.graph)
+
+    def compare_gradients(self, inputs: Any = None, *, seed: int = 0, init: str = "given") -> GradientComparison:
+        """Gradient norm and E[x²] by block, before and after: see `rescompile.compare_gradients`."""
+        from rescompile.detection import inspect_graph
+        from rescompile.fx_gradient_comparison import compare
+
+        sides = [(graph, inspect_graph(graph)) for graph in (self.original, self.graph)]
+        return compare(sides[0], sides[1], inputs, seed, init)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model, whole or not at all. VerificationError when the verification failed."""
@@ -107,9 +118,20 @@ def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Gr
     return plan, working
 
 
-def run_passes(graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True) -> Result:
-    """Plan and apply `passes`, and verify the result unless `check` is off."""
+def run_passes(
+    graph: Graph, passes: Sequence[Pass | Pipeline], *, check: bool = True, all_or_nothing: bool = False
+) -> Result:
+    """Plan and apply `passes`, and verify the result unless `check` is off.
+
+    With `all_or_nothing` a place that a pass refuses is an error, and nothing is done.
+    """
     plan, rewritten = make_plan(graph, passes)
+    if all_or_nothing and plan.refusals:
+        count = len(plan.refusals)
+        raise RescompileError(
+            f"Nothing was done, because {count} place{'s were' if count > 1 else ' was'} refused, the first: "
+            f"{plan.refusals[0]}."
+        )
     return _verified(graph, rewritten, plan, check=check)
 
 

@@ -126,7 +126,7 @@ class Op:
     @property
     def scales(self) -> tuple[float, ...]:
         """The factor of each operand, of an ADD."""
-        return tuple(self.attr("scales")) or (1.0,) * len(self.inputs)
+        return tuple(self.attrs.get("scales", ())) or (1.0,) * len(self.inputs)
 
     def has(self, trait: Trait) -> bool:
         """Whether the operation's kind has all of `trait`."""

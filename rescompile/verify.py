@@ -82,7 +82,6 @@ class Verification(msgspec.Struct, frozen=True):
             text += "; with these weights the model gives the same outputs for every input, so this proves little"
         return text
 
-
     def _effect(self) -> str:
         """In words, whether the function changed."""
         if not self.effects:

@@ -235,12 +235,15 @@ class _Network:
         return join
 
     def _gated(self, x: int, depth: int) -> int:
-        """T·F(x) + (1 − T)·x, in its spellings"""
+        """T·F(x) + (1 − T)·x, in its spellings, or T·F(x) + C·x with a carry gate of its own"""
         w, at = self.w, len(self.made)
         y = self.branch(x, depth, "none")
         gate = w.unary(K.SIGMOID, self.work(x))
-        if self.flip():
+        spelling = self.one_of("difference", "coupled", "carry")
+        if spelling == "difference":
             join = w.add(x, w.mul(gate, w.add(y, x, scales=(1.0, -1.0))))
+        elif spelling == "carry":
+            join = w.add(w.mul(gate, y), w.mul(w.unary(K.SIGMOID, self.work(x)), x))
         else:
             rest = w.add(w.number(1.0), gate, scales=(1.0, -1.0))
             first, second = (y, x) if self.flip() else (x, y)  # the gate opens the branch, or the skip
@@ -336,7 +339,7 @@ class _Network:
     def decoy(self, x: int) -> int:
         """Something with a join that is none, or that looks as if it had one."""
         w, axis = self.w, self.axis()
-        common = ["bias", "table", "constants", "twice", "polynomial", "inception", "two branches", "gate"]
+        common = ["bias", "table", "constants", "twice", "polynomial", "inception", "two branches", "gate", "selection"]
         choice = self.one_of(*common, *([] if self.images else ["mask", "positions", "token"]))
         if choice == "bias":
             return w.add(self.work(x), self.vector(x))
@@ -362,6 +365,8 @@ class _Network:
             kept = [1 if index in axes else n for index, n in enumerate(w.shape(x))]
             squeezed = w.term(K.MEAN, x, shape=kept, axes=axes, keepdims=True)
             return w.mul(x, w.unary(K.SIGMOID, self.work(self.act(self.work(squeezed, 2, 1)), self.width(x), 1)))
+        if choice == "selection":
+            return self.selection(x)
         if choice == "mask":
             return self.attend(x, mask=True)
         if choice == "positions":
@@ -370,3 +375,12 @@ class _Network:
         batch, length, width = w.shape(x)
         both = w.concat(w.param(batch, 1, width), x, axis=1)
         return w.slice(both, 1, 1, length + 1)
+
+    def selection(self, x: int) -> int:
+        """max(x, F(x)), min(x, F(x)), or x where F(x) is positive and F(x) elsewhere"""
+        w, y = self.w, self.work(self.act(self.work(x)))
+        kind = self.draw(st.sampled_from((K.MAXIMUM, K.MINIMUM, K.WHERE)))
+        if kind is not K.WHERE:
+            return w.term(kind, x, y, shape=w.shape(x))
+        positive = w.term(K.GREATER, y, w.number(0.0), shape=w.shape(y), dtype="bool")
+        return w.term(kind, positive, x, y, shape=w.shape(x), dtype="float32")

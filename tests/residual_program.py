@@ -22,7 +22,8 @@ Extents = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Term:
-    """One operation or leaf. `spelling` picks one of the ways in which an IR can write it."""
+    """One operation or leaf. `spelling` picks one of the ways in which an IR can write it; `known`: whether the IR says
+    of what shape and dtype the result is."""
 
     kind: OpKind | str
     operands: tuple[int, ...] = ()
@@ -31,6 +32,7 @@ class Term:
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     spelling: int = 0
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,20 @@ class Program:
             return None
         on, kind, factor = made.scale
         return Scale(on, kind, float(factor) if kind == "constant" else self.name(int(factor)))
+
+    def without_types(self, seed: int) -> Program:
+        """The same network, with half of the results' shapes and dtypes left out, or all of them.
+
+        What is padded keeps its own: torch counts axes from the last one on.
+        """
+        random = Random(seed)
+        kept = random.choice((0.0, 0.5))
+        needed = {*self.outputs, *(term.operands[0] for term in self.terms if term.kind is K.PAD)}
+        terms = [
+            replace(term, known=not isinstance(term.kind, OpKind) or index in needed or random.random() < kept)
+            for index, term in enumerate(self.terms)
+        ]
+        return replace(self, terms=tuple(terms))
 
     def varied(self, seed: int) -> Program:
         """The same network in another order, under other names, with operands swapped and operations respelt."""

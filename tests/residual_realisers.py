@@ -41,7 +41,8 @@ def in_memory(program: Program) -> Graph:
             data = np.asarray(term.attrs["value"], dtype=term.dtype)
             value = graph.add_constant(term.name, (), term.dtype, data, Role.CONSTANT)
         else:
-            outputs = [(term.name, ValueType(term.shape, term.dtype))]
+            known = ValueType(term.shape, term.dtype) if term.known else ValueType(None, None)
+            outputs = [(term.name, known)]
             value = graph.add_op(K(term.kind), [values[x] for x in term.operands], outputs, dict(term.attrs)).output
         values.append(value)
     graph.set_outputs([values[index] for index in program.outputs])
@@ -70,7 +71,8 @@ def in_fx(program: Program) -> FxGraph:
             if term.operands and reads[term.operands[0]] == 1 and _is_own(program.terms[term.operands[0]]):
                 term = replace(term, attrs={**term.attrs, "in_place": True})
             value = _FX[K(term.kind)](graph, term, [values[x] for x in term.operands])
-        value.meta["val"] = torch.empty(term.shape, dtype=getattr(torch, term.dtype), device="meta")
+        if term.known:
+            value.meta["val"] = torch.empty(term.shape, dtype=getattr(torch, term.dtype), device="meta")
         values.append(value)
     graph.output(tuple(values[index] for index in program.outputs))
     return FxGraph.read(fx.GraphModule(root, graph))
@@ -171,6 +173,10 @@ _FX: dict[K, FxRule] = {
     K.ADD: _fx_add,
     K.MUL: _fx_mul,
     K.DIV: _fx_plain(aten.div.Tensor, operator.truediv, torch.div),
+    K.MAXIMUM: _fx_plain(aten.maximum.default, torch.maximum, torch.max),
+    K.MINIMUM: _fx_plain(aten.minimum.default, torch.minimum, torch.min),
+    K.WHERE: _fx_plain(aten.where.self, torch.where),
+    K.GREATER: _fx_plain(aten.gt.Scalar, operator.gt, torch.gt),
     K.POW: _fx_plain(aten.pow.Tensor_Scalar, operator.pow, torch.pow),
     K.LINEAR: _fx_plain(aten.linear.default, nn.functional.linear),
     K.MATMUL: _fx_plain(aten.matmul.default, torch.matmul, operator.matmul),
@@ -240,7 +246,8 @@ def in_onnx(program: Program) -> OnnxGraph:
             made.constant(term.name, term.attrs["value"], _dtype_of_number(program, term))
         else:
             _ONNX[K(term.kind)](made, term, operands)
-            infos.append(info)
+            if term.known:
+                infos.append(info)
     named = {info.name: info for info in (*inputs, *infos)}
     outputs = [named[program.name(index)] for index in program.outputs]
     leaving = {info.name for info in outputs}
@@ -353,6 +360,10 @@ _ONNX: dict[K, OnnxRule] = {
     K.ADD: _onnx_add,
     K.MUL: _onnx_plain("Mul"),
     K.DIV: _onnx_plain("Div"),
+    K.MAXIMUM: _onnx_plain("Max"),
+    K.MINIMUM: _onnx_plain("Min"),
+    K.WHERE: _onnx_plain("Where"),
+    K.GREATER: _onnx_plain("Greater"),
     K.POW: _onnx_plain("Pow"),
     K.LINEAR: _onnx_linear,
     K.MATMUL: _onnx_plain("MatMul"),

@@ -328,7 +328,44 @@ def convs(**widths: int) -> dict[str, nn.Module]:
     return {name: nn.Conv2d(width, WIDTH, 3, padding=1) for name, width in widths.items()}
 
 
+def mixed(s: Any, x: Tensor) -> Tensor:
+    """Two copies of a stream, each a mix of both, and one branch that reads a mix (hyper-connections)."""
+    first = second = x
+    for f in (s.f, s.g):
+        y = f(0.3 * first + 0.7 * second)
+        first, second = 0.9 * first + 0.2 * second + y, 0.1 * first + 0.8 * second + 0.5 * y
+    return first + second
+
+
+def summed_pictures(s: Any, x: Tensor) -> Tensor:
+    """A sum runs beside the stream, enlarged as it is (StyleGAN2)."""
+    total = s.p(x)
+    for layer, view in ((s.f, s.q), (s.g, s.r)):
+        x = torch.relu(layer(F.interpolate(x, scale_factor=2.0)))
+        total = F.interpolate(total, scale_factor=2.0) + view(x)
+    return total
+
+
+def two_pooled(s: Any, x: Tensor) -> Tensor:
+    """A block, enlarged, and another branch from its fork: no sum beside a stream."""
+    return F.interpolate(x + s.f(x), scale_factor=2.0) + F.interpolate(torch.relu(s.g(x)), scale_factor=2.0)
+
+
 REFINED: dict[str, Case] = {
+    "mixed": case(mixed, *["add identity none", "add identity none branch-constant"] * 2, refused="a mix", g=mlp()),
+    "mix_of_two_streams": case(
+        lambda s, x: 0.3 * s.h(x) + 0.7 * x + s.f(x), "parallel identity none branch-constant", h=nn.Linear(WIDTH, WIDTH)
+    ),
+    "summed_pictures": case(
+        summed_pictures,
+        *["add projection none"] * 2,
+        images=True,
+        **{name: nn.Conv2d(WIDTH, WIDTH, 1) for name in "pqr"},
+        g=nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+    ),
+    "two_pooled": case(
+        two_pooled, *PLAIN, refused="two working branches", images=True, g=nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+    ),
     "difference_of_one_stream": case(refined, *PLAIN * 2, refused="cancels", g=mlp()),
     # The first branch starts from x alone, so the first sum is no block.
     "difference_from_a_grid": case(

@@ -21,6 +21,7 @@ from rescompile.blocks import Block, Report
 from rescompile.cli import main
 from rescompile.detection import explain, inspect_graph
 from rescompile.errors import RescompileError
+from rescompile.graph import Role
 from rescompile.onnx_files import capture as capture_onnx
 from tests.graphs import Builder
 from tests.graphs import K as Kind
@@ -400,6 +401,30 @@ def test_traced_without_shapes_says_what_it_could_not_decide() -> None:
 
     block = one(inspect_graph(rc.capture(torch.fx.symbolic_trace(Plain().eval()))))
     assert block.undecided
+
+
+def untyped_network(up: bool) -> Report:
+    """[x, F(x)] with F by a smaller image and back, or not, and nothing known of any shape but the weights'"""
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    y = b.relu(b.conv(b.relu(b.conv(x, 4, stride=2 if up else 1)), 4))
+    y = b.op(Kind.INTERPOLATE, y, shape=(1, 4, 8, 8)) if up else y
+    graph = b.output(b.conv(b.concat(x, y), 4))
+    for value in graph.values:
+        if value.role is not Role.PARAMETER:
+            value.shape = None
+    return inspect_graph(graph)
+
+
+def test_upsampling_without_shapes_makes_a_long_block_and_says_what_is_not_known() -> None:
+    block = one(untyped_network(up=True))
+    assert block.kind == "long"
+    assert any("comes back from another resolution" in text for text in block.undecided)
+
+
+def test_no_upsampling_without_shapes_makes_no_long_block() -> None:
+    block = one(untyped_network(up=False))
+    assert (block.kind, block.undecided) == ("dense", ())
 
 
 # ---- structural surprises ------------------------------------------------------------------------------------------

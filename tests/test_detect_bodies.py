@@ -81,6 +81,51 @@ def test_stochastic_depth_as_a_condition_around_the_branch() -> None:
     assert (block.path, block.branch) == ("", ("sum_1", "gt", "cond"))
 
 
+def coin(fc: nn.Module, x: torch.Tensor, skipped: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return torch.cond(torch.rand(()) < 0.8, lambda x: torch.relu(x + fc(x)), skipped, (x,))
+
+
+def test_coin_that_runs_past_a_block_makes_it_stochastic() -> None:
+    block = one(inspect_graph(capture(lambda fc, x: coin(fc, x, torch.relu))))
+    assert (block.kind, block.path) == ("stochastic", "cond/true_graph_0")
+
+
+def test_coin_between_a_block_and_another_branch_leaves_it_a_sum() -> None:
+    assert one(inspect_graph(capture(lambda fc, x: coin(fc, x, lambda x: fc(x))))).kind == "add"
+
+
+def test_coin_that_drops_the_branch_makes_the_block_stochastic() -> None:
+    def run(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.cond(torch.rand(()) < 0.8, lambda x: fc(x) / 0.8, lambda x: torch.zeros_like(x), (x,))
+
+    assert one(inspect_graph(capture(run))).kind == "stochastic"
+
+
+def test_condition_on_the_data_is_no_coin() -> None:
+    assert one(inspect_graph(capture(condition))).kind == "add"
+
+
+@pytest.mark.parametrize(
+    ("skipped", "kind"), [("s = Identity (x)", "stochastic"), ("s = MatMul (x, w)", "add")], ids=["skips", "works"]
+)
+def test_if_by_a_number_that_the_model_is_given(skipped: str, kind: str) -> None:
+    block = one(
+        inspect_graph(
+            parsed(
+                HEAD.format("")
+                + f"""agraph (float[2, 4] x, bool keep) => (float[2, 4] y)
+                <float[4, 4] w = {{1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}}> {{
+                    y = If (keep) <
+                        then_branch = kept () => (float[2, 4] r) {{ f = MatMul (x, w) r = Add (x, f) }},
+                        else_branch = left () => (float[2, 4] s) {{ {skipped} }}
+                    >
+                }}"""
+            )
+        )
+    )
+    assert block.kind == kind
+
+
 def test_block_in_a_branch_of_cond_has_the_block_around_it_as_parent() -> None:
     def run(fc: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return x + torch.cond(x.sum() > 0, lambda x: fc(x + fc(x)), lambda x: x.clone(), (x,))

@@ -14,10 +14,6 @@ from rescompile.detection import inspect_graph
 from tests.classics.check import cases
 
 CASES = cases()
-MISSED = {
-    "transformers: hyper-connections": "a sum of several scaled copies of a stream is no shortcut yet",
-    "generative: StyleGAN2 output skips": "a shortcut that runs through another block's join, resized, is none yet",
-}
 SAMPLE = (
     "audio: WaveNet",
     "flows: RevNet",
@@ -31,9 +27,7 @@ SAMPLE = (
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_exported_architecture(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if name in MISSED:
-        request.applymarker(pytest.mark.xfail(reason=MISSED[name], strict=True))
+def test_exported_architecture(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     assert case.differences(inspect_graph(case.graph("fx", tmp_path))) == []
 

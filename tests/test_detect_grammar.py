@@ -19,6 +19,9 @@ from tests.residual_realisers import REALISERS
 _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
+_JOINS = (K.ADD, K.CONCAT, K.MAXIMUM, K.MINIMUM, K.WHERE)
+
+
 def check(program: Program, graph: Graph, report: Report) -> None:
     """The blocks are those that were meant, and every other join has a reason."""
     found = {block.join: block for block in report}
@@ -33,7 +36,7 @@ def check(program: Program, graph: Graph, report: Report) -> None:
         assert entry.norm is None or block.norm == entry.norm, (block.join, block.norm, entry)
         assert block.scale == program.scale(entry), block.join
     told = {op.name for block in report for op in block.join_ops} | {join.join for join in report.not_residual}
-    assert told >= {op.name for op in graph if op.kind in (K.ADD, K.CONCAT)}
+    assert told >= {op.name for op in graph if op.kind in _JOINS}
 
 
 @pytest.mark.parametrize("ir", REALISERS)
@@ -41,5 +44,14 @@ def check(program: Program, graph: Graph, report: Report) -> None:
 @settings(_UNHURRIED, max_examples=60)
 def test_detection_finds_what_the_grammar_generates(ir: str, program: Program, seed: int) -> None:
     varied = program.varied(seed)
+    graph = REALISERS[ir](varied)
+    check(varied, graph, inspect_graph(graph))
+
+
+@pytest.mark.parametrize("ir", REALISERS)
+@given(programs(), st.integers(0, 2**32))
+@settings(_UNHURRIED, max_examples=40)
+def test_detection_finds_it_where_shapes_and_dtypes_are_not_known(ir: str, program: Program, seed: int) -> None:
+    varied = program.varied(seed).without_types(seed)
     graph = REALISERS[ir](varied)
     check(varied, graph, inspect_graph(graph))

@@ -49,9 +49,7 @@ def ancestors(value: Value) -> set[Value]:
 @settings(max_examples=300, deadline=None)
 def test_meet_is_the_latest_common_ancestor(made: tuple[Graph, list[Value]], data: st.DataObject) -> None:
     graph, values = made
-    reach = Reach(graph)
-    for op in graph:
-        reach.extend(op)
+    reach = Reach(graph, near=data.draw(st.sampled_from((0, 4, 24))))
     left = data.draw(st.sampled_from(values))
     right = data.draw(st.lists(st.sampled_from(values), min_size=1, max_size=3))
     common = ancestors(left) & set().union(*map(ancestors, right))
@@ -68,8 +66,6 @@ def test_meet_is_the_latest_common_ancestor(made: tuple[Graph, list[Value]], dat
 def test_between_is_what_lies_on_the_ways(made: tuple[Graph, list[Value]], data: st.DataObject) -> None:
     graph, values = made
     reach = Reach(graph)
-    for op in graph:
-        reach.extend(op)
     fork, top = data.draw(st.sampled_from(values)), data.draw(st.sampled_from(values))
     region, outside = reach.between(fork, [top])
     on_the_way = {

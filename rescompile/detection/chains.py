@@ -7,6 +7,8 @@ be followed in step to where they meet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rescompile.graph import Value
 
 
@@ -15,19 +17,38 @@ def order(value: Value) -> int:
     return -1 if value.producer is None else value.producer.order
 
 
-class Chains:
-    """A forest over values: links go back, and orders fall along them."""
+def age(operand: tuple[int, Value]) -> int:
+    """The order of an operand, given with its place."""
+    producer = operand[1].producer
+    return -1 if producer is None else producer.order
 
-    def __init__(self) -> None:
+
+class Chains:
+    """A forest over values: links go back, and orders fall along them.
+
+    `sources`: the ways back from each value; a value with one is a link. Links get their pointers when a search first
+    comes to them, and then keep them: what lies behind a value must not change any more.
+    """
+
+    def __init__(self, sources: Mapping[Value, tuple[Value, ...]]) -> None:
+        self._sources = sources
         self._parent: dict[Value, Value] = {}
         self._depth: dict[Value, int] = {}  # links to the chain's end, where there are any
         self._jump: dict[Value, Value] = {}
 
-    def __contains__(self, value: Value) -> bool:
-        return value in self._parent
+    def _reach(self, value: Value) -> None:
+        """Link the value, and all behind it that is not linked yet."""
+        ahead: list[tuple[Value, Value]] = []
+        while value not in self._parent:
+            sources = self._sources.get(value, ())
+            if len(sources) != 1:
+                break
+            ahead.append((value, sources[0]))
+            value = sources[0]
+        for link, parent in reversed(ahead):
+            self._link(link, parent)
 
-    def link(self, value: Value, parent: Value) -> None:
-        """Let `parent` be the one way back from `value`. Values that go back to `value` are linked later."""
+    def _link(self, value: Value, parent: Value) -> None:
         depth, jump = self._depth, self._jump
         level = depth.get(parent, 0)
         self._parent[value] = jump[value] = parent
@@ -40,6 +61,7 @@ class Chains:
 
     def end(self, value: Value) -> Value:
         """Where the value's chain begins: a leaf, or a value with several ways back."""
+        self._reach(value)
         jump = self._jump
         while (far := jump.get(value)) is not None:
             value = far
@@ -47,6 +69,7 @@ class Chains:
 
     def climb(self, value: Value, bound: int) -> Value:
         """The first value behind this one whose order is at most `bound`, or the chain's end."""
+        self._reach(value)
         parent, jump = self._parent, self._jump
         while value in parent:
             far = jump[value]
@@ -60,6 +83,8 @@ class Chains:
 
     def common(self, left: Value, right: Value) -> Value | None:
         """The nearest value that both chains hold; None when they end apart."""
+        self._reach(left)
+        self._reach(right)
         depth, jump, parent = self._depth, self._jump, self._parent
         while (gap := depth.get(left, 0) - depth.get(right, 0)) != 0:
             if gap < 0:

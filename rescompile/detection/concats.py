@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from rescompile.detection.chains import order
+from rescompile.detection.chains import age, order
 from rescompile.detection.flavours import comes_back
 from rescompile.detection.gates import is_gate, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
@@ -34,31 +34,32 @@ def residual_concat(judgement: Judgement, op: Op) -> Draft | Refusal:
     output = op.outputs[0]
     if output.dtype is not None and output.dtype.startswith(("int", "uint", "bool")):
         return Refusal("integer arithmetic: the concatenation holds positions or sizes, not features")
+    axis = op.attr("axis")
     parts = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
-    moving = [(index, value) for index, value in parts if not value.constant]
+    moving = [part for part in parts if not part[1].constant]
     if len(parts) < 2:
         judgement.concats[tuple(value for _, value in parts)] = output
         return Refusal("a concatenation of one value")
-    if all(_extent(value, op.attr("axis")) == 1 for _, value in parts):
+    if all(_extent(value, axis) == 1 for _, value in parts):
         return Refusal("a stack: each value has a place of its own on the axis, nothing reads them as features")
     if len(moving) < 2:
         return Refusal("constant: all operands but one are constants")
-    judgement.concats[tuple(value for _, value in parts)] = output
+    judgement.concats[tuple([value for _, value in parts])] = output
     features = _feature_axis(output)
-    if features is not None and features != op.attr("axis"):
-        return Refusal(f"positions: the parts lie beside each other on axis {op.attr('axis')}, features on {features}")
+    if features is not None and features != axis:
+        return Refusal(f"positions: the parts lie beside each other on axis {axis}, features on {features}")
     gated = _gated_skip(judgement, op, moving)
     if gated is not None:
         return gated
-    newest = sorted(moving, key=lambda item: order(item[1]), reverse=True)
+    newest = sorted(moving, key=age, reverse=True)
     meet: Value | None = None
     working = False
     weighing: Refusal | None = None
     for index, new in newest[:_TRIED]:
-        before = judgement.concats.get(tuple(value for other, value in parts if other != index))
+        before = judgement.concats.get(tuple([value for other, value in parts if other != index]))
         if before is not None and order(before) < order(new) and judgement.reach.comes_from(before, new):
             return _appended(judgement, op, before, (index, new))
-        old = [(other, value) for other, value in moving if other != index and value is not new]
+        old = [part for part in moving if part[0] != index and part[1] is not new]
         fork = judgement.reach.meet(new, [value for _, value in old])
         if fork is None:
             continue

@@ -42,7 +42,7 @@ def constant_operand(operands: Sequence[tuple[int, Value]]) -> Refusal:
 
 def is_broadcast(skip: Value, total: Value) -> bool:
     """Whether the sum is larger than the skip, other than by the batch of a stream that starts as a constant."""
-    if skip.shape is None or total.shape is None:
+    if skip.shape is None or total.shape is None or skip.shape == total.shape:
         return False
     padded = (1,) * (len(total.shape) - len(skip.shape)) + skip.shape
     differing = [axis for axis, (own, whole) in enumerate(zip(padded, total.shape, strict=True)) if own != whole]

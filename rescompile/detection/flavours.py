@@ -9,18 +9,24 @@ from rescompile.graph import Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
 
 _PARTS = (OpKind.SLICE, OpKind.SPLIT)
-_MAY_ENLARGE = (OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE)
+_MAY_ENLARGE = frozenset((OpKind.INTERPOLATE, OpKind.CONV_TRANSPOSE, OpKind.RESHAPE, OpKind.OPAQUE))
+_FACTORS = frozenset((OpKind.MUL, OpKind.DIV, OpKind.WHERE))
 _LOOKED_AT = 12  # operations that a factor is made of
 
 
 def is_recurrent(judgement: Judgement, draft: Draft) -> bool:
     """The branch holds an RNN, an LSTM or a GRU, or the steps of one."""
-    return any(op.kind is OpKind.RECURRENT or op in judgement.recurrences for op in draft.branch_ops)
+    steps = judgement.recurrences
+    return OpKind.RECURRENT in draft.kinds or (bool(steps) and not steps.isdisjoint(draft.branch_ops))
 
 
 def is_stochastic(judgement: Judgement, draft: Draft) -> bool:
-    """The branch as a whole is multiplied by a random number: stochastic depth (Huang et al. 2016)."""
-    return any(_random_factor(op) for op in draft.branch_ops if op.kind in (OpKind.MUL, OpKind.DIV, OpKind.WHERE))
+    """The branch is multiplied by a random number, or computed by a coin: stochastic depth (Huang et al. 2016)."""
+    if judgement.dropped and not judgement.dropped.isdisjoint(draft.branch_ops):
+        return True
+    if draft.kinds.isdisjoint(_FACTORS):
+        return False
+    return any(_random_factor(op) for op in draft.branch_ops if op.kind in _FACTORS)
 
 
 def is_long(judgement: Judgement, draft: Draft) -> bool:
@@ -29,15 +35,26 @@ def is_long(judgement: Judgement, draft: Draft) -> bool:
     A map that is made at a lower resolution and only weighs what stayed at the fork's is no such way back; and where
     the shortcut changes the resolution as well, the branch does not come back.
     """
-    return any(comes_back(judgement, draft))
+    if draft.kinds.isdisjoint(_MAY_ENLARGE) and not (draft.kind == "dense" and judgement.long):
+        return False
+    if not any(comes_back(judgement, draft)):
+        return False
+    if draft.join_value.shape is None:
+        text = "whether the branch comes back from another resolution: the shape of '{}' is not known"
+        draft.undecided.append(text.format(draft.join_value.name))
+    return True
 
 
 def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
-    """For each end of a branch, whether every way to it from the fork leads through an enlarging operation."""
+    """For each end of a branch, whether every way to it from the fork leads through an enlarging operation.
+
+    Where no shapes are known, what can only be there to enlarge counts as enlarging.
+    """
     extents, before = _extents(draft.join_value.shape), _extents(draft.fork.shape)
-    if extents is None or (
-        before is not None and len(before) == len(extents) and before != extents and _resizes(draft)
-    ):
+    if extents is None and draft.join_value.shape is not None:
+        return []
+    moved = before is not None and extents is not None and len(before) == len(extents) and before != extents
+    if moved and _resizes(draft):
         return []
     back = {op for op in draft.branch_ops if _enlarges(op) or _is_beside(judgement, draft, op)}
     if not back:
@@ -87,8 +104,10 @@ def shortcut_kind(judgement: Judgement, draft: Draft) -> str:
     if draft.shortcut != "identity" or len(draft.branches) != 1:
         return draft.shortcut
     part = draft.branches[0].producer
+    if part is None or part.kind not in _PARTS:
+        return draft.shortcut
     whole = judgement.only_user(draft.join_value)
-    if part is None or part.kind not in _PARTS or whole is None or whole.kind is not OpKind.CONCAT:
+    if whole is None or whole.kind is not OpKind.CONCAT:
         return draft.shortcut
     others = (value.producer for value in whole.operands if value is not draft.join_value)
     rest = any(op is part or (op is not None and op.kind in _PARTS and op.inputs[0] is part.inputs[0]) for op in others)

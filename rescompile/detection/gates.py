@@ -39,7 +39,10 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
     """
     if (nothing := cancelled(op)) is not None:
         return nothing
-    if len(op.inputs) != 2 or not any(_producer(value, OpKind.MUL) for value in op.inputs) or op.scales != (1.0, 1.0):
+    if len(op.inputs) != 2:
+        return None
+    left, right = op.inputs
+    if (_producer(left, OpKind.MUL) is None and _producer(right, OpKind.MUL) is None) or op.scales != (1.0, 1.0):
         return None
     reach = judgement.reach
     best: tuple[Chain, _Mix, Value, list[Op], list[Value]] | None = None
@@ -140,8 +143,10 @@ def _same(value: Value, fork: Value) -> bool:
 
 def cancelled(op: Op) -> Refusal | None:
     """Why x + (h − x) ends no block: its value is h (a straight-through estimator, van den Oord et al. 2017)."""
+    if len(op.inputs) != 2:
+        return None
     for index, x in enumerate(op.inputs):
-        other = op.inputs[1 - index] if len(op.inputs) == 2 else None
+        other = op.inputs[1 - index]
         inner = None if other is None else other.producer
         while inner is not None and inner.kind in _PASSED:
             inner = inner.operands[0].producer
@@ -257,7 +262,7 @@ def _only_user(value: Value) -> Op | None:
 def only_measured(judgement: Judgement, op: Op) -> bool:
     """Whether a difference is only squared (or made absolute) and summed up: a distance, such as a loss, no stream."""
     difference = op.outputs[0]
-    if -1.0 not in op.scales or difference in judgement.outputs:
+    if -1.0 not in op.attrs.get("scales", ()) or difference in judgement.outputs:
         return False
     sizes = []
     for user in difference.users:

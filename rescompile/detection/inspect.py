@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
 from rescompile.detection.chains import order
+from rescompile.detection.coins import drops, is_tossed, stochastic
 from rescompile.detection.concats import residual_concat
 from rescompile.detection.flavours import flavour, shortcut_kind
 from rescompile.detection.gates import completes, gated_sum
@@ -19,7 +20,7 @@ from rescompile.detection.scatters import residual_scatter
 from rescompile.detection.selections import selection, unknown
 from rescompile.detection.sums import residual_sum
 from rescompile.detection.view import View, path_of, written_out
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Body, Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 
 Rule = Callable[[Judgement, Op], Draft | Refusal | None]
@@ -91,13 +92,21 @@ def _inspect_part(graph: Graph, path: str) -> _Part:
     if view is not None:
         part.bodies = {_join(path, at): body.graph for at, body in view.called.items()}
         part.parameters = sum(own_parameter_count(body) for body in view.called.values())
+        held: dict[Op, list[Body]] = {}
         for holder, body in view.held:
-            at = _join(path, f"{path_of(view.levels[holder])}/{body.label}")
-            found = _inspect_part(body.graph, at)
-            inner.append((holder, found.blocks))
-            part.bodies |= {at: body.graph, **found.bodies}
-            part.not_residual += found.not_residual
-            part.parameters += found.parameters + own_parameter_count(body)
+            held.setdefault(holder, []).append(body)
+        for holder, bodies in held.items():
+            tossed = is_tossed(view.levels[holder][-1], bodies)
+            if tossed and drops(bodies):
+                judgement.dropped.add(holder)
+            for body, other in zip(bodies, bodies[::-1], strict=True):
+                at = _join(path, f"{path_of(view.levels[holder])}/{body.label}")
+                found = _inspect_part(body.graph, at)
+                blocks = [stochastic(block, body, other) for block in found.blocks] if tossed else found.blocks
+                inner.append((holder, blocks))
+                part.bodies |= {at: body.graph, **found.bodies}
+                part.not_residual += found.not_residual
+                part.parameters += found.parameters + own_parameter_count(body)
     part.blocks = _blocks(judgement, telling, inner)
     joins = {op: None for block in part.blocks for op in block.join_ops}
     refused: dict[tuple[Op, str], NotResidual] = {}
@@ -132,40 +141,46 @@ class _Telling:
         """The name of a value where the operation is."""
         return value.name if self._view is None else self._view.told_value(value, len(self._view.levels[op]) - 1).name
 
-    def calls(self, draft: Draft) -> tuple[Op, ...]:
-        """The calls that a block lies in from fork to join."""
-        return () if self._view is None else self._view.common(draft.join_op, draft.fork)
-
-    def path(self, calls: tuple[Op, ...]) -> str:
-        """The path of what is inside those calls."""
-        return _join(self._path, path_of(calls)) if calls else self._path
-
-    def op(self, op: Op, depth: int) -> Op:
-        """A join, told inside so many calls."""
-        return op if self._view is None else self._view.told_op(op, depth) or op
-
-    def ops(self, ops: Iterable[Op], depth: int) -> tuple[Op, ...]:
-        """Operations, told inside so many calls."""
-        return tuple(ops) if self._view is None else self._view.told_ops(ops, depth)
-
-    def value(self, value: Value, depth: int) -> Value:
-        """A value, told inside so many calls."""
-        return value if self._view is None else self._view.told_value(value, depth)
-
-    def shown(self, value: Value, depth: int) -> Value | None:
-        """A value, where there is one to be told."""
-        return value if self._view is None else self._view.visible(value, depth)
+    def block(self, block: Block) -> Block:
+        """The block, told where it lies: inside the calls that it is in from fork to join."""
+        view = self._view
+        if view is None or block.join_value is None:
+            return replace(block, path=self._path) if self._path else block
+        calls = view.common(block.join_op, block.fork_value)
+        depth = len(calls)
+        join_op = view.told_op(block.join_op, depth) or block.join_op
+        skip_index = block.skip_index
+        if join_op is not block.join_op:
+            read = block.join_op.inputs[skip_index]
+            skip = view.told_value(block.fork_value if read is None else read, depth)
+            skip_index = next((at for at, value in enumerate(join_op.inputs) if value is skip), skip_index)
+        return replace(
+            block,
+            fork_value=view.told_value(block.fork_value, depth),
+            join_op=join_op,
+            join_value=view.visible(block.join_value, depth),
+            skip_index=skip_index,
+            branch_ops=view.told_ops(block.branch_ops, depth),
+            shortcut_ops=view.told_ops(block.shortcut_ops, depth),
+            norm_ops=view.told_ops(block.norm_ops, depth),
+            join_ops=view.told_ops(block.join_ops, depth),
+            outside=tuple(view.told_value(value, depth) for value in block.outside),
+            fused=join_op.has(Trait.FUSED),
+            path=_join(self._path, path_of(calls)) if calls else self._path,
+        )
 
 
 def _judge(graph: Graph) -> Judgement:
     judgement = Judgement(graph)
     for op in graph:
-        judgement.reach.extend(op)
         rules = _RULES.get(op.kind)
         if rules is None:
             continue
         if op.kind is OpKind.ADD and (total := completes(op)) is not None:
             judgement.refusals[op] = Refusal(f"part of the mix that '{total.name}' completes")
+            continue
+        if op.kind is OpKind.ADD and judgement.joins_siblings(op):
+            judgement.refusals[op] = Refusal("two working branches: blocks beside each other, with one fork, are added")
             continue
         for rule in rules:
             found = rule(judgement, op)
@@ -175,6 +190,11 @@ def _judge(graph: Graph) -> Judgement:
             if found is not None:
                 judgement.refusals[op] = found
                 break
+        refusal = judgement.refusals.get(op)
+        if op.kind is OpKind.ADD and refusal is not None and refusal.meet is not None:
+            last = judgement.mix(op)
+            if last is not None:
+                judgement.refusals[op] = Refusal(f"a mix: shares of values of one stream, '{last.name}' the last")
     return judgement
 
 
@@ -199,7 +219,8 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
     held = {op for op, _ in inner}
     for index, draft in enumerate(drafts):
         for op in (*draft.branch_ops, *draft.shortcut_ops) if held else draft.branch_ops:
-            if op in held or (op in number and number[op] != index and _lies_in(drafts[number[op]], draft)):
+            at = number.get(op, index)
+            if op in held or (at != index and _lies_in(drafts[at], draft)):
                 parents.setdefault(op, index)
     ids: list[int] = []
     offsets: list[int] = []
@@ -214,29 +235,23 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
         offsets.append(count)
         count += len(inner[len(offsets) - 1][1])
     forks = {draft.fork for draft in drafts}
+    carried = {draft.fork for draft in drafts if draft.shortcut == "identity"}
     around = {op: ids[index] for op, index in parents.items()}
     blocks = [
-        _block(judgement, telling, draft, at, around.get(draft.join_op), forks)
+        telling.block(_block(judgement, draft, at, around.get(draft.join_op), forks, carried))
         for at, draft in zip(ids, drafts, strict=True)
     ]
     for (holder, found), offset in zip(inner, offsets, strict=True):
         for block in found:
             parent = around.get(holder) if block.parent is None else block.parent + offset
             blocks.append(replace(block, id=block.id + offset, parent=parent))
-    return sorted(blocks, key=lambda block: block.id)
+    return sorted(blocks, key=lambda block: block.id) if inner else blocks
 
 
 def _block(
-    judgement: Judgement, telling: _Telling, draft: Draft, index: int, parent: int | None, forks: set[Value]
+    judgement: Judgement, draft: Draft, index: int, parent: int | None, forks: set[Value], carried: set[Value]
 ) -> Block:
-    norm, norms = norm_placement(judgement, draft, forks)
-    calls = telling.calls(draft)
-    depth = len(calls)
-    join_op = telling.op(draft.join_op, depth)
-    skip_index = draft.skip_index
-    if join_op is not draft.join_op:
-        skip = telling.value(draft.skip, depth)
-        skip_index = next((at for at, value in enumerate(join_op.inputs) if value is skip), skip_index)
+    norm, norms = norm_placement(judgement, draft, forks, carried)
     return Block(
         id=index,
         kind=flavour(judgement, draft),
@@ -244,19 +259,18 @@ def _block(
         shortcut=shortcut_kind(judgement, draft),
         norm=norm,
         scale=find_scale(judgement.graph, draft),
-        fork_value=telling.value(draft.fork, depth),
-        join_op=join_op,
-        join_value=telling.shown(draft.join_value, depth),
-        skip_index=skip_index,
-        branch_ops=telling.ops(draft.branch_ops, depth),
-        shortcut_ops=telling.ops(draft.shortcut_ops, depth),
-        norm_ops=telling.ops(norms, depth),
-        join_ops=telling.ops(draft.join_ops, depth),
-        outside=tuple(telling.value(value, depth) for value in draft.outside if not value.constant),
+        fork_value=draft.fork,
+        join_op=draft.join_op,
+        join_value=draft.join_value,
+        skip_index=draft.skip_index,
+        branch_ops=tuple(draft.branch_ops),
+        shortcut_ops=tuple(draft.shortcut_ops),
+        norm_ops=tuple(norms),
+        join_ops=tuple(draft.join_ops),
+        outside=tuple([value for value in draft.outside if not value.constant]),
         shape=draft.join_value.shape,
         module=_module(draft),
-        fused=join_op.has(Trait.FUSED),
-        path=telling.path(calls),
+        fused=draft.join_op.has(Trait.FUSED),
         branch_count=max(1, len(draft.branches)) if draft.kind in ("parallel", "branches") else 1,
         undecided=tuple(draft.undecided),
     )
@@ -265,9 +279,12 @@ def _block(
 def _module(draft: Draft) -> str:
     """The innermost module that the branch and the join run in, by the longest common path of theirs."""
     common: list[str] | None = None
-    for module in dict.fromkeys(op.module for op in (*draft.branch_ops, draft.join_op)):
-        if not module:
-            continue
+    modules = {op.module for op in draft.branch_ops}
+    modules.add(draft.join_op.module)
+    modules.discard("")
+    if len(modules) == 1:
+        return modules.pop()
+    for module in modules:
         parts = module.split(".")
         if common is None:
             common = parts

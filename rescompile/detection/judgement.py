@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rescompile.detection.chains import order
 from rescompile.detection.reach import Reach
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
+
+_FACTORS = 8  # factors and casts between a stream and a sum, at most
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +29,7 @@ class Draft:
     outside: list[Value]
     join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
     undecided: list[str] = field(default_factory=list)  # what could not be told, for want of shapes
+    kinds: frozenset[OpKind] = frozenset()  # of the branch's operations, once the block is accepted
 
     @property
     def skip(self) -> Value:
@@ -56,20 +61,24 @@ class Judgement:
         self.refusals: dict[Op, Refusal] = {}
         self.recurrences: set[Op] = set()  # sums that are steps of an unrolled recurrence
         self.closing: set[Op] = set()  # norms that are the post norm of a block
+        self.dropped: set[Op] = set()  # what a coin decides about: operations that return zeros or what they compute
         self.long: set[Op] = set()  # joins of long blocks, once the kinds are told
         self.budget = 2000 + 4 * len(graph)  # values that searches across streams may visit, all together
         self.concats: dict[tuple[Value, ...], Value] = {}  # what was concatenated before, by its parts
         self._origins: dict[Value, Value] = {}  # of a join: the first value of its stream, each skip as it is
+        self._streams: dict[Value, Value] = {}  # likewise, skips with a factor on them included
 
     def only_user(self, value: Value) -> Op | None:
         """The one operation that reads the value; None when there are several or the value leaves the graph."""
         if value in self.outputs:
             return None
-        users = iter(value.uses)
-        first = next(users, None)
-        if first is None or any(op is not first[0] for op, _ in users):
-            return None
-        return first[0]
+        found: Op | None = None
+        for op, _ in value.uses:
+            if found is None:
+                found = op
+            elif op is not found:
+                return None
+        return found
 
     def accept(self, draft: Draft) -> None:
         """A join that ends a block. Sums that it completes are part of it from now on."""
@@ -78,18 +87,52 @@ class Judgement:
             self.refusals.pop(op, None)
         if draft.join_op not in draft.join_ops:
             draft.join_ops.append(draft.join_op)
+        draft.kinds = frozenset([op.kind for op in draft.branch_ops])
         self.drafts[draft.join_op] = draft
         self.reach.contract(draft.join_value, draft.fork)
-        plain = draft.kind in ("add", "parallel") and draft.shortcut == "identity" and not draft.shortcut_ops
-        if plain and all(op.kind is OpKind.ADD and set(op.scales) == {1.0} for op in draft.join_ops):
-            self._origins[draft.join_value] = self._origins.get(draft.fork, draft.fork)
+        if draft.kind in ("add", "parallel") and draft.shortcut == "identity":
+            self._streams[draft.join_value] = self._streams.get(draft.fork, draft.fork)
+            plain = all(op.kind is OpKind.ADD and set(op.attrs.get("scales", ())) <= {1.0} for op in draft.join_ops)
+            if plain and not draft.shortcut_ops:
+                self._origins[draft.join_value] = self._origins.get(draft.fork, draft.fork)
+
+    def mix(self, op: Op) -> Value | None:
+        """The last of the values of one stream that a sum takes a constant share of each; None where it is no mix.
+
+        Σ cᵢ·sᵢ goes on as the stream itself: hyper-connections (Zhu et al. 2025), weighted averages over depth.
+        """
+        shares = self._shares(op)
+        streams = {self._streams.get(share, share) for share in shares}
+        if any(share is value for share, value in zip(shares, op.inputs, strict=False)):
+            return None
+        if len(set(op.inputs)) < 2 or len(shares) != len(op.inputs) or len(streams) != 1 or self.is_gone(op):
+            return None
+        last = max(shares, key=order)
+        self._streams[op.output] = next(iter(streams))
+        self.reach.pass_through(op.output, last)
+        return last
+
+    def joins_siblings(self, op: Op) -> bool:
+        """Whether a sum is of blocks that start from one value, beside each other: (x + A(x)) + (x + F(x))."""
+        drafts = [
+            None
+            if value is None or value not in self._streams or value.producer is None
+            else self.drafts.get(value.producer)
+            for value in op.inputs
+        ]
+        forks = {draft.fork for draft in drafts if draft is not None}
+        return len(set(drafts)) == len(op.inputs) > 1 and len(forks) == 1 and None not in drafts
+
+    def _shares(self, op: Op) -> list[Value]:
+        moving = (value for value in op.inputs if value is not None and not value.constant)
+        return [_without_factor(value, self._streams) for value in moving]
 
     def is_gone(self, op: Op) -> bool:
         """Whether a difference is (x + F(x)) - x, or of two later values of one stream: x itself goes out of it.
 
         The first sum of the stream need be no block: x may be a constant that its branch was computed from beforehand.
         """
-        if len(op.inputs) != 2 or op.scales[0] != -op.scales[1]:
+        if "scales" not in op.attrs or len(op.inputs) != 2 or op.scales[0] != -op.scales[1]:
             return False
         ends = [self._origin(value) for value in op.inputs]
         for end, other in (ends, ends[::-1]):
@@ -104,6 +147,24 @@ class Judgement:
                 break
             value = op.operands[0]
         return None if value is None else self._origins.get(value, value)
+
+
+def _without_factor(value: Value, streams: Mapping[Value, Value]) -> Value:
+    """The value that constants are multiplied with, as far as one operand leads back to it."""
+    for _ in range(_FACTORS):
+        op = None if value in streams else value.producer
+        if op is None:
+            break
+        if op.kind in (OpKind.MUL, OpKind.DIV):
+            moving = [operand for operand in op.operands if not operand.constant]
+            if len(moving) != 1 or moving[0].shape != value.shape:
+                break
+            value = moving[0]
+        elif op.kind in (OpKind.IDENTITY, OpKind.CAST, OpKind.NEG):
+            value = op.operands[0]
+        else:
+            break
+    return value
 
 
 def _adds(op: Op, value: Value) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Draft, Judgement, Refusal
-from rescompile.detection.paths import Chain, branch_works, chain, is_scale, works
+from rescompile.detection.paths import RESIZING, Chain, branch_works, chain, is_scale, works
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -18,14 +18,17 @@ def absorb(judgement: Judgement, draft: Draft, way: Chain, affine: bool) -> Draf
     """(x + A(x)) + F(x): the sum completes the one before."""
     inner = judgement.drafts.get(way.sums[0])
     plain = all(op in way.sums or op.kind in _PASSED for op in way.ops)
-    if inner is None or len(way.sums) > 1 or not plain:
-        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
+    refusal = Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
+    if inner is None or len(way.sums) > 1:
+        return refusal
+    if not plain:
+        return _beside(judgement, draft, inner, way) or refusal
     if inner.kind == "branches" and affine:
         draft.kind = "branches"
     elif inner.kind in ("add", "parallel"):
         draft.kind = "parallel"
     else:
-        return Refusal(f"two working branches: both sides of the sum work on '{draft.fork.name}'", draft.fork, True)
+        return refusal
     draft.shortcut = inner.shortcut
     draft.shortcut_ops = inner.shortcut_ops
     draft.branch_ops = sorted({*inner.branch_ops, *draft.branch_ops}, key=lambda op: op.order)
@@ -35,8 +38,35 @@ def absorb(judgement: Judgement, draft: Draft, way: Chain, affine: bool) -> Draf
     return draft
 
 
+def _beside(judgement: Judgement, draft: Draft, inner: Draft, way: Chain) -> Draft | None:
+    """p₁ = S(x₀) + P₁(x₁) with x₁ = F(x₀), then p₂ = R(p₁) + P₂(G(x₁)): a sum that runs beside a stream (StyleGAN2).
+
+    What is moved or resized, R(P₁(x₁)), is the shortcut around G.
+    """
+    if len(inner.branches) != 1 or len(draft.branches) != 1 or way.sums[0] is not inner.join_op:
+        return None
+    reach, (end,), (top,) = judgement.reach, inner.branches, draft.branches
+    fork = reach.meet(end, (top,))
+    first = None if fork is None else chain(reach, fork, end)
+    rest = way.ops[way.ops.index(inner.join_op) + 1 :]
+    resized = any(op.has(Trait.POOL) or op.kind in RESIZING for op in rest)
+    known = all(op.has(Trait.FREE) or op.has(Trait.POOL) or op.kind in RESIZING for op in rest)
+    if fork is None or first is None or first.shortcut is None or first.sums or not known or fork is inner.fork:
+        return None
+    region, outside = reach.between(fork, [top])
+    if not branch_works(reach, region):
+        return None
+    draft.fork, draft.branch_ops, draft.outside = fork, region, outside
+    moved = "pool" if resized else "view"
+    draft.shortcut = moved if first.shortcut in ("identity", "view") else first.shortcut
+    draft.shortcut_ops = [*first.ops, inner.join_op, *rest]
+    return draft
+
+
 def parallel_tail(judgement: Judgement, draft: Draft) -> None:
     """x + (A(n(x)) + F(n(x))): the branch ends in a sum of two that start where the block does."""
+    if len(draft.branches) == 1 and _tail(draft.branches[0]) is None:
+        return
     ends: list[Value] = []
     sums: list[Op] = []
     pending = list(draft.branches)

@@ -26,7 +26,7 @@ _NOTHING = (
 
 
 # Besides pools: over an axis that a reshape made of the elements of a window, a mean or a maximum is one.
-_POOLING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
+RESIZING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def works(op: Op) -> bool:
 
 def branch_works(reach: Reach, region: Iterable[Op]) -> bool:
     """Whether a region holds an operation that works; a block nested in it does."""
-    return any(works(op) or op.outputs[0] in reach.forks for op in region)
+    forks = reach.forks
+    return any(works(op) or op.outputs[0] in forks for op in region)
 
 
 def is_pointwise(op: Op) -> bool:
@@ -177,7 +178,7 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.has(Trait.NORM):
             norms += 1
             bends += op.kind is not OpKind.BATCH_NORM
-        elif op.has(Trait.POOL) or op.kind in _POOLING:
+        elif op.has(Trait.POOL) or op.kind in RESIZING:
             pools += 1
             bends += op.kind in (OpKind.MAX_POOL, OpKind.AMAX)
         elif op.kind is OpKind.PAD or op.kind is OpKind.CONCAT:

@@ -7,6 +7,7 @@ sandwich  y = x + N(F(N(x)))       inner  norms inside F only      none
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 
 from rescompile.blocks import Scale
 from rescompile.detection.flavours import is_random_factor
@@ -16,30 +17,40 @@ from rescompile.kinds import OpKind, Trait
 
 _PASSED = (OpKind.IDENTITY, OpKind.CAST, OpKind.DROPOUT, OpKind.QUANTIZE, OpKind.DEQUANTIZE)
 _TURNED = (OpKind.PERMUTE, OpKind.RESHAPE)  # channels brought to the axis that a norm works on, and back
+_NORMS = frozenset(kind for kind in OpKind if kind.has(Trait.NORM))
+_PRODUCTS = frozenset((OpKind.MUL, OpKind.DIV))
 
 
-def norm_placement(judgement: Judgement, draft: Draft, forks: Collection[Value]) -> tuple[str, list[Op]]:
-    """The placement, and the norms that it speaks of. `forks`: where the graph's blocks start.
+def norm_placement(
+    judgement: Judgement, draft: Draft, forks: Collection[Value], carried: AbstractSet[Value]
+) -> tuple[str, list[Op]]:
+    """The placement, and the norms that it speaks of. `forks`: where blocks start; `carried`: where identity skips do.
 
     Blocks are asked about in the order of their joins: a norm that closes one opens none behind it.
     """
-    inside = set(draft.branch_ops)
-    first = _entries(judgement, draft)
-    last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
-    if first is not None:
-        closing = [norm for norm in last if norm not in first]
-        if len(closing) == len(draft.branches):
-            return "sandwich", [*first, *closing]
-        return "pre", first
-    if last and len(last) == len(draft.branches):
-        return "branch", list(dict.fromkeys(last))
+    inner: list[Op] = []
+    if not draft.kinds.isdisjoint(_NORMS):
+        inside = set(draft.branch_ops)
+        first = _entries(judgement, draft)
+        last = [norm for end in draft.branches if (norm := _exit(end, inside)) is not None]
+        if first is not None:
+            closing = [norm for norm in last if norm not in first]
+            if len(closing) == len(draft.branches):
+                return "sandwich", [*first, *closing]
+            return "pre", first
+        if last and len(last) == len(draft.branches):
+            return "branch", list(dict.fromkeys(last))
+        inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
     after = _after(judgement, draft.join_value)
-    inner = [op for op in draft.branch_ops if op.has(Trait.NORM)]
+    before = _before(draft)
+    if before in judgement.closing:
+        before = None
+    if before is not None and (after is None or _activates_next(judgement, draft, after, carried)):
+        return "pre", [before]
     if after is not None and (not inner or _goes_on(judgement, after, forks)):
         judgement.closing.add(after)
         return "post", [after]
-    before = _before(draft, inside)
-    if before is not None and before not in judgement.closing:
+    if before is not None:
         return "pre", [before]
     return ("inner", inner) if inner else ("none", [])
 
@@ -117,11 +128,22 @@ def _goes_on(judgement: Judgement, norm: Op, forks: Collection[Value]) -> bool:
     return True
 
 
-def _before(draft: Draft, inside: Collection[Op]) -> Op | None:
+def _activates_next(judgement: Judgement, draft: Draft, after: Op, carried: AbstractSet[Value]) -> bool:
+    """Whether y = P(h) + F(h) with h = σ(N(x)) leaves the norm behind its sum to the next block, or to the head.
+
+    Both are followed by σ(N(·)), whether that is the block's own or not. It is where an identity skip starts from it.
+    """
+    if draft.fork.producer is None or not draft.fork.producer.has(Trait.ACTIVATION):
+        return False
+    act = judgement.only_user(after.outputs[0])
+    return act is not None and act.has(Trait.ACTIVATION) and carried.isdisjoint(act.outputs)
+
+
+def _before(draft: Draft) -> Op | None:
     """The norm that made the fork, when only this block reads it: y = P(N(x)) + F(N(x)) with a projection P."""
     if draft.shortcut == "identity":
         return None
-    own = {*inside, *draft.shortcut_ops, draft.join_op}
+    own = {*draft.branch_ops, *draft.shortcut_ops, draft.join_op}
     value = draft.fork
     while all(user in own for user, _ in value.uses) and (op := value.producer) is not None:
         if op.has(Trait.NORM):
@@ -138,12 +160,16 @@ def find_scale(graph: Graph, draft: Draft) -> Scale | None:
     op = draft.join_op
     if op.kind not in (OpKind.ADD, OpKind.SCATTER):
         return None
-    inside = set(draft.branch_ops)
-    factors = {"branch": [factor for end in draft.branches for factor in _factors(graph, end, inside)]}
-    factors["skip"] = list(_factors(graph, draft.skip, set(draft.shortcut_ops)))
-    for index, value in enumerate(op.inputs if op.kind is OpKind.ADD else ()):
-        if op.scales[index] not in (1.0, -1.0) and value is not None and not value.constant:
-            factors["skip" if index == draft.skip_index else "branch"].append(("constant", float(op.scales[index])))
+    factors: dict[str, list[tuple[str, float | str]]] = {"branch": [], "skip": []}
+    if not draft.kinds.isdisjoint(_PRODUCTS):
+        inside = set(draft.branch_ops)
+        factors["branch"] = [factor for end in draft.branches for factor in _factors(graph, end, inside)]
+    if draft.shortcut_ops:
+        factors["skip"] = list(_factors(graph, draft.skip, set(draft.shortcut_ops)))
+    for index, scale in enumerate(op.attrs.get("scales", ()) if op.kind is OpKind.ADD else ()):
+        value = op.inputs[index]
+        if scale not in (1.0, -1.0) and value is not None and not value.constant:
+            factors["skip" if index == draft.skip_index else "branch"].append(("constant", float(scale)))
     for on, found in factors.items():
         if found:
             trained = [factor for factor in found if factor[0] != "constant"]

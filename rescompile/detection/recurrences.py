@@ -13,7 +13,7 @@ from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 
 _PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
-_STEPS = 6  # operations between a part of the sequence and the step, at most
+_STEPS = 16  # operations between parts of the sequence and the step, at most
 
 
 def takes_part(ops: Iterable[Op]) -> bool:
@@ -31,23 +31,29 @@ def is_step(judgement: Judgement, fork: Value, region: Sequence[Op], outside: Se
     """Whether a region is one step: it shares its weights and reads its share of a sequence, or another step."""
     if not shares_weights(region):
         return False
-    if fork.producer in judgement.recurrences:
+    if any(op in judgement.recurrences for op in region):
         return True
-    return any(op in judgement.recurrences for op in region) or any(_is_share(judgement, value) for value in outside)
+    return any(_is_share(judgement, value) for value in (fork, *outside))
 
 
 def _is_share(judgement: Judgement, value: Value) -> bool:
+    """Whether a value was made of nothing but one entry of a sequence, or of what a step made."""
+    pending, seen = [value], {value}
     for _ in range(_STEPS):
+        if not pending:
+            return True
+        value = pending.pop()
         op = value.producer
         if op is None:
             return False
         if op in judgement.recurrences or (op.kind in _PARTS and _is_single(value, op)):
-            return True
+            continue
         moving = [operand for operand in judgement.reach.operands(op) if not operand.constant]
-        if len(moving) != 1:
+        if not moving:
             return False
-        value = moving[0]
-    return False
+        pending += [operand for operand in moving if operand not in seen]
+        seen.update(moving)
+    return not pending
 
 
 def _is_single(value: Value, op: Op) -> bool:

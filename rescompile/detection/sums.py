@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rescompile.detection.chains import order
+from rescompile.detection.chains import age
 from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
 from rescompile.detection.flavours import comes_back
 from rescompile.detection.gates import only_measured, only_weighs, reached_by_gates_only
@@ -48,14 +48,14 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     if judgement.is_gone(op):
         text = "cancels: '{}' and '{}' are one stream at two places, so the difference is what was added in between"
         return Refusal(text.format(*(value.name for _, value in operands)), operands[0][1])
-    streams = [(index, value) for index, value in operands if may_be_stream(judgement, value)]
+    streams = [item for item in operands if not item[1].constant or may_be_stream(judgement, item[1])]
     if len(streams) < 2:
         return constant_operand(operands)
     refusal: Refusal | None = None
     # The shortcut is the older operand where it is the fork itself; so the search mostly ends with the first.
-    tried = sorted(streams, key=lambda item: order(item[1]))
+    tried = sorted(streams, key=age)
     for index, skip in tried[:_TRIED] if len(streams) > 2 else tried[:1]:
-        others = [(other, value) for other, value in streams if other != index]
+        others = [item for item in streams if item[0] != index]
         found = _two(judgement, op, (index, skip), others)
         if isinstance(found, Draft):
             return found
@@ -191,10 +191,11 @@ def _block(
             return Refusal(f"no working branch: nothing works between '{fork.name}' and the sum", fork)
         path = ", ".join(member.name for member in region[:4]) or "nothing"
         return Refusal(f"no working branch: {path} between '{fork.name}' and the sum transforms nothing", fork)
-    if takes_part(way.ops) and shares_weights(region):
+    in_part = bool(way.ops) and takes_part(way.ops)
+    if in_part and shares_weights(region):
         judgement.recurrences.add(op)
         return Refusal(f"unrolled recurrence: the steps on '{fork.name}' share their weights", fork)
-    if way.working and takes_part(way.ops) and _works_on_parts(judgement, fork, region):
+    if in_part and way.working and _works_on_parts(judgement, fork, region):
         text = f"two working branches: '{skip[1].name}' and the others work on parts of '{fork.name}' that differ"
         return Refusal(text, fork, working=True)
     if way.shortcut == "view" and all(reached_by_gates_only(reach, fork, region, top) for top in tops):

@@ -19,8 +19,9 @@ from rescompile.kinds import OpKind, Trait
 
 def written_out(graph: Graph) -> View | None:
     """The view; None where there is nothing to write out or to look into."""
-    bodies = _bodies(graph)
-    if not bodies and not any(op.has(Trait.FUSED) for op in graph):
+    kinds = {op.kind for op in graph}
+    bodies = _bodies(graph) if OpKind.OPAQUE in kinds else {}
+    if not bodies and not any(kind.has(Trait.FUSED) for kind in kinds):
         return None
     view = View(graph)
     twins = {value: view.add_input(value.name, value.shape, value.dtype, (graph, value)) for value in graph.inputs}

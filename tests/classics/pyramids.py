@@ -221,8 +221,8 @@ class FCN8(nn.Module):
 CASES: dict[str, Case] = {
     # Three backbone bottlenecks; SPPF is dense; the top-down path joins across resolutions, the bottom-up path joins
     # what it came from across resolutions too.
-    "YOLOv5 (C3)": Case(lambda: Yolo(C3), image(), {"identity": 3, "dense": 1, "long": 4}, "inner"),
-    "YOLOv8 (C2f)": Case(lambda: Yolo(C2f), image(), {"identity": 3, "dense": 8, "long": 4}),
+    "YOLOv5 (C3)": Case(lambda: Yolo(C3), image(), {"identity": 3, "dense": 1, "long": 4}, "inner", folded="none"),
+    "YOLOv8 (C2f)": Case(lambda: Yolo(C2f), image(), {"identity": 3, "dense": 8, "long": 4}, traced=False),
     "FPN": Case(Fpn, image(), {"long": 2}),
     # The bottom-up sums join two 3×3 convolutions.
     "PANet": Case(lambda: Fpn(True), image(), {"long": 2}),

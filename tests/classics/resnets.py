@@ -362,7 +362,9 @@ CASES: dict[str, Case] = {
     "ECA-Net": Case(lambda: bottlenecks(end=ECA), image(), {"identity": 2, "projection": 1}, "inner"),
     "CBAM": Case(lambda: bottlenecks(end=CBAM), image(), {"identity": 2, "projection": 1}, "inner"),
     "SK-Net": Case(lambda: bottlenecks(middle=SelectiveKernel), image(), {"identity": 2, "projection": 1}, "branch"),
-    "ResNeSt": Case(lambda: bottlenecks(middle=SplitAttention), image(), {"identity": 2, "projection": 1}, "branch"),
+    "ResNeSt": Case(
+        lambda: bottlenecks(middle=SplitAttention), image(), {"identity": 2, "projection": 1}, "branch", traced=False
+    ),
     "PyramidNet": Case(PyramidNet, image(), {"pad": 3}, "sandwich", traced=False),
     "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, training=True, traced=False),
     "Shake-Shake": Case(ShakeShake, image(), {"parallel": 2}, "branch"),
