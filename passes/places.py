@@ -12,7 +12,7 @@ from rescompile.detection.paths import is_pointwise
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.geometry import Geometry, geometry
+from rescompile.passes.geometry import Geometry, geometry, show
 from rescompile.passes.layers import Chain, Layer, Place, chains, layers
 from rescompile.passes.likeness import Likeness
 from rescompile.plans import Refusal
@@ -139,6 +139,10 @@ def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
             start, end, there = (_positions(value) for value in (before.entry, before.end, after.entry))
             if before.head or after.head or start is None or end is None or there is None:
                 continue
+            if there != end and not all(isinstance(extent, int) for extent in (*there, *end)):
+                shapes = f"{show(before.end.shape)} → {show(after.entry.shape)}"
+                why = "odd sizes would not come back; fix height and width (not the batch)"
+                yield Refusal(after.name, f"kind=long compares resolutions, and {shapes} is symbolic: {why}")
             rises = _larger(there, end) or (there == end and _larger(end, start))
             source = earlier.get(there) if rises else None
             if source is not None and (source.residual or after.residual):

@@ -297,6 +297,21 @@ def test_autoencoder_gets_long_skips(combine: str, ir: str) -> None:
     assert rc.inspect(result.graph).summary()["by_kind"] == {"long": 2}
 
 
+def test_long_skips_take_a_dynamic_batch_and_refuse_symbolic_resolutions_in_words() -> None:
+    dim = torch.export.Dim.AUTO
+    model, inputs = Autoencoder().eval(), image(16, 2)
+    result = rc.rewrite(rc.capture(model, inputs, dynamic=({0: dim},)), "insert-shortcuts{kind=long}")
+    assert len(result.applied) == 2
+    graph = rc.capture(model, inputs, dynamic=({0: dim, 2: dim, 3: dim},))
+    refused = rc.rewrite(graph, "insert-shortcuts{kind=long}", verify=False).refused
+    assert refused
+    assert all("odd sizes would not come back" in entry.reason for entry in refused)
+
+
+def test_network_of_one_resolution_gets_no_long_skip() -> None:
+    assert "does not lower its resolution" in refusal(mlp(4), (torch.randn(2, 16),), "insert-shortcuts{kind=long}")
+
+
 def test_autoencoder_becomes_the_hand_written_u_net() -> None:
     model = Autoencoder()
     result = rc.rewrite(rc.capture(model.eval(), image(16, 1)), "insert-shortcuts{kind=long,start=residual}")
