@@ -197,7 +197,8 @@ def _folded(graph: Graph, sites: list[_Site], fresh: FreshNames) -> Rewrite:
     rewired: list[Edit] = []
     renewed: dict[Op, str] = {}
     for (weight, old, _), ops in biases.items() if site.shifts else ():
-        settings, operands = _settings(ops[0], site), names([weight, old, gain, bias, mean, variance])
+        operands = names([weight, old, gain if site.whole else None, bias, mean, variance])
+        settings = _settings(ops[0], site)
         if old is not None and _alone(old, ops, 2):
             shifted.append(SetParameter(old.name, "folded_bias", operands, settings))
             continue

@@ -71,6 +71,10 @@ class Graph:
         """Whether the graph is the training form of its model."""
         return False
 
+    def may_share(self, value: Value) -> bool:
+        """Whether one tensor may stand for several of the user's model, because an exporter merged equal ones."""
+        return False
+
     def value(self, name: str) -> Value:
         """The value of that name; GraphError with the nearest name when there is none."""
         try:

@@ -263,7 +263,8 @@ def _is_plain(text: str) -> bool:
 def _describe_type(hint: Any) -> str:
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe_type(member) for member in get_args(hint))
+        written = [member for member in get_args(hint) if get_origin(member) is not Mapping]  # data from Python only
+        return " or ".join(_describe_type(member) for member in written)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(hint))
     if origin is tuple:

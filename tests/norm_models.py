@@ -101,3 +101,32 @@ def twin(model: nn.Module, other: nn.Module, rename: Callable[[str], str] = lamb
     assert not unexpected, unexpected
     assert all(other.get_parameter(key).dim() == 1 for key in missing), missing
     return other.eval()
+
+
+class SpelledRMSNorm(nn.Module):
+    """RMSNorm in its parts, computed in float32 (Llama)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class SpelledLayerNorm(nn.Module):
+    """LayerNorm in its parts."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.weight * (x - mean) / torch.sqrt(variance + 1e-6) + self.bias
+
+
+NORMS["spelled rms"], NORMS["spelled layer"] = SpelledRMSNorm, SpelledLayerNorm

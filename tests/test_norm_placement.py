@@ -14,7 +14,7 @@ from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.plans import Plan
 from rescompile.rewriting import Result
-from tests.norm_models import NORMS, Stack, livened, twin
+from tests.norm_models import Stack, livened, twin
 
 IRS = ("fx", "onnx")
 X = (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)),)
@@ -55,7 +55,7 @@ def reasons(model: nn.Module, spec: str = "pre-norm", inputs: tuple[torch.Tensor
 
 
 @pytest.mark.parametrize("ir", IRS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["layer", "rms", "group"])
 @pytest.mark.parametrize("target", ["pre", "branch", "sandwich"])
 def test_a_post_norm_stack_becomes_the_module_written_with_the_other_placement(target: str, norm: str, ir: str) -> None:
     inputs = IMAGE if norm == "group" else X
@@ -67,6 +67,22 @@ def test_a_post_norm_stack_becomes_the_module_written_with_the_other_placement(t
     assert rc.inspect(result.graph).summary()["by_norm"] == {target: 3}
     back = converted(result.graph, "post-norm", 3)
     assert difference(back.graph, model, inputs) <= (0.0 if ir == "fx" else 1e-6)
+
+
+@pytest.mark.parametrize("norm", ["spelled rms", "spelled layer"])
+@pytest.mark.parametrize(
+    ("source", "spec"), [("post", "pre-norm{final-norm=none}"), ("pre", "branch"), ("pre", "post-norm")]
+)
+def test_a_norm_that_several_operations_spell_moves_to_the_bit_in_half_precision(
+    norm: str, source: str, spec: str
+) -> None:
+    target = {"pre-norm{final-norm=none}": "pre", "branch": "branch", "post-norm": "post"}[spec]
+    model = livened(Stack(source, norm)).half()
+    other = Stack(target, norm).half()
+    other.load_state_dict(model.state_dict())
+    inputs = (X[0].half(),)
+    result = converted(captured(model, inputs), spec, 3)
+    assert difference(result.graph, other.eval(), inputs) == 0.0
 
 
 @pytest.mark.parametrize("source", ["pre", "branch", "sandwich"])
@@ -548,6 +564,14 @@ def test_a_view_of_the_stream_that_others_read_too_is_left_alone() -> None:
     assert any("rearranges the stream for" in reason for reason in reasons(Shared()))
 
 
+@pytest.mark.parametrize("placement", ["post", "branch"])
+def test_blocks_with_an_activation_between_them_are_for_another_pass(placement: str) -> None:
+    stack = Stack(placement, "group")
+    stack.layers = nn.ModuleList(nn.Sequential(layer, nn.ReLU()) for layer in stack.layers)
+    found = reasons(stack, inputs=IMAGE)
+    assert sum("is for pre-activation to move" in reason for reason in found) == 2
+
+
 def test_mixed_placement_all_or_nothing() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -612,3 +636,11 @@ class Finished(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.norm(self.stack(x))
         return y
+
+
+def test_equal_norms_that_an_exporter_merged_are_no_shared_norm() -> None:
+    model = encoder(False).eval()  # gains 1, shifts 0
+    graph = captured(model, S, "onnx")
+    assert len({value for op in graph if op.kind.value == "layer_norm" for value in op.inputs[1:]}) == 2
+    result = converted(graph, "pre-norm", 6)
+    assert difference(result.graph, twin(model, Finished(encoder(True)), lambda key: f"stack.{key}"), S) < 1e-5
