@@ -8,7 +8,8 @@ from functools import cached_property
 from rescompile.blocks import Block, Report
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.norm_blocks import NormedBlock, keeps_features, read_block
+from rescompile.passes.norm_blocks import NormedBlock, keeps_features
+from rescompile.passes.norm_reading import read_block
 from rescompile.plans import Refusal
 
 _TURNS = (OpKind.RESHAPE, OpKind.PERMUTE)
