@@ -95,7 +95,7 @@ def draw(outcomes: dict[str, Outcome], entropy: float, gradients: GradientCompar
     last.set(xscale="log", yscale="log", xticks=list(law.post), xticklabels=list(map(str, law.post)))
     last.minorticks_off()
     layers = range(len(law.stream))
-    stream.plot(layers, law.stream, label="converted to pre-norm")
+    stream.plot(layers, law.stream, color="C1", label="converted to pre-norm")
     stream.fill_between(layers, [1 + n / 2 for n in layers], [1 + 3 * n / 2 for n in layers], alpha=0.2, label="bounds")
     stream.set(xlabel="layer l", ylabel="E‖x_l‖² / d", title="Xiong et al. 2020, lemma 2")
     for axes in (losses, depths, last, stream):

@@ -11,6 +11,7 @@ differ. A block is described once, whichever form it is in, and can be written i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -95,7 +96,7 @@ class ActivatedBlocks:
 
     def __init__(self, graph: Graph, report: Report) -> None:
         self._graph = graph
-        self._blocks = report.blocks
+        self._starting = Counter(block.fork_value for block in report.blocks)
         self._skips: dict[Value, set[Use]] = {}
         for block in report.blocks:
             self._skips.setdefault(block.fork_value, set()).update(_skip_uses(block))
@@ -239,9 +240,8 @@ class ActivatedBlocks:
         return Lead(closing, tuple(reversed(pools)), False, value, x, stem, stem and alone)
 
     def _alone(self, value: Value) -> bool:
-        """Whether at most one block's skip reads a value, and the graph does not return it."""
-        blocks = [block for block in self._blocks if block.fork_value is value]
-        return len(blocks) <= 1 and not self._graph.is_output(value)
+        """Whether at most one block starts from a value, and the graph does not return it."""
+        return self._starting[value] <= 1 and not self._graph.is_output(value)
 
 
 def _skip_uses(block: Block) -> list[Use]:

@@ -83,7 +83,7 @@ class InsertShortcuts:
             joined[place.join] = mixed.result
             sketch.stand_in(place.join, mixed.result)
             reason = f"{place.layers} layer{'s' * (place.layers != 1)}" if place.layers else "as asked"
-            reason += f"; {mixed.shortcut} shortcut, {sketch.parameters:,} parameter{'s' * (sketch.parameters != 1)}"
+            reason += f"; {mixed.shortcut} shortcut: {sketch.costs}"
             if place.note:
                 reason += f"; {place.note}"
             if number == first:
@@ -91,7 +91,7 @@ class InsertShortcuts:
             number += 1
             yield Rewrite(place.name, mixed.equation, reason, tuple(sketch.edits))
         if not found:
-            yield Refusal(graph.name or "model", _nothing(report))
+            yield Refusal(graph.name or "model", _nothing(report, self.kind))
 
     def _remark(self, depth: int) -> str:
         """What is said once."""
@@ -219,7 +219,9 @@ def _first_number(graph: Graph) -> int:
     return 1 + max((int(number) for number in taken if number.isdecimal()), default=-1)
 
 
-def _nothing(report: Report) -> str:
+def _nothing(report: Report, kind: Kind) -> str:
+    if kind == "long":
+        return "the model does not lower its resolution and raise it to the same again, outside of residual blocks"
     if report.blocks:
         return f"every layer lies in one of the {len(report)} residual blocks already, or is stem or head"
     return "the model has no layers in a row between its first layer and its head"

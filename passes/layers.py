@@ -186,11 +186,12 @@ def chains(graph: Graph) -> list[Chain]:
 
     for value in graph.inputs:
         start(value)
+    moving = _moving(graph)
     while pending:
         value = heappop(pending)[2]
         chain = Chain(value, worked=value in worked, head=value in vectors)
         done, head = chain.worked, chain.head
-        while (step := _step(graph, value)) is not None:
+        while (step := _step(graph, value, moving)) is not None:
             chain.steps.append(step)
             done = done or step.works
             head = head or (done and _reduces_to_vector(step))
@@ -199,6 +200,8 @@ def chains(graph: Graph) -> list[Chain]:
         if chain.steps:
             found.append(chain)
         for op in value.users:
+            if op.kind is OpKind.RECURRENT and op.operands[0] is not value and op.operands[0] in moving:
+                continue  # a state; the chain of the sequence goes through it
             works = done or op.kind in _WORKING
             for output in op.outputs:
                 if works:
@@ -209,22 +212,33 @@ def chains(graph: Graph) -> list[Chain]:
     return found
 
 
-def _step(graph: Graph, value: Value) -> Step | None:
+def _moving(graph: Graph) -> set[Value]:
+    """The values that depend on an input; others are weights, or computed from weights (by a weight norm)."""
+    found = set(graph.inputs)
+    for op in graph:
+        if not found.isdisjoint(op.operands):
+            found.update(op.outputs)
+    return found
+
+
+def _step(graph: Graph, value: Value, moving: Collection[Value]) -> Step | None:
     """The step that `value` enters; None where the chain ends."""
     readers = value.users
     if not readers or graph.is_output(value):
         return None
     if len(readers) == 1:
         op = readers[0]
-        if not _reads_only(op, (value,)):
+        if not _reads_only(op, (value,), moving):
             return None
         open_ = [output for output in op.outputs if output.uses or graph.is_output(output)]
+        if op.kind is OpKind.RECURRENT:  # the stream is the sequence, its last states may go elsewhere
+            return Step(value, open_[0], (op,)) if open_[:1] == list(op.outputs[:1]) else None
         if len(open_) == 1:
             return Step(value, open_[0], (op,))
-    return _region(graph, value)
+    return _region(graph, value, moving)
 
 
-def _region(graph: Graph, entry: Value) -> Step | None:
+def _region(graph: Graph, entry: Value, moving: Collection[Value]) -> Step | None:
     """The operations from `entry` to where all that comes from it has gone through one value again."""
     heap: list[tuple[int, int, Op]] = []
     queued: set[Op] = set()
@@ -241,7 +255,7 @@ def _region(graph: Graph, entry: Value) -> Step | None:
     queue(entry)
     while heap and len(inside) < _LARGEST_REGION:
         op = heappop(heap)[2]
-        if not _reads_only(op, known):
+        if not _reads_only(op, known, moving):
             return None
         inside.append(op)
         for value in dict.fromkeys(op.operands):
@@ -260,8 +274,11 @@ def _region(graph: Graph, entry: Value) -> Step | None:
     return None
 
 
-def _reads_only(op: Op, known: Collection[Value]) -> bool:
-    return all(value.constant or value in known for value in op.operands)
+def _reads_only(op: Op, known: Collection[Value], moving: Collection[Value]) -> bool:
+    """Whether nothing else that depends on an input enters; the states that a recurrent layer starts from may."""
+    if op.kind is OpKind.RECURRENT:
+        return op.operands[0] in known
+    return all(value in known or value not in moving for value in op.operands)
 
 
 def _reduces_to_vector(step: Step) -> bool:
@@ -269,13 +286,17 @@ def _reduces_to_vector(step: Step) -> bool:
 
 
 def _reduces(op: Op) -> bool:
-    """Whether positions are pooled, flattened or picked away: fewer axes are left that hold more than one element."""
+    """Whether positions are pooled, flattened or picked away until features alone are left: [N, C, 1, 1] or [N, C].
+
+    What merges or drops some of several axes of positions (an image read as a sequence) leaves a stream.
+    """
     if not op.operands or op.kind in _WORKING:
         return False
     before, after = op.operands[0].shape, op.outputs[0].shape
     if before is None or after is None:
         return False
-    return sum(extent != 1 for extent in after) < sum(extent != 1 for extent in before)
+    held = [sum(extent != 1 for extent in shape) for shape in (before, after)]
+    return held[1] < held[0] and sum(extent != 1 for extent in after[1:]) <= 1
 
 
 def layers(chain: Chain, blocks: Collection[Op]) -> Iterator[Layer]:

@@ -8,7 +8,8 @@ from functools import cached_property
 from rescompile.blocks import Block, Report
 from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.norm_blocks import NormedBlock, keeps_features, read_block
+from rescompile.passes.norm_blocks import NormedBlock, keeps_features
+from rescompile.passes.norm_reading import read_block
 from rescompile.plans import Refusal
 
 _TURNS = (OpKind.RESHAPE, OpKind.PERMUTE)
@@ -89,6 +90,9 @@ class Stacks:
         turn = next((op for _, way in following for op in way if op.kind in _TURNS), None)
         if turn is not None and (whole or not keeps_features(turn)):
             return f"between its norm and the next block's '{turn.name}' ({turn.kind.value}) changes the axis"
+        act = next((op for op in normed.out.users if op.has(Trait.ACTIVATION) and op.output in self._next), None)
+        if act is not None:
+            return f"'{act.name}' activates its result before the next block, which is for pre-activation to move"
         if not following:
             return ""
         if self.graph.is_output(normed.out):
@@ -124,7 +128,7 @@ class Stacks:
         """
         own = {op for unit in normed.units.values() for op in unit.ops}
         for value in {operand for op in own for operand in op.operands if operand.role is Role.PARAMETER}:
-            for op in value.users:
+            for op in () if self.graph.may_share(value) else value.users:
                 if op in own:
                     continue
                 other = self._by_norm.get(op)

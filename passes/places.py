@@ -12,7 +12,7 @@ from rescompile.detection.paths import is_pointwise
 from rescompile.errors import RescompileError, nearest
 from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.geometry import Geometry, geometry
+from rescompile.passes.geometry import Geometry, geometry, show
 from rescompile.passes.layers import Chain, Layer, Place, chains, layers
 from rescompile.passes.likeness import Likeness
 from rescompile.plans import Refusal
@@ -45,7 +45,8 @@ def by_count(graph: Graph, report: Report, every: int, join: Join, alike: Likene
 def by_stage(graph: Graph, report: Report, join: Join, alike: Likeness) -> Iterator[Place | Refusal]:
     """Pairs of layers within a stage, the layers that keep one shape and the one that changes to it.
 
-    A stage's odd layer goes with its last pair; a region with branches (an Inception module) is a group of its own.
+    A stage's odd layer goes with its last pair; stages of one layer that follow one another are paired too; a region
+    with branches (an Inception module) is a group of its own.
     """
     for chain, run in _runs(graph, report):
         last: Value | None = None
@@ -54,9 +55,9 @@ def by_stage(graph: Graph, report: Report, join: Join, alike: Likeness) -> Itera
             if len(groups) > 1 and len(groups[-1]) == 1:
                 groups[-2:] = [groups[-2] + groups[-1]]
             for group in groups:
-                region = any(len(step.ops) > 1 and step.works for layer in group for step in layer.steps)
-                if len(group) == 1 and not region:
-                    yield Refusal(group[0].name, "the only layer of its stage: a shortcut around it would skip nothing")
+                if len(group) == 1 and not _has_branches(group[0]):
+                    why = "the only layer of its stage, and its neighbours have stages of their own: every=1 skips it"
+                    yield Refusal(group[0].name, why)
                 else:
                     place = _place(chain, group, join, last, alike)
                     last = place.join
@@ -138,6 +139,10 @@ def by_resolution(graph: Graph, report: Report) -> Iterator[Place | Refusal]:
             start, end, there = (_positions(value) for value in (before.entry, before.end, after.entry))
             if before.head or after.head or start is None or end is None or there is None:
                 continue
+            if there != end and not all(isinstance(extent, int) for extent in (*there, *end)):
+                shapes = f"{show(before.end.shape)} → {show(after.entry.shape)}"
+                why = "odd sizes would not come back; fix height and width (not the batch)"
+                yield Refusal(after.name, f"kind=long compares resolutions, and {shapes} is symbolic: {why}")
             rises = _larger(there, end) or (there == end and _larger(end, start))
             source = earlier.get(there) if rises else None
             if source is not None and (source.residual or after.residual):
@@ -208,16 +213,29 @@ def _around(chain: Chain, group: Sequence[Layer], join: Join, previous: Value | 
 
 
 def _stages(run: Sequence[Layer]) -> Iterator[list[Layer]]:
-    stage: list[Layer] = []
+    stages: list[list[Layer]] = []
     shape: Shape | None = None
     for layer in run:
-        if stage and layer.end.shape != shape:
-            yield stage
-            stage = []
+        if stages and layer.end.shape == shape:
+            stages[-1].append(layer)
+        else:
+            stages.append([layer])
         shape = layer.end.shape
-        stage.append(layer)
-    if stage:
+    single: list[Layer] = []
+    for stage in stages:
+        if len(stage) == 1 and not _has_branches(stage[0]):
+            single += stage
+            continue
+        if single:
+            yield single
+        single = []
         yield stage
+    if single:
+        yield single
+
+
+def _has_branches(layer: Layer) -> bool:
+    return any(len(step.ops) > 1 and step.works for step in layer.steps)
 
 
 def _ends(graph: Graph, pair: str) -> tuple[Value, Value]:

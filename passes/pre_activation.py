@@ -7,7 +7,7 @@ the skip reads it, or what it is the activation of, wherever the norm of the blo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
@@ -16,13 +16,14 @@ from rescompile.graph import Graph
 from rescompile.kinds import OpKind
 from rescompile.passes import activation_moves as moves
 from rescompile.passes.activated_blocks import ActivatedBlock, ActivatedBlocks
-from rescompile.passes.remove_shortcuts import _chosen as chosen
+from rescompile.passes.norm_conversion import chosen
 from rescompile.passes.sketch import Sketch
 from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
 
 First: TypeAlias = Literal["own", "shared"]
 Kept: TypeAlias = Literal["drop", "keep"]
 Added: TypeAlias = Literal["new", "none"]
+Names: TypeAlias = str | tuple[str, ...]
 
 # Notes on what the edits do; a block that reads the same in both forms has none.
 _Writer: TypeAlias = Callable[[Sketch, ActivatedBlock], list[str]]
@@ -41,14 +42,14 @@ class PreActivation:
     4. `first=own`: the first block takes the stem's norm and activation, which go behind the pool that the stem ends
        in. `first=shared` (He et al. 2016, section 4.1): the stem keeps them, and both paths read the stem's result.
 
-    Another function of the same weights, which keep their names. `blocks`: by id, join or module; all where none are
-    given. What the conditions do not turn down is converted, whatever becomes of the blocks around it.
+    Another function of the same weights, which keep their names. `blocks`: which ones, as ids, ranges (`0-5`), joins or
+    modules. What the conditions do not turn down is converted, whatever becomes of the blocks around it.
     """
 
     name: ClassVar[str] = "pre-activation"
     first: First = "own"
     projection_norm: Kept = "drop"
-    blocks: tuple[str, ...] = ()
+    blocks: Names = "all"
 
     @property
     def preserves(self) -> Preserves:
@@ -96,7 +97,7 @@ class PostActivation:
 
     name: ClassVar[str] = "post-activation"
     projection_norm: Added = "new"
-    blocks: tuple[str, ...] = ()
+    blocks: Names = "all"
 
     @property
     def preserves(self) -> Preserves:
@@ -129,9 +130,9 @@ class PostActivation:
         return block.projected and block.skip_norm is None and self.projection_norm == "new"
 
 
-def _decisions(graph: Graph, wanted: Sequence[str], form: str, write: _Writer) -> Iterator[Rewrite | Refusal]:
+def _decisions(graph: Graph, wanted: Names, form: str, write: _Writer) -> Iterator[Rewrite | Refusal]:
     report = inspect_graph(graph)
-    asked = chosen(report, wanted)
+    asked = chosen(list(report.blocks), wanted)
     if not asked:
         yield Refusal(graph.name or "model", "the model has no residual block")
     blocks, fresh = ActivatedBlocks(graph, report), FreshNames(graph)
@@ -153,8 +154,9 @@ def _decisions(graph: Graph, wanted: Sequence[str], form: str, write: _Writer) -
 
 
 def _nothing(block: ActivatedBlock, form: str) -> str:
-    if block.norm is None and not block.bare and block.projected:
-        return "without norms, and with a projection as its skip, a block is the same in both forms"
+    if block.norm is None and not block.bare and (block.projected or block.lead is None):
+        skip = "is a projection" if block.projected else "starts from what no activation makes"
+        return f"without a norm behind its branch, and with a skip that {skip}, it is the same in both forms"
     return f"it has the {form}-activation form already"
 
 

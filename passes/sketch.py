@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rescompile.costs import Cost, kind_cost
 from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind
 from rescompile.plans import (
@@ -41,6 +42,7 @@ class Sketch:
         self.dtype = dtype
         self.edits: list[Edit] = []
         self.parameters = 0  # numbers that training changes
+        self.cost = Cost()  # of the new operations, on one call
         self._fresh = fresh
         self._seed = seed
 
@@ -84,6 +86,8 @@ class Sketch:
         first = next(term for term in inputs if term is not None and term.shape != ())
         name = self._fresh(f"{self.prefix.replace('.', '_')}_{label or kind.value}")
         made = Made(name, first.shape if shape is None else shape, self.dtype)
+        cost = kind_cost(kind, inputs, (made,), attrs)
+        self.cost = Cost(self.cost.flops + cost.flops, self.cost.bytes + cost.bytes)
         operands = tuple(None if term is None else term.name for term in inputs)
         self.edits.append(Insert(kind.value, operands, ((made.name, made.shape, made.dtype),), attrs))
         return made
@@ -91,6 +95,12 @@ class Sketch:
     def let_read(self, op: Op, made: Made) -> None:
         """Let an existing operation read a new value as its first operand."""
         self.edits.append(SetOperand(op.name, 0, made.name))
+
+    @property
+    def costs(self) -> str:
+        """What the edits add, in words."""
+        plural = "s" * (self.parameters != 1)
+        return f"{self.parameters:,} parameter{plural}, {self.cost.flops:,} FLOPs, {self.cost.bytes:,} bytes moved"
 
     def stand_in(self, old: Value, new: Made) -> None:
         """Let every reader of `old` read `new`, but for the operations of this sketch."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.structure.lengths import Lengths, path_lengths
 from rescompile.structure.members import Members
@@ -50,8 +52,7 @@ class Scale:
         return f"{self.on} × {factor}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
+class Block(msgspec.Struct, frozen=True, eq=False):
     """H(x) = F(x) + x and its relatives: the operations between a fork and the join that brings its paths together.
 
     `branch_ops` are the branch's own operations in topological order; a block nested in it appears there as its join

@@ -5,20 +5,29 @@ Exit codes: 0 done; 1 the model or the request cannot be served; 2 wrong usage; 
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rescompile.cli_output import complain, html_page, libraries_silent, say, say_json, show, stage
-from rescompile.errors import EXIT_CANNOT_SERVE, EXIT_USAGE, RescompileError
+from rescompile.cli_exit import run_and_exit
+from rescompile.cli_options import (
+    ArtifactOut,
+    Backend,
+    Init,
+    Inputs,
+    Json,
+    Model,
+    ModelOut,
+    NoVerify,
+    Passes,
+    Trust,
+)
+from rescompile.cli_output import html_page, say, say_json, show, stage
+from rescompile.errors import EXIT_USAGE, RescompileError
 
 if TYPE_CHECKING:
     from rescompile.graph import Graph
@@ -32,41 +41,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="file.onnx, file.pt2 or package.module:attribute")]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        metavar="SHAPE[:DTYPE]",
-        help="1x3x224x224, 2x16:int64 or Nx3x224x224; once for each input, where the model does not bring its own",
-    ),
-]
-Trust = Annotated[bool, typer.Option("--trust", help="let torch run the code that a .pt2 file holds")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON only")]
-Passes = Annotated[
-    list[str] | None,
-    typer.Option("--pass", metavar="SPEC", help="name or name{option=value,...}; repeats, in order; fuse otherwise"),
-]
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="do not compare the result with the original")]
-ModelOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", help="where the model goes")]
-ArtifactOut = Annotated[Path, typer.Option("-o", "--output", metavar="ARTIFACT", help="where the compiled model goes")]
-
-
-class Init(StrEnum):
-    """Which weights gradients are measured with."""
-
-    GIVEN = "given"
-    XAVIER = "xavier"
-
-
-class Backend(StrEnum):
-    """What runs a model."""
-
-    TVM = "tvm"
-    ONNXRUNTIME = "onnxruntime"
-    INDUCTOR = "inductor"
-    EAGER = "eager"
 
 
 @app.callback()
@@ -482,72 +456,9 @@ def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileEr
     return SpecError(f"{what}{nearest(name, known) if known else ''}{choices}.")
 
 
-_INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit: errors are one sentence on stderr, a traceback only with --traceback."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has left: nothing to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_CANNOT_SERVE
-    sys.exit(status)
-
-
-def _run(arguments: list[str]) -> int:
-    show = "--traceback" in arguments
-    try:
-        with nullcontext() if show else libraries_silent():
-            status = app(arguments, standalone_mode=False)
-    except RescompileError as error:
-        return _failed(str(error), error.exit_code, show)
-    except (KeyboardInterrupt, typer.Abort):
-        return _INTERRUPTED
-    except BrokenPipeError:
-        raise
-    except ModuleNotFoundError as error:
-        return _failed(_missing(error), EXIT_CANNOT_SERVE, show)
-    except Exception as error:  # noqa: BLE001 - the last resort: one sentence, and the traceback on request
-        message = getattr(error, "format_message", None)
-        if message is not None:  # typer's own usage errors, whose classes differ between its versions
-            return _failed(str(message()), EXIT_USAGE, show)
-        what = f"{type(error).__name__}: {error}".rstrip(".")
-        hint = "this is a bug in rescompile; run again with `rescompile --traceback ...` to see where"
-        return _failed(f"Internal error ({what}): {hint}.", EXIT_CANNOT_SERVE, show)
-    return status if isinstance(status, int) else 0
-
-
-def _failed(sentence: str, status: int, show_traceback: bool) -> int:
-    if show_traceback:
-        traceback.print_exc()
-    complain(sentence)
-    return status
-
-
-_EXTRAS = {
-    "matplotlib": "plot",
-    "torch": "torch",
-    "onnx": "onnx",
-    "onnx_ir": "onnx",
-    "onnxscript": "onnx",
-    "onnxruntime": "onnx",
-    "tvm": "tvm",
-    "tvm_ffi": "tvm",
-    "safetensors": "tvm",
-}
-
-
-def _missing(error: ModuleNotFoundError) -> str:
-    name = (error.name or "").partition(".")[0]
-    if name in _EXTRAS:
-        return f"This needs {name}, which is not installed: pip install 'rescompile[{_EXTRAS[name]}]'."
-    if name == "rescompile":
-        return f"Internal error ({error}): this installation of rescompile is not complete; install it again."
-    return f"This needs the Python package '{name or error}', which is not installed: install it first."
+    run_and_exit(app, list(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

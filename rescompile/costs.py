@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rescompile.extents import extent_of
 from rescompile.fused import expand
@@ -138,16 +138,38 @@ def _is_statistic(value: Value) -> bool:
 
 def op_cost(op: Op, extents: Mapping[str, int] | None = None) -> Cost:
     """Cost of one operation on one call."""
-    extents = extents or {}
     if all(value.constant for value in op.outputs):
         return Cost()
-    operands = [None if value is None else _Term(value.shape) for value in op.inputs]
-    out = [value.shape for value in op.outputs]
-    flops = _flops(op.kind, operands, out, op.attrs, extents)
-    if op.kind in _VIEWS:
+    return kind_cost(op.kind, op.inputs, op.outputs, op.attrs, extents)
+
+
+class Sized(Protocol):
+    """A tensor as far as costs go; equal ones are one tensor."""
+
+    @property
+    def shape(self) -> Shape | None:
+        """Extents."""
+
+    @property
+    def dtype(self) -> str | None:
+        """Element type."""
+
+
+def kind_cost(
+    kind: OpKind,
+    inputs: Sequence[Sized | None],
+    outputs: Sequence[Sized],
+    attrs: Attrs,
+    extents: Mapping[str, int] | None = None,
+) -> Cost:
+    """Cost of an operation of a kind, also of one that is only planned."""
+    extents = extents or {}
+    operands = [None if term is None else _Term(term.shape) for term in inputs]
+    flops = _flops(kind, operands, [term.shape for term in outputs], attrs, extents)
+    if kind in _VIEWS:
         return Cost(flops, 0)
-    read = dict.fromkeys(op.operands)
-    return Cost(flops, sum(_nbytes(value, extents) for value in [*read, *op.outputs]))
+    read = dict.fromkeys(term for term in inputs if term is not None)
+    return Cost(flops, sum(_nbytes(term, extents) for term in [*read, *outputs]))
 
 
 def tensor_size(value: Value, extents: Mapping[str, int] | None = None) -> tuple[int, int]:
@@ -319,7 +341,7 @@ def _elements(shape: Shape | None, extents: Mapping[str, int]) -> int:
     return count
 
 
-def _nbytes(value: Value, extents: Mapping[str, int]) -> int:
+def _nbytes(value: Sized, extents: Mapping[str, int]) -> int:
     return _elements(value.shape, extents) * _WIDTHS.get(value.dtype or "", _DEFAULT_WIDTH)
 
 

@@ -45,6 +45,7 @@ def compare(
     # Which outputs count depends on the blocks that they are behind: the graph with all of them decides.
     lead = max((after, before), key=lambda side: len(side[1].blocks))
     positions = final_outputs(*lead)
+    outputs = getattr(before[0], "output_names", None) or [value.name for value in before[0].outputs]
     original = {value.name for value in before[0].parameters}
     flows, weights = [], _GIVEN
     for graph, probes in ((before[0], [pair.before for pair in pairs]), (after[0], [pair.after for pair in pairs])):
@@ -52,7 +53,7 @@ def compare(
         if init == "xavier":
             drawn = initialise(module, graph, original, seed)
             weights = f"new weights (Xavier, seed {seed}): {drawn} drawn"
-        names, found = run_probes(module, probes, arrays, positions, seed)
+        names, found = run_probes(module, probes, arrays, positions, seed, outputs)
         flows.append(GradientFlow(before[1].model, found, data, seed, extents, names, notes_on(found, len(found))))
     return GradientComparison(
         flows[0],

@@ -47,12 +47,23 @@ def measure(graph: Graph, report: Report, inputs: Inputs | None = None, seed: in
 
 
 def run_probes(
-    module: Twin, probes: Sequence[Probe], inputs: Mapping[str, Data], outputs: Sequence[int], seed: int
+    module: Twin,
+    probes: Sequence[Probe],
+    inputs: Mapping[str, Data],
+    outputs: Sequence[int],
+    seed: int,
+    names: Sequence[str] = (),
 ) -> tuple[tuple[str, ...], tuple[BlockFlow, ...]]:
-    """Names of the outputs that the gradient came from, of those at the positions `outputs`; and what probes found."""
+    """Names of the outputs that the gradient came from, of those at the positions `outputs`; and what probes found.
+
+    `names`: of all outputs, in the place of their own; with the seed they fix the direction of the loss.
+    """
     run = _Run(module, probes)
-    names = run.backward(run.forward(inputs), outputs, seed)
-    return names, tuple(run.flow(probe) for probe in probes)
+    found = run.forward(inputs)
+    if len(names) == len(found):
+        found = [(name, tensor) for name, (_, tensor) in zip(names, found, strict=True)]
+    used = run.backward(found, outputs, seed)
+    return used, tuple(run.flow(probe) for probe in probes)
 
 
 def forward_signals(

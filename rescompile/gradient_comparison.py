@@ -125,11 +125,15 @@ def pairs_of(before: tuple[Graph, Report], after: tuple[Graph, Report]) -> tuple
     pairs = []
     for probe in lead:
         partner = partners.get(probe) or _without_skip(probe, graph)
+        if partner.join is None:
+            continue
         mine, theirs = _same_parameters(probe, partner)
         here, there = probe.block.norm, partner.block.norm if probe in partners else PLAIN
         pairs.append(Pair(theirs, mine, there, here) if forwards else Pair(mine, theirs, here, there))
-    left = len(other) - len(partners)
-    notes = (f"{left} blocks of the {'original' if forwards else 'result'} have no counterpart.",) if left else ()
+    left = {"original": len(other) - len(partners), "result": len(lead) - len(pairs)}
+    if not forwards:
+        left = {"original": left["result"], "result": left["original"]}
+    notes = tuple(f"{count} blocks of the {side} have no counterpart." for side, count in left.items() if count)
     return pairs, notes
 
 

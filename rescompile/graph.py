@@ -13,22 +13,21 @@ methods.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 
 from rescompile.errors import GraphError, nearest
 from rescompile.kinds import OpKind, Trait
+from rescompile.native import Evaluator, Native
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
 
 __all__ = ["Attrs", "Body", "Dim", "Evaluator", "Graph", "Op", "Role", "Shape", "Value", "ValueType"]
 
-Evaluator: TypeAlias = Callable[[Sequence[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
 
-
-class Graph:
+class Graph(Native):
     """Values and operations in topological order, and the edits that change them."""
 
     ir = "memory"
@@ -69,6 +68,10 @@ class Graph:
     @property
     def training(self) -> bool:
         """Whether the graph is the training form of its model."""
+        return False
+
+    def may_share(self, value: Value) -> bool:
+        """Whether one tensor may stand for several of the user's model, because an exporter merged equal ones."""
         return False
 
     def value(self, name: str) -> Value:
@@ -406,69 +409,6 @@ class Graph:
     def cannot_emit(self, kind: OpKind) -> str:
         """Why the model's IR (its opset, its mode) cannot hold an operation of this kind; empty when it can."""
         return ""
-
-    # ---- what adapters implement -------------------------------------------------------------------------------
-
-    def native_data(self, value: Value) -> np.ndarray[Any, Any]:
-        """Contents of a parameter or literal."""
-        return np.asarray(value.native)
-
-    def native_bodies(self, op: Op) -> tuple[Body, ...]:
-        """The graphs inside the native nodes of an opaque operation, read anew on each call."""
-        return ()
-
-    def native_evaluator(self, op: Op) -> Evaluator:
-        """What computes an operation that no kind describes: its results for its operands."""
-        raise GraphError(f"'{op.name}' cannot be computed: a graph in memory has nothing that runs it.")
-
-    def native_emit(self, op: Op) -> None:
-        """Create native nodes for `op`, set `op.native` and every output's `native`, stamp `op.provenance`."""
-
-    def native_set_shape(self, value: Value) -> None:
-        """Declare `value.shape` natively."""
-
-    def native_forgo(self, op: Op) -> None:
-        """Note that no form of the model has `op`, which is removed next."""
-
-    def native_erase(self, op: Op) -> None:
-        """Remove the native nodes that `op` covers."""
-        self.native_erase_nodes(op.native)
-
-    def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
-        """Remove native nodes that nothing reads."""
-
-    def native_redirect(self, old: Any, value: Value) -> None:
-        """Let every reader of the native value `old`, graph outputs included, read `value.native`; names stay."""
-
-    def native_set_operand(self, op: Op, index: int, value: Value) -> None:
-        """Change one operand of the native nodes of `op`; `op.inputs[index]` still is the old value."""
-
-    def native_ask_shape(self, old: Value, new: Value) -> None:
-        """Let native nodes that the view does not show, and that ask for the shape of `old`, ask `new`.
-
-        Else they would keep what makes `old` from going anywhere behind what they serve.
-        """
-
-    def native_replace_output(self, old: Value, new: Value) -> None:
-        """Let `new` be a graph output in the place of `old`; the output's outward name stays."""
-
-    def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
-        """Register a new tensor and set `value.native`."""
-        value.native = data
-
-    def native_add_literal(self, value: Value, number: float) -> None:
-        """Make the number known and set `value.native`."""
-        value.native = np.asarray(number)
-
-    def native_set_data(self, value: Value, data: np.ndarray[Any, Any]) -> None:
-        """Replace the tensor, not its contents: other graphs may share it."""
-        value.native = data
-
-    def native_drop(self, value: Value) -> None:
-        """Remove a parameter that nothing reads."""
-
-    def native_commit(self) -> None:
-        """Sort and check the native object."""
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from rescompile.graph import Body, Op, Role, Value
 from rescompile.onnx_import import captured
 from rescompile.onnx_native import set_type
 from rescompile.onnx_ops import FUNCTION_DOMAIN, SMALL, can_be_written_out, is_static, literal, nodes_within
+from rescompile.onnx_quantised import quantised, written_out
 
 if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph
@@ -34,6 +35,9 @@ def read_bodies(graph: OnnxGraph, op: Op) -> tuple[Body, ...]:
         if function.domain == FUNCTION_DOMAIN or not can_be_written_out(graph.model.functions, function):
             return ()
         return (_called(graph, node, function, outer),)
+    row = quantised(node)
+    if row is not None:
+        return (_called(graph, node, written_out(node, row), outer),)
     found: list[Body] = []
     for name, attribute in node.attributes.items():
         if attribute.type is ir.AttributeType.GRAPH:

@@ -219,6 +219,11 @@ class OnnxGraph(Graph):
             self.native.redirect(old, value.native)
         self._session = None
 
+    def may_share(self, value: Value) -> bool:
+        """Exporters merge equal tensors: fresh gains and shifts, of one number each, tell of no common layer."""
+        data = self.data(value)
+        return bool(data.size) and bool((data == data.flat[0]).all())
+
     def native_set_operand(self, op: Op, index: int, value: Value) -> None:
         """In place where the operand is one input of the operation's nodes, else by writing the operation anew."""
         old, new = op.inputs[index], self._native(value)

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from rescompile.onnx_ops import SMALL, PartialShape, can_be_written_out, constant_tensor, dtype_name
+from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
 
 # Operators outside the standard that have, for inference, the meaning of a standard one on their first inputs, and the
 # outputs that have the type of the first.
@@ -87,11 +88,16 @@ def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
         op_type, count, same = _STAND_INS[op_type]
         domain, inputs = "", inputs[:count]
         outputs = [[node.outputs[i].name or ""] for i in same if i < len(node.outputs) and node.outputs[i].name]
+    row = quantised(node) if domain else None
+    if row is not None:
+        op_type, domain, inputs = row.op_type, "", float_inputs(node, row)
     for names in outputs:
         proto = graph.node.add(op_type=op_type, domain=domain, overload=node.overload)
         proto.input.extend("" if value is None else value.name or "" for value in inputs)
         proto.output.extend(names)
-        for name, attribute in node.attributes.items():
+        for name, attribute in (
+            node.attributes.items() if row is None else ((a.name, a) for a in float_attributes(node))
+        ):
             if name not in ("activation", "activation_params") or domain:
                 ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
 

@@ -663,6 +663,22 @@ def test_norm_that_closes_a_block_does_not_open_the_next(closing: bool) -> None:
     assert norms == (["post", "none"] if closing else ["pre"])
 
 
+@pytest.mark.parametrize("carried", [False, True])
+def test_activated_norm_between_projected_blocks_opens_the_next_one_unless_an_identity_skip_carries_it(
+    carried: bool,
+) -> None:
+    # He et al. 2016, figure 4: full pre-activation, and batch norm after addition
+    b = Builder()
+    x = b.relu(b.batch_norm(b.conv(b.input(1, 3, 8, 8), 8)))
+    for _ in range(2):
+        branch = b.conv(b.relu(b.batch_norm(b.conv(x, 8))), 8)
+        x = b.relu(b.batch_norm(b.add(b.conv(x, 8, 1), branch)))
+        if carried:
+            x = b.relu(b.batch_norm(b.add(x, b.conv(b.relu(b.batch_norm(b.conv(x, 8))), 8))))
+    norms = [block.norm for block in inspect_graph(b.output(x))]
+    assert norms == (["post"] * 4 if carried else ["pre"] * 2)
+
+
 # ---- scale ---------------------------------------------------------------------------------------------------------
 
 

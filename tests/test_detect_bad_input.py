@@ -303,6 +303,64 @@ def test_sum_of_a_value_and_its_quantised_form_is_no_block() -> None:
     assert "no working branch" in report.not_residual[0].reason
 
 
+QLINEAR = """g (float[1, 4, 8, 8] x) => (float[1, C, 8, 8] y)
+  <float s = {0.1}, uint8 z = {128}, int8[4, 4, 1, 1] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16},
+   float[4] sw = {1,1,1,1}, int8[4] zw = {0,0,0,0}, int32[4] b = {1,2,3,4}, uint8[4, 1, 1] t = {1,2,3,4}> {
+  xq = QuantizeLinear(x, s, z)
+  c = QLinearConv(xq, s, z, w, sw, zw, s, z, b)  r = com.microsoft.QLinearSigmoid(c, s, z, s, z)
+  d = QLinearConv(r, s, z, w, sw, zw, s, z)
+  jq = JOIN
+  y = DequantizeLinear(jq, s, z) }"""
+
+
+def quantised_join(join: str, channels: int = 4) -> Report:
+    text = QLINEAR.replace("JOIN", join).replace("[1, C, 8, 8]", f"[1, {channels}, 8, 8]")
+    return found(parse(text, ', "com.microsoft" : 1'))
+
+
+@pytest.mark.parametrize(
+    ("join", "kind", "equation"),
+    [
+        ("com.microsoft.QLinearAdd(xq, s, z, d, s, z, s, z)", "add", "x + F(x)"),
+        ("com.microsoft.QLinearConcat <axis = 1> (s, z, xq, s, z, d, s, z)", "dense", "[x, F(x)]"),
+    ],
+)
+def test_quantised_join_in_one_operator(join: str, kind: str, equation: str) -> None:
+    report = quantised_join(join, 8 if kind == "dense" else 4)
+    block = one(report)
+    assert (block.kind, block.shortcut, block.fork, block.join) == (kind, "identity", "xq", "jq")
+    assert block.branch == ("c", "r", "d")
+    assert block.undecided == ()
+    assert report.to_dict()["blocks"][0]["equation"] == equation
+
+
+@pytest.mark.parametrize(
+    ("join", "reason"),
+    [
+        ("com.microsoft.QLinearAdd(d, s, z, t, s, z, s, z)", "bias"),
+        ("com.microsoft.QLinearAdd(r, s, z, c, s, z, s, z)", "no working branch"),
+    ],
+    ids=["a constant", "an activation of the other"],
+)
+def test_quantised_join_of_no_block_has_a_reason(join: str, reason: str) -> None:
+    report = quantised_join(join)
+    assert not report.blocks
+    assert [each.reason.split(":")[0] for each in report.not_residual] == [reason]
+
+
+@pytest.mark.parametrize(("second", "reasons"), [("d", ["opaque"]), ("t", [])], ids=["two streams", "a constant"])
+def test_opaque_join_whose_shape_nobody_knows_has_a_reason(second: str, reasons: list[str]) -> None:
+    report = quantised_join(f"com.microsoft.QLinearMystery(xq, s, z, {second}, s, z, s, z)")
+    assert not report.blocks
+    assert [each.reason.split(":")[0] for each in report.not_residual] == reasons
+
+
+def test_quantised_product_is_no_join() -> None:
+    report = quantised_join("com.microsoft.QLinearMul(xq, s, z, d, s, z, s, z)")
+    assert not report.blocks
+    assert not report.not_residual
+
+
 def test_quantised_around_the_add_in_torch() -> None:
     decomposed = torch.ops.quantized_decomposed
 
@@ -403,13 +461,23 @@ def test_traced_without_shapes_says_what_it_could_not_decide() -> None:
     assert block.undecided
 
 
+def test_shortcut_that_enlarges_too_makes_no_long_block_where_no_shapes_are_known() -> None:
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    wide = [b.op(Kind.INTERPOLATE, value, shape=(1, 4, 16, 16)) for value in (x, b.relu(b.conv(x, 4)))]
+    assert one(untyped(b.output(b.conv(b.add(wide[0], b.conv(wide[1], 4)), 4)))).kind == "add"
+
+
 def untyped_network(up: bool) -> Report:
     """[x, F(x)] with F by a smaller image and back, or not, and nothing known of any shape but the weights'"""
     b = Builder()
     x = b.input(1, 4, 8, 8)
     y = b.relu(b.conv(b.relu(b.conv(x, 4, stride=2 if up else 1)), 4))
     y = b.op(Kind.INTERPOLATE, y, shape=(1, 4, 8, 8)) if up else y
-    graph = b.output(b.conv(b.concat(x, y), 4))
+    return untyped(b.output(b.conv(b.concat(x, y), 4)))
+
+
+def untyped(graph: rc.Graph) -> Report:
     for value in graph.values:
         if value.role is not Role.PARAMETER:
             value.shape = None

@@ -53,6 +53,9 @@ def stacks(depth: int = 3) -> tuple[Stack, Stack]:
     """Post-norm and pre-norm, with the same weights."""
     torch.manual_seed(0)
     post, pre = Stack(depth), Stack(depth, pre=True)
+    for norm in post.norm:  # norms that are equal would be one in an ONNX file
+        nn.init.normal_(norm.weight, 1.0, 0.1)
+        nn.init.normal_(norm.bias, 0.0, 0.1)
     pre.load_state_dict(post.state_dict())
     return post.eval(), pre.eval()
 
@@ -102,14 +105,45 @@ def test_the_stream_is_measured_at_both_joins() -> None:
     assert after.join_gradient == near(cotangent(comparison.after, (4, WIDTH)).norm().item())
 
 
+@pytest.mark.parametrize("ir", ["fx", "onnx"])
+def test_a_converted_graph_is_compared_like_the_hand_written_one(ir: str) -> None:
+    x = torch.randn(4, WIDTH)
+    post, pre = stacks()
+    result = rc.rewrite(graph_of(post, x, ir), "pre-norm{final-norm=none}")
+    converted = result.compare_gradients((x,))
+    written = rc.compare_gradients(result.original, graph_of(pre, x, ir), inputs=(x,))
+    assert converted.placements == (("post", "pre"),) * 3
+    assert converted.before.to_dict() == written.before.to_dict()
+    assert converted.after.outputs == written.after.outputs == written.before.outputs
+    for one, other in zip(converted.after, written.after, strict=True):
+        assert one.join == other.join
+        assert one.join_gradient == near(other.join_gradient)
+        assert one.parameter_gradient == near(other.parameter_gradient)
+
+
+def test_blocks_of_a_blend_that_the_original_has_no_place_for_are_counted() -> None:
+    x = torch.randn(4, WIDTH)
+    result = rc.rewrite(stacks()[0], "pre-norm{mode=gradual}", (x,))
+    comparison = result.compare_gradients((x,))
+    assert len(comparison.notes) == 1
+    assert comparison.notes[0].endswith("blocks of the result have no counterpart.")
+    own = [pair for pair, (was, _) in zip(comparison, comparison.placements, strict=True) if was == "post"]
+    assert len(own) == 3
+    for before, after in own:
+        assert before.join is not None
+        assert after.join is not None
+        assert after.join.mean_square == near(before.join.mean_square)
+
+
 def test_each_side_is_the_flow_of_its_own_graph() -> None:
     x = torch.randn(4, WIDTH)
     post, pre = stacks()
     comparison = rc.compare_gradients(post, pre, (x,), inputs=(x,))
-    for model, flow in ((post, comparison.before), (pre, comparison.after)):
-        alone = rc.gradient_flow(model, (x,), inputs=(x,))
-        assert [block.join_gradient for block in flow] == [block.join_gradient for block in alone]
-        assert (flow.ratio, flow.slope, flow.growth) == (alone.ratio, alone.slope, alone.growth)
+    alone = rc.gradient_flow(post, (x,), inputs=(x,))
+    assert [block.join_gradient for block in comparison.before] == [block.join_gradient for block in alone]
+    assert comparison.before.to_dict()["slope"]["join"] == near(alone.slope)
+    other = rc.gradient_flow(pre, (x,), inputs=(x,))
+    assert comparison.after.growth == other.growth
 
 
 def test_slopes_and_growth_are_least_squares_over_the_blocks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,20 @@ def test_preserve_is_exact_across_upsampling_and_found_again(options: str, mode:
     np.testing.assert_array_equal(first_output(result.graph, image(7)), first_output(graph, image(7)))
 
 
+@pytest.mark.parametrize("ir", IRS)
+@pytest.mark.parametrize("spec", [*SPECS, "insert-shortcuts{every=2,start=layerscale,match=pool}"])
+def test_costs_of_the_shortcuts_add_up_to_what_the_network_costs_more(spec: str, ir: str) -> None:
+    result = rc.rewrite(captured(livened(PlainNet(1)), image(16), ir), spec, verify=False)
+    pattern = r": ([\d,]+) parameters?, ([\d,]+) FLOPs, ([\d,]+) bytes moved"
+    found = [re.search(pattern, rewrite.reason) for rewrite in result.applied]
+    stated = [sum(int(match[1 + at].replace(",", "")) for match in found if match) for at in range(3)]
+    before, after = result.costs
+    assert all(found)
+    assert stated[0] == after.parameters - before.parameters
+    assert stated[1] == after.flops - before.flops
+    assert stated[2] == after.bytes - before.bytes
+
+
 # ---- sums that would be no residual connection -------------------------------------------------------------------
 
 
@@ -280,6 +295,21 @@ def test_autoencoder_gets_long_skips(combine: str, ir: str) -> None:
     result = rc.rewrite(graph, f"insert-shortcuts{{kind=long,combine={combine}}}")
     assert result.verification.ok
     assert rc.inspect(result.graph).summary()["by_kind"] == {"long": 2}
+
+
+def test_long_skips_take_a_dynamic_batch_and_refuse_symbolic_resolutions_in_words() -> None:
+    dim = torch.export.Dim.AUTO
+    model, inputs = Autoencoder().eval(), image(16, 2)
+    result = rc.rewrite(rc.capture(model, inputs, dynamic=({0: dim},)), "insert-shortcuts{kind=long}")
+    assert len(result.applied) == 2
+    graph = rc.capture(model, inputs, dynamic=({0: dim, 2: dim, 3: dim},))
+    refused = rc.rewrite(graph, "insert-shortcuts{kind=long}", verify=False).refused
+    assert refused
+    assert all("odd sizes would not come back" in entry.reason for entry in refused)
+
+
+def test_network_of_one_resolution_gets_no_long_skip() -> None:
+    assert "does not lower its resolution" in refusal(mlp(4), (torch.randn(2, 16),), "insert-shortcuts{kind=long}")
 
 
 def test_autoencoder_becomes_the_hand_written_u_net() -> None:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import rescompile as rc
+from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.passes.pre_activation import PreActivation
-from rescompile.plans import Plan
+from rescompile.plans import Erase, Plan, ReplaceUses, Rewrite, SetShape
 from rescompile.printing import print_graph
 from rescompile.rewriting import Result
 from tests.activation_models import NORMS, Design, Network, both
@@ -337,6 +338,13 @@ def test_each_block_is_converted_for_itself(chosen: set[int]) -> None:
     report = rc.inspect(graph)
     names = tuple(report.blocks[index].join for index in sorted(chosen))
     result = rc.rewrite(graph, PreActivation(blocks=names))
+    numbers = [str(index) for index in sorted(chosen)]
+    spec = (
+        f"pre-activation{{blocks=[{','.join(numbers)}]}}"
+        if len(numbers) > 1
+        else f"pre-activation{{blocks={names[0]}}}"
+    )
+    assert rc.plan(graph, spec).rewrites == result.plan.rewrites
     assert len(result.applied) == len(chosen)
     with torch.no_grad():
         wanted = partly(post, chosen, image()[0])
@@ -513,3 +521,27 @@ def test_one_refused_block_keeps_none_of_the_others() -> None:
     with torch.no_grad():
         wanted = partly(post, {0, 2, 3}, image()[0])
     assert np.array_equal(first_output(result.graph, image()), wanted.numpy())
+
+
+# ---- the edits that these passes brought --------------------------------------------------------------------------
+
+
+def test_shape_that_an_operation_does_not_make_is_refused() -> None:
+    graph = rc.capture(both(Design())[0], image())
+    for value, message in (("relu", "was declared as"), ("conv.weight", "keeps its shape")):
+        plan = Plan(rewrites=[Rewrite("here", "", "", (SetShape(value, (2, 8, 3, 3)),))])
+        with pytest.raises(RescompileError, match=message):
+            rc.apply(graph, plan)
+
+
+@pytest.mark.parametrize("for_good", [True, False])
+def test_norm_that_is_erased_for_good_is_not_missed_in_training(for_good: bool) -> None:
+    graph = rc.capture(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval(), image())
+    norm = graph.outputs[0]
+    edits = (ReplaceUses(norm.name, norm.producer.operands[0].name), Erase(norm.producer.name, for_good))
+    model = rc.apply(graph, Plan(rewrites=[Rewrite("here", "", "", edits, "interface")])).model
+    if for_good:
+        assert model.train().training
+    else:
+        with pytest.raises(RescompileError, match="took away"):
+            model.train()

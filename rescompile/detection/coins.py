@@ -11,9 +11,9 @@ A condition on the data itself is no coin: which layers run then is computed (Sk
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from rescompile.blocks import Block
 from rescompile.detection.flavours import is_random_factor

@@ -53,7 +53,7 @@ def comes_back(judgement: Judgement, draft: Draft) -> list[bool]:
     extents, before = _extents(draft.join_value.shape), _extents(draft.fork.shape)
     if extents is None and draft.join_value.shape is not None:
         return []
-    moved = before is not None and extents is not None and len(before) == len(extents) and before != extents
+    moved = extents is None or (before is not None and len(before) == len(extents) and before != extents)
     if moved and _resizes(draft):
         return []
     back = {op for op in draft.branch_ops if _enlarges(op) or _is_beside(judgement, draft, op)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from rescompile.blocks import Block, NotResidual, Report
 from rescompile.costs import own_parameter_count, parameter_count
@@ -154,14 +156,21 @@ class _Telling:
             read = block.join_op.inputs[skip_index]
             skip = view.told_value(block.fork_value if read is None else read, depth)
             skip_index = next((at for at, value in enumerate(join_op.inputs) if value is skip), skip_index)
+
+        def told_beside(ops: Iterable[Op]) -> tuple[Op, ...]:
+            """As they are told; what does the join counts only if it computes a part of the path as well."""
+            return view.told_ops(
+                (op for op in ops if not (op.has(Trait.FREE) and view.told_op(op, depth) is join_op)), depth
+            )
+
         return replace(
             block,
             fork_value=view.told_value(block.fork_value, depth),
             join_op=join_op,
             join_value=view.visible(block.join_value, depth),
             skip_index=skip_index,
-            branch_ops=view.told_ops(block.branch_ops, depth),
-            shortcut_ops=view.told_ops(block.shortcut_ops, depth),
+            branch_ops=told_beside(block.branch_ops),
+            shortcut_ops=told_beside(block.shortcut_ops),
             norm_ops=view.told_ops(block.norm_ops, depth),
             join_ops=view.told_ops(block.join_ops, depth),
             outside=tuple(view.told_value(value, depth) for value in block.outside),

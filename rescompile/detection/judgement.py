@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 from rescompile.detection.chains import order
 from rescompile.detection.reach import Reach
@@ -13,8 +15,7 @@ from rescompile.kinds import OpKind
 _FACTORS = 8  # factors and casts between a stream and a sum, at most
 
 
-@dataclass(slots=True, eq=False)
-class Draft:
+class Draft(msgspec.Struct, eq=False):
     """A block as a rule found it; what depends on the whole graph (parent, norm placement, ...) is added later."""
 
     kind: str
@@ -27,8 +28,8 @@ class Draft:
     branch_ops: list[Op]
     shortcut_ops: list[Op]
     outside: list[Value]
-    join_ops: list[Op] = field(default_factory=list)  # all sums that make up the join, `join_op` last
-    undecided: list[str] = field(default_factory=list)  # what could not be told, for want of shapes
+    join_ops: list[Op] = []  # all sums that make up the join, `join_op` last
+    undecided: list[str] = []  # what could not be told, for want of shapes
     kinds: frozenset[OpKind] = frozenset()  # of the branch's operations, once the block is accepted
 
     @property
@@ -92,8 +93,7 @@ class Judgement:
         self.reach.contract(draft.join_value, draft.fork)
         if draft.kind in ("add", "parallel") and draft.shortcut == "identity":
             self._streams[draft.join_value] = self._streams.get(draft.fork, draft.fork)
-            plain = all(op.kind is OpKind.ADD and set(op.attrs.get("scales", ())) <= {1.0} for op in draft.join_ops)
-            if plain and not draft.shortcut_ops:
+            if not draft.shortcut_ops and all(map(_is_plain, draft.join_ops)):
                 self._origins[draft.join_value] = self._origins.get(draft.fork, draft.fork)
 
     def mix(self, op: Op) -> Value | None:
@@ -114,17 +114,14 @@ class Judgement:
 
     def joins_siblings(self, op: Op) -> bool:
         """Whether a sum is of blocks that start from one value, beside each other: (x + A(x)) + (x + F(x))."""
-        streams = self._streams
+        drafts: set[Draft] = set()
         for value in op.inputs:
-            if value is None or value not in streams:  # mostly the first is none: this is asked of every sum
-                return False
-        forks: set[Value] = set()
-        for value in set(op.inputs):
-            draft = None if value is None or value.producer is None else self.drafts.get(value.producer)
+            maker = value.producer if value in self._streams else None
+            draft = None if maker is None else self.drafts.get(maker)
             if draft is None:
                 return False
-            forks.add(draft.fork)
-        return len(set(op.inputs)) == len(op.inputs) > 1 and len(forks) == 1
+            drafts.add(draft)
+        return len(drafts) == len(op.inputs) > 1 and len({draft.fork for draft in drafts}) == 1
 
     def _shares(self, op: Op) -> list[Value]:
         moving = (value for value in op.inputs if value is not None and not value.constant)
@@ -168,6 +165,11 @@ def _without_factor(value: Value, streams: Mapping[Value, Value]) -> Value:
         else:
             break
     return value
+
+
+def _is_plain(op: Op) -> bool:
+    """Whether the operation adds its operands as they are."""
+    return op.kind is OpKind.ADD and ("scales" not in op.attrs or set(op.scales) == {1.0})
 
 
 def _adds(op: Op, value: Value) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from rescompile.detection.chains import order
 from rescompile.detection.reach import Reach
@@ -29,8 +30,7 @@ _NOTHING = (
 RESIZING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(msgspec.Struct, frozen=True):
     """The operations from a fork to one operand of a join, one after the other, each reading only the one before."""
 
     ops: tuple[Op, ...]

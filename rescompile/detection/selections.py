@@ -25,8 +25,13 @@ def selection(judgement: Judgement, op: Op) -> Refusal | None:
 
 
 def unknown(judgement: Judgement, op: Op) -> Refusal | None:
-    """Why an opaque operation on two values of its own result's shape ends no block; None for any other."""
+    """Why an opaque operation on two values of its own result's shape ends no block; None for any other.
+
+    Where nobody knows the result's shape, it may be that of the first value read.
+    """
     shape = op.outputs[0].shape
+    if shape is None:
+        shape = next((value.shape for value in op.operands if value.rank and not value.constant), None)
     meet = _meet(judgement, op, [value for value in op.inputs if value is not None and value.shape == shape])
     if meet is None:
         return None

@@ -41,7 +41,7 @@ def residual_sum(judgement: Judgement, op: Op) -> Draft | Refusal:
     if output.dtype is not None and output.dtype.startswith(INTEGERS):
         return Refusal("integer arithmetic: the sum computes positions or sizes, not features")
     operands = [(index, value) for index, value in enumerate(op.inputs) if value is not None]
-    if len({value for _, value in operands}) == 1:
+    if all(value is operands[0][1] for _, value in operands):
         return Refusal(f"x + x: every operand is '{operands[0][1].name}'", operands[0][1])
     if only_measured(judgement, op):
         return Refusal("a distance: the difference is only squared and summed up, as in a loss")

@@ -47,9 +47,10 @@ def _joined(block: Block) -> str:
         return f"T(x)·{branches[0]} + (1 − T(x))·{skip}"
     join = block.join_op
     skip = f"{_factor(block, 'skip')}{skip}"
-    if join.kind is OpKind.CONCAT:
+    called = join.kind is OpKind.OPAQUE and block.kind != "long"  # a call stands for the join inside it
+    if join.kind is OpKind.CONCAT or (called and block.kind == "dense"):
         return f"[{skip}, {', '.join(branches)}]"
-    if join.kind is not OpKind.ADD and not join.has(Trait.FUSED):
+    if join.kind is not OpKind.ADD and not called and not join.has(Trait.FUSED):
         return f"{join.kind.value}({skip}, {', '.join(branches)})"
     return skip + "".join(f" {_sign(block)} {branch}" for branch in branches)
 
