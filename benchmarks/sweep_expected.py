@@ -14,9 +14,12 @@ from benchmarks.sweep_expected_transformers import EXPECTED as TRANSFORMERS
 
 @dataclass(frozen=True)
 class Expected:
-    """Counts of one model; `onnx`: those of the export, where the exporter loses something; `because`: why, or how."""
+    """Counts of one model, None where nobody went through its definition; `because`: why, or how.
 
-    counts: dict[str, int]
+    `onnx`: the counts of the export, where the exporter loses something.
+    """
+
+    counts: dict[str, int] | None
     onnx: dict[str, int] | None = None
     because: str = ""
 

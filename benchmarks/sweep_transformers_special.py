@@ -47,8 +47,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 2},
     "hunyuan_vl_text": _SECTIONS,
     "hunyuan_vl": _in_text(_SECTIONS),
-    "musicgen": {"dropout": 0.0, "layerdrop": 0.0, "scale_embedding": False},
-    "musicgen_melody": {"dropout": 0.0, "layerdrop": 0.0, "scale_embedding": False},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "chameleon": {"vocabulary_map": {"<image>": 120, "IMGIMGA": 121}},
