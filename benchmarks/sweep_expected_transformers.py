@@ -140,6 +140,12 @@ _OTHERS: dict[str, Expected] = {
         "exporter drops it",
         {"identity": 12, "projection": 4, "dense": 5, "long": 2, "branches": 12},
     ),
+    "vjepa2": Expected(
+        {"identity": 8},
+        "pre",
+        "two layers of the encoder, two of the predictor, which is no part of the last hidden state: an exporter drops it",
+        {"identity": 4},
+    ),
     "sam": Expected(
         None,
         None,
@@ -204,7 +210,12 @@ _OTHERS: dict[str, Expected] = {
     "dab-detr": _of(
         None, "the scale of positions that each encoder layer computes is a nested sum", identity=24, projection=4
     ),
-    "maskformer": _of("pre", "Swin, a decoder of two layers, three levels of FPN", identity=22, long=3),
+    "maskformer": Expected(
+        {"identity": 22, "long": 3},
+        "pre",
+        "Swin, a decoder of two layers, three levels of FPN; the decoder starts from zeros, as DETR's",
+        {"identity": 21, "long": 3},
+    ),
     "focalnet": _of("pre", identity=16),
     "hiera": _of(
         "pre", "where a stage begins, the shortcut is a linear and a maximum over windows", identity=13, projection=3
