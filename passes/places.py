@@ -56,7 +56,7 @@ def by_stage(graph: Graph, report: Report, join: Join, alike: Likeness) -> Itera
                 groups[-2:] = [groups[-2] + groups[-1]]
             for group in groups:
                 if len(group) == 1 and not _has_branches(group[0]):
-                    why = "the only layer of its stage, and its neighbours have stages of their own: every=1 skips it"
+                    why = "the only layer of its stage: every=1, or between=FORK:JOIN, puts a shortcut around it"
                     yield Refusal(group[0].name, why)
                 else:
                     place = _place(chain, group, join, last, alike)
