@@ -143,7 +143,8 @@ _OTHERS: dict[str, Expected] = {
     "vjepa2": Expected(
         {"identity": 8},
         "pre",
-        "two layers of the encoder, two of the predictor, which is no part of the last hidden state: an exporter drops it",
+        "two layers of the encoder, two of the predictor, which is no part of the last hidden state: an exporter "
+        "drops it",
         {"identity": 4},
     ),
     "sam": Expected(
