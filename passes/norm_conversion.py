@@ -85,10 +85,7 @@ class Conversion:
 
     def _literal(self, factor: Op) -> bool:
         """Whether an operation multiplies by a number that is written down, and neither trained nor computed."""
-        return any(
-            value.role is Role.CONSTANT and self.graph.scalar(value) is not None
-            for value in factor.operands
-        )
+        return any(value.role is Role.CONSTANT and self.graph.scalar(value) is not None for value in factor.operands)
 
     def _keep_sharers_together(self, fitting: dict[Block, NormedBlock], refused: dict[Block, Refusal]) -> None:
         """Blocks whose norms share weights are converted all or none."""
