@@ -1,4 +1,4 @@
-"""Stacks whose norms move while something around them is unusual: factors on the skip, outer skips, files in between."""
+"""Stacks whose norms move while what is around them is unusual: factors on the skip, outer skips, files in between."""
 
 from __future__ import annotations
 
