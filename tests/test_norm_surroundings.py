@@ -106,3 +106,18 @@ def test_a_new_parameter_of_one_element_is_one_in_the_file_too(tmp_path: Path) -
     result.save(tmp_path / "m.onnx")
     names = {value.name for value in rc.load(tmp_path / "m.onnx").parameters}
     assert names == {value.name for value in result.graph.parameters}
+
+
+def test_an_unknown_extent_that_a_file_names_twice_is_one_extent(tmp_path: Path) -> None:
+    import onnx
+
+    model = livened(Stack("post"))
+    extents = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(model, X, path, dynamo=True, verbose=False, external_data=False, dynamic_shapes={"x": extents})
+    written = onnx.load(path)
+    for axis, name in enumerate(("out_batch", "out_length")):  # as the older exporter declares it
+        written.graph.output[0].type.tensor_type.shape.dim[axis].dim_param = name
+    onnx.save(written, path)
+    result = converted(rc.load(path), "pre-norm{final-norm=none}", 3)
+    assert rc.inspect(result.graph).summary()["by_norm"] == {"pre": 3}
