@@ -100,28 +100,21 @@ def interface_of(graph: Graph) -> tuple[Any, ...]:
 
 
 def _same_interface(before: tuple[Any, ...], after: tuple[Any, ...]) -> bool:
-    """Whether a caller sees the same. An output's unknown extent that no input has may be any other one's name."""
-    if before == after:
-        return True
+    """Whether a caller sees the same. An unknown extent of an output, if no input has it, may go by any name."""
     (inputs, outputs), (inputs_after, outputs_after) = before, after
     own = {extent for _, shape, _ in inputs for extent in shape or ()}
 
-    def known(shape: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-        free = [not isinstance(extent, int) and extent not in own for extent in shape]
-        return tuple(
-            there if loose and not isinstance(there, int) else here
-            for loose, here, there in zip(free, shape, other, strict=True)
-        )
+    def same(one: Any, other: Any) -> bool:
+        unknown = not isinstance(one, int) and not isinstance(other, int)
+        return bool(one == other or (unknown and (one not in own or other not in own)))
 
     def alike(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
         (shape, dtype), (there, dtype_there) = one, other
         if shape is None or there is None or len(shape) != len(there):
             return one == other
-        return dtype == dtype_there and known(shape, there) == there
+        return bool(dtype == dtype_there and all(map(same, shape, there)))
 
-    return bool(
-        inputs == inputs_after and len(outputs) == len(outputs_after) and all(map(alike, outputs, outputs_after))
-    )
+    return inputs == inputs_after and len(outputs) == len(outputs_after) and all(map(alike, outputs, outputs_after))
 
 
 def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed: int = 0) -> Verification:

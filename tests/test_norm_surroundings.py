@@ -121,3 +121,4 @@ def test_an_unknown_extent_that_a_file_names_twice_is_one_extent(tmp_path: Path)
     onnx.save(written, path)
     result = converted(rc.load(path), "pre-norm{final-norm=none}", 3)
     assert rc.inspect(result.graph).summary()["by_norm"] == {"pre": 3}
+    converted(result.graph, "post-norm", 3)
