@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rescompile as rc
+from rescompile.verify import verify
 from tests.norm_models import Stack, livened
 from tests.test_norm_placement import IRS, X, captured, converted, difference, encoder, outputs
 
@@ -122,3 +123,19 @@ def test_an_unknown_extent_that_a_file_names_twice_is_one_extent(tmp_path: Path)
     result = converted(rc.load(path), "pre-norm{final-norm=none}", 3)
     assert rc.inspect(result.graph).summary()["by_norm"] == {"pre": 3}
     converted(result.graph, "post-norm", 3)
+
+
+def test_extents_that_inputs_have_do_not_change_places_in_an_output() -> None:
+    class Turned(nn.Module):
+        def __init__(self, turned: bool) -> None:
+            super().__init__()
+            self.turned = turned
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.relu()
+            return y.transpose(0, 1) if self.turned else y
+
+    extents = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    straight, turned = (rc.capture(Turned(way), X, dynamic=(extents,)) for way in (False, True))
+    assert verify(straight, straight, "interface").ok
+    assert not verify(straight, turned, "interface").ok
