@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rescompile.graph import Graph, Op, Role, Value
+from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.norm_blend import BLEND
 from rescompile.plans import Edit, Erase, Plan, Preserves, Refusal, ReplaceUses, Rewrite, gather
@@ -37,7 +37,7 @@ class FreezeBlend:
         if number not in (0.0, 1.0):
             shown = "no number" if number is None else f"{number:g}"
             return Refusal(self.scalar, f"it is {shown}: a blend is frozen at 1, or at 0 for the original form")
-        rest = {op.output for op in scalar.users if _is_rest(op, scalar)}
+        rest = {op.output for op in scalar.users if _is_rest(graph, op, scalar)}
         mixes = list(_mixes(scalar, rest))
         readers = {op for value in (scalar, *rest) for op in value.users}
         known = {op for mix in mixes for op in mix.products} | {value.producer for value in rest}
@@ -63,13 +63,12 @@ class _Mix:
     products: tuple[Op, Op]
 
 
-def _is_rest(op: Op, scalar: Value) -> bool:
+def _is_rest(graph: Graph, op: Op, scalar: Value) -> bool:
     """Whether an operation is 1 − λ."""
     if op.kind is not OpKind.ADD or len(op.inputs) != 2:
         return False
     other = next(index for index, value in enumerate(op.inputs) if value is not scalar)
-    one = op.inputs[other]
-    return one is not None and one.role is Role.CONSTANT and op.scales[other] == 1.0 and op.scales[1 - other] == -1.0
+    return graph.scalar(op.inputs[other]) == 1.0 and op.scales[other] == 1.0 and op.scales[1 - other] == -1.0
 
 
 def _mixes(scalar: Value, rest: set[Value]) -> Iterator[_Mix]:

@@ -42,7 +42,7 @@ class Blender:
         one = sketch.literal(1.0)
         self.rest = Made(self.fresh(f"{name}_rest"), (), self.dtype)
         made = ((self.rest.name, (), self.dtype),)
-        sketch.edits.append(Insert(OpKind.ADD.value, (self.scalar.name, one.name), made, {"scales": (-1.0, 1.0)}))
+        sketch.edits.append(Insert(OpKind.ADD.value, (one.name, self.scalar.name), made, {"scales": (1.0, -1.0)}))
         reason = f"set the model's '{name}' from 0 to 1 while it trains, then freeze-blend"
         yield Rewrite(name, "λ = 0", reason, tuple(sketch.edits))
 

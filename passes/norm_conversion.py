@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rescompile.blocks import Block
 from rescompile.detection import inspect_graph
 from rescompile.errors import RescompileError, nearest
-from rescompile.graph import Graph
+from rescompile.graph import Graph, Op, Role
 from rescompile.kinds import OpKind
 from rescompile.passes.norm_blocks import NormedBlock
 from rescompile.passes.norm_ends import Ends
@@ -69,6 +69,8 @@ class Conversion:
             return f"'{normed.factor.name}' scales its skip already"
         if source == "deepnorm" and normed.factor is not None and normed.factor.kind is not OpKind.MUL:
             return f"its skip is scaled by '{normed.factor.name}' ({normed.factor.kind.value})"
+        if source == "deepnorm" and normed.factor is not None and not self._literal(normed.factor):
+            return f"its skip is scaled by '{normed.factor.name}', and by no fixed number: the factor would be lost"
         if normed.block.scale is not None and normed.block.scale.on == "skip" and normed.factor is None:
             return "its skip is scaled in the sum itself"
         if len(units) == 2 and self.target != "sandwich" and sum(made_here(unit) for unit in units) != 1:
@@ -80,6 +82,10 @@ class Conversion:
                 "it embeds positions by a convolution, and its norm is the embedding's: name it in blocks to convert it"
             )
         return self.writer.against(normed) or self.stacks.stranger(normed)
+
+    def _literal(self, factor: Op) -> bool:
+        """Whether an operation multiplies by a number that is written down, and neither trained nor computed."""
+        return any(value.role is Role.CONSTANT and self.graph.scalar(value) is not None for value in factor.operands)
 
     def _keep_sharers_together(self, fitting: dict[Block, NormedBlock], refused: dict[Block, Refusal]) -> None:
         """Blocks whose norms share weights are converted all or none."""

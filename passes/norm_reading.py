@@ -167,7 +167,7 @@ def _misplaced(graph: Graph, normed: NormedBlock) -> str:
             return f"'{norm.name}' normalises other axes than the last"
         if any(not value.constant for value in norm.operands[1:]):
             return f"the scale or shift of '{norm.name}' is computed from the graph's inputs"
-        if unit.output.type != unit.input.type:
+        if not _same_type(unit.output, unit.input):
             return f"'{norm.name}' changes the dtype or shape of what it normalises"
         if not fits(unit, normed.fork.shape):
             return f"'{norm.name}' works on {_shape(unit.input)} and the stream is {_shape(normed.fork)}"
@@ -185,6 +185,14 @@ def _misplaced(graph: Graph, normed: NormedBlock) -> str:
     if not normed.ends:
         return "its branch ends in the sum in no single place"
     return "" if normed.entries else "the branch does not read the stream"
+
+
+def _same_type(one: Value, other: Value) -> bool:
+    """Whether two values have one dtype and no extents known to differ; a file may name one unknown extent twice."""
+    first, second = one.shape or (), other.shape or ()
+    pairs = zip(first, second, strict=False)
+    known = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+    return one.dtype == other.dtype and len(first) == len(second) and known
 
 
 def _over_features(norm: Op) -> bool:

@@ -30,6 +30,7 @@ class Stacks:
         self.report = report
         self.blocks = [block for block in report.blocks if block.kind != "branches"]
         self.read = {block: read_block(graph, report, block) for block in self.blocks}
+        self._keep_innermost()
         self._out = {self._result(block): block for block in self.blocks}
         self._next: dict[Value, list[tuple[Block, tuple[Op, ...]]]] = {}
         for block in self.blocks:
@@ -147,6 +148,21 @@ class Stacks:
             if not isinstance(normed, Refusal):
                 found.update((op, normed) for unit in normed.units.values() for op in unit.ops)
         return found
+
+    def _keep_innermost(self) -> None:
+        """Where a norm ends the branch of one block and closes another inside it, it is the inner one's."""
+        owners: dict[Op, Block] = {}
+        for block in sorted(self.blocks, key=lambda block: len(self.report.all_branch_ops(block))):
+            normed = self.read[block]
+            if isinstance(normed, Refusal):
+                continue
+            ops = [op for unit in normed.units.values() for op in unit.ops]
+            taken = next((op for op in ops if op in owners), None)
+            if taken is None:
+                owners.update(dict.fromkeys(ops, block))
+            else:
+                reason = f"'{taken.name}' is the norm of '{owners[taken].join}', a block inside its branch"
+                self.read[block] = Refusal(block.join, reason)
 
     def _normed(self, op: Op) -> bool:
         while op.kind in (OpKind.IDENTITY, OpKind.CAST) and len(op.output.uses) == 1:

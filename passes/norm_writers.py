@@ -172,9 +172,6 @@ def _move(sketch: Sketch, normed: NormedBlock, target: str) -> Iterator[str]:
     coming = [spot for spot in wanted if spot not in units or spot in leaving]
     model = next(units[spot] for spot in units if spot not in surplus)
     free = [take_off(sketch, normed, spot) for spot in leaving]
-    if normed.placed == "deepnorm" and target != "deepnorm":
-        unscale_skip(sketch, normed)
-        yield "α goes from the skip, β stays in the weights"
     for spot in coming:
         if free:
             unit = free.pop(0)
@@ -183,6 +180,9 @@ def _move(sketch: Sketch, normed: NormedBlock, target: str) -> Iterator[str]:
         else:
             put_new(sketch, normed, spot, model)
             yield f"a new norm {_PLACES[spot]}"
+    if normed.placed == "deepnorm" and target != "deepnorm":
+        unscale_skip(sketch, normed)  # last: norms at the entry read what the factor reads
+        yield "α goes from the skip, β stays in the weights"
     for unit in free:
         sketch.edits += [Erase(op.name) for op in reversed(unit.ops)]
         yield f"'{unit.norm.name}' goes"

@@ -20,7 +20,7 @@ from rescompile.onnx_functions import call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
-from rescompile.onnx_ops import PROVENANCE_KEY, Arg, literal, nodes_within
+from rescompile.onnx_ops import PARAMETER_KEY, PROVENANCE_KEY, Arg, literal, nodes_within
 from rescompile.onnx_run import Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
 from rescompile.values import numpy_dtype
@@ -150,8 +150,9 @@ class OnnxGraph(Graph):
         return evaluate_node
 
     def native_add_parameter(self, value: Value, data: np.ndarray[Any, Any], trainable: bool) -> None:
-        """A new initializer."""
+        """A new initializer, marked as none of the exporter's literals, which readers tell by their having no mark."""
         value.native = self.native.initializer(value.name, data)
+        value.native.metadata_props[PARAMETER_KEY] = "trained" if trainable else "fixed"
         self._session = None
 
     def native_add_literal(self, value: Value, number: float) -> None:

@@ -20,6 +20,7 @@ from rescompile.kinds import OpKind as K
 
 FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
 PROVENANCE_KEY = "rescompile.pass"
+PARAMETER_KEY = "rescompile.parameter"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
 OLDEST_INITIALIZERS = 4  # the IR version from which initializers need not be inputs as well
 LARGEST_CALL = 50_000  # nodes that a call of a model-local function may stand for, to be looked into
