@@ -44,7 +44,9 @@ def main() -> None:
     print(json.dumps({"machine": machine(), "versions": versions()}, indent=2), flush=True)
     scale = measure_inspect()
     print(print_scale(scale), flush=True)
-    write_text(RESULTS / "inspect.json", _json({"machine": machine(), "inspect": scale_data(scale)}))
+    write_text(
+        RESULTS / "inspect.json", _json({"machine": machine(), "date": str(date.today()), "inspect": scale_data(scale)})
+    )
     measured = []
     for name in arguments.models or DEFAULT:
         found = measure_model(name, arguments.against.split(","), arguments.threads)
