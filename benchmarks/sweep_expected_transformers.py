@@ -154,6 +154,20 @@ _OTHERS: dict[str, Expected] = {
         "between: of these equal sums an exporter makes one",
         {"identity": 16},
     ),
+    "sam_hq": Expected(
+        None,
+        None,
+        "the decoder adds the points to its tokens before each attention, twice to tokens that did not change in "
+        "between: of these equal sums an exporter makes one",
+        {"identity": 16},
+    ),
+    "sam3_tracker": Expected(
+        None,
+        None,
+        "the decoder adds the points to its tokens before each attention, twice to tokens that did not change in "
+        "between: of these equal sums an exporter makes one",
+        {"identity": 16},
+    ),
     "higgs_audio_v2": Expected(
         {"identity": 2},
         None,
