@@ -105,12 +105,9 @@ class Exploration:
                 yield escape(f"{candidate.spec}: {candidate.reason}")
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from rescompile.plain_text import plain_text
 
-        console = Console(width=160, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return plain_text(self)
 
 
 @dataclass(frozen=True)

@@ -96,12 +96,9 @@ class GradientComparison:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from rescompile.plain_text import plain_text
 
-        console = Console(width=160, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return plain_text(self)
 
 
 _SUMMARY = (

@@ -209,12 +209,9 @@ class GradientFlow:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from rescompile.plain_text import plain_text
 
-        console = Console(width=160, no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip()
+        return plain_text(self)
 
 
 def forward_signals(graph: Graph, values: Sequence[Value], inputs: Any = None, seed: int = 0) -> dict[Value, Signal]:
