@@ -38,6 +38,9 @@ WORK = Path(os.environ.get("TMPDIR", "/tmp")) / "rescompile-sweep"
 
 IRS = ("fx", "onnx")
 
+# Numbers in the weights of the largest model that the ONNX exporter optimises.
+_LARGEST_FOLDED = 100_000_000
+
 
 class Source(Protocol):
     """A library of models; a module with these two functions is one.
@@ -144,9 +147,13 @@ def inspect(program: Any, ir: str, path: Path | None = None, verbose: bool = Fal
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        if any(value.device.type == "meta" for value in program.state_dict.values()):
+            raise StageError("export", MemoryError("the weights are too large to be made"))
+        # What the exporter folds it computes, which a large model's empty weights are not worth.
+        optimize = sum(value.numel() for value in program.state_dict.values()) < _LARGEST_FOLDED
         # A fused attention is taken apart for some devices only: without, the exporter has no rule for it.
         with _stage("export", verbose), sdpa_kernel(SDPBackend.MATH):
-            exported = torch.onnx.export(program, dynamo=True, verbose=False)
+            exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 exported.save(str(path))

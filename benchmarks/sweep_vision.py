@@ -81,8 +81,9 @@ _SHORTENED: dict[str, dict[str, Any]] = {
     "gemma4_vit_167m": {"depth": 4},
 }
 
-# Parameters of the largest model whose weights are made.
+# Parameters of the largest model whose weights are made, and of the largest for which there is memory.
 _LARGEST = 100_000_000
+_LARGEST_EMPTY = 1_000_000_000
 
 
 class _Torchvision:
@@ -138,7 +139,7 @@ class _Timm:
     def build(self, name: str) -> tuple[Any, tuple[Any, ...]]:
         """A model with an image of the size that it is made for.
 
-        Both are without values, on the device "meta", where the model is none of the list above, or a large one.
+        A large one's weights have no values, a very large one's no memory either: it is on the device "meta".
         """
         import torch
 
@@ -148,8 +149,11 @@ class _Timm:
         options = _SHORTENED.get(name, {})
         with torch.device("meta"):
             model = timm.create_model(name, **options)
-        if name in _TIMM and sum(parameter.numel() for parameter in model.parameters()) <= _LARGEST:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        if parameters <= _LARGEST:
             model = timm.create_model(name, **options)
+        elif parameters <= _LARGEST_EMPTY:
+            model = model.to_empty(device="cpu")
         channels, height, width = model.pretrained_cfg.get("input_size", (3, _SIDE, _SIDE))
         device = next(model.parameters()).device
         return model.eval(), (torch.randn(1, channels, height, width, device=device),)
