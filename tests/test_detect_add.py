@@ -170,6 +170,22 @@ def test_shortcut_that_is_a_view() -> None:
     assert (block.shortcut, block.fork_value) == ("view", x)
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_slice_of_all_elements_in_order_is_no_view(step: int) -> None:
+    b = Builder()
+    x = b.input(2, 4, 8)
+    attrs = {"axes": (1,), "starts": (0,), "stops": (4,), "steps": (step,)}
+    whole = b.op(K.SLICE, x, shape=(2, 4, 8), **attrs)
+    assert only(b.output(b.add(whole, mlp(b, x)))).shortcut == ("identity" if step == 1 else "view")
+
+
+@pytest.mark.parametrize(("shape", "shortcut"), [((2, 4, 8), "identity"), ((2, 8, 4), "view")])
+def test_a_reshape_to_the_shape_that_was_there_is_no_view(shape: tuple[int, ...], shortcut: str) -> None:
+    b = Builder()
+    x = b.input(2, 4, 8)
+    assert only(b.output(b.add(b.reshape(x, *shape), b.reshape(mlp(b, x), *shape)))).shortcut == shortcut
+
+
 def test_slices_of_one_split_are_views_of_its_input() -> None:
     b = Builder()
     x = b.input(1, 8, 8, 8, name="x")
@@ -432,6 +448,24 @@ def test_global_skip_encloses_the_blocks_inside() -> None:
     assert [op.kind for op in report.blocks[3].branch_ops] == [K.ADD, K.ADD, K.ADD, K.CONV]
     assert report.summary()["nested"] == 3
     assert len(report.all_branch_ops(report.blocks[3])) == 3 * 5 + 1
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_block_in_a_shortcut_is_nested_where_that_shortcut_is(inside: bool) -> None:
+    b = Builder()
+    fork = b.conv(b.input(1, 4, 16, 16), 4)
+
+    def level(x: Value, depth: int) -> Value:
+        skip = b.add(x, b.conv(x, 4), name=f"skip_{depth}")
+        down = b.op(K.AVG_POOL, x, shape=(1, 4, *(int(extent) // 2 for extent in (x.shape or ())[2:])))
+        down = level(down, depth - 1) if depth > 1 else b.conv(down, 4)
+        return b.add(skip, b.op(K.INTERPOLATE, down, shape=x.shape), name=f"level_{depth}")
+
+    report = inspect_graph(b.output(level(fork, 2 if inside else 1)))
+    parents = {block.join: None if block.parent is None else report.blocks[block.parent].join for block in report}
+    nested = {"skip_1": "level_2", "level_1": "level_2", "skip_2": None, "level_2": None}
+    assert parents == (nested if inside else {"skip_1": None, "level_1": None})
+    assert "R(x) = " in str(report)
 
 
 def test_one_fork_that_feeds_every_join() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Judgement
-from rescompile.detection.paths import branch_works, is_scale
+from rescompile.detection.paths import branch_works, is_scale, keeps_all
 from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -36,7 +36,7 @@ class Crossing:
     @property
     def shortcut(self) -> str:
         """The shortcut's kind."""
-        moved = any(op.has(Trait.FREE) and op.kind not in (OpKind.IDENTITY, OpKind.CAST) for op in self.shortcut_ops)
+        moved = any(op.has(Trait.FREE) and not keeps_all(op) for op in self.shortcut_ops)
         return "view" if moved else "identity"
 
 
