@@ -512,6 +512,16 @@ def test_parallel_branches_may_share_one_linear_and_no_more(linears: int) -> Non
     assert block.kind == ("parallel" if linears == 1 else "add")
 
 
+@pytest.mark.parametrize("convolved", [False, True])
+def test_parallel_branches_may_share_a_norm_and_an_activation_but_no_convolution(convolved: bool) -> None:
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    both = b.relu(b.batch_norm(b.conv(x, 4) if convolved else x))
+    one, two = (b.conv(b.relu(b.conv(both, 4)), 4) for _ in range(2))
+    block = only(b.output(b.add(x, b.add(one, two))))
+    assert (block.kind, block.shortcut) == ("add" if convolved else "parallel", "identity")
+
+
 def test_the_largest_of_a_router_beside_the_others_are_no_new_features() -> None:
     b = Builder()
     logits = b.linear(b.input(2, 8), 6)

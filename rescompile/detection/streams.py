@@ -18,7 +18,7 @@ from rescompile.detection.chains import order
 from rescompile.detection.judgement import Judgement
 from rescompile.detection.paths import branch_works, is_scale, keeps_all
 from rescompile.graph import Op, Value
-from rescompile.kinds import OpKind, Trait
+from rescompile.kinds import Trait
 
 _STEPS = 8  # free operations between the fork and the join, at most
 _VISITS = 1000  # values of one search
