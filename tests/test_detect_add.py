@@ -186,6 +186,23 @@ def test_a_reshape_to_the_shape_that_was_there_is_no_view(shape: tuple[int, ...]
     assert only(b.output(b.add(b.reshape(x, *shape), b.reshape(mlp(b, x), *shape)))).shortcut == shortcut
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_parts_that_the_branch_read_one_by_one_are_put_together_for_the_sum(late: bool, whole: bool) -> None:
+    b = Builder()
+    x = b.linear(b.input(1, 9, 8), 8)
+    early = None if late else b.slice(x, 1, 0, 1)
+    patches = b.slice(x, 1, 1, 9)
+    patches = b.add(patches, b.linear(patches, 8), name="first")
+    token = early or b.slice(x, 1, 0, 1)
+    tokens = b.op(K.EXPAND, token, shape=(2, 1, 8)) if whole else b.param(2, 1, 8)
+    y = attention(b, b.concat(tokens, b.reshape(patches, 2, 4, 8), axis=1))
+    token_part = b.op(K.MEAN, b.slice(y, 1, 0, 1), shape=(1, 1, 8), axes=(0,), keepdims=True)
+    y = b.concat(token_part, b.reshape(b.slice(y, 1, 1, 5), 1, 8, 8), axis=1)
+    report = inspect_graph(b.output(b.layer_norm(b.add(b.concat(token, patches, axis=1), y, name="second"))))
+    assert [(block.fork, block.join, block.shortcut) for block in report][1:] == [("first", "second", "view")] * whole
+
+
 def test_slices_of_one_split_are_views_of_its_input() -> None:
     b = Builder()
     x = b.input(1, 8, 8, 8, name="x")
