@@ -127,7 +127,11 @@ def _program(source: str, name: str) -> Any:
 
 def _findings(program: Any, ir: str, path: Path | None) -> dict[str, Any]:
     try:
-        return describe(inspect(program, ir, path))
+        report = inspect(program, ir, path)
+        with _stage("inspect"):
+            json.dumps(report.to_dict())
+            str(report)
+        return describe(report)
     except StageError as error:
         return {"stage": error.stage, "error": str(error)}
 
