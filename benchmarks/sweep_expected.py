@@ -329,10 +329,16 @@ _TIMM: dict[str, Expected] = {
         "22 dual paths: a sum in some channels, a concatenation of the others", projection=4, view=18, dense=18
     ),
     "hrnet_w18_small": _of(
-        "the fusing sums join streams that each worked on their own: refused", identity=18, projection=5
+        "branches: streams of 2, 3 and 4 resolutions, fused at each; three sums in the head",
+        identity=18,
+        projection=5,
+        branches=12,
     ),
     "hrnet_w18_ssld": _of(
-        "the fusing sums join streams that each worked on their own: refused", identity=107, projection=5
+        "branches: streams of 2, 3 and 4 resolutions, fused at each; three sums in the head",
+        identity=107,
+        projection=5,
+        branches=29,
     ),
     "iformer_t": _of(identity=26),
     "lcnetv2_small": _of("6 depthwise layers of several kernels", identity=1, branches=6),

@@ -20,6 +20,7 @@ from math import prod
 from rescompile.detection.chains import age
 from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
 from rescompile.detection.flavours import comes_back
+from rescompile.detection.fusions import fused_streams
 from rescompile.detection.gates import only_measured, only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.parallel import absorb, parallel_tail
@@ -128,7 +129,7 @@ def _contracted(
         whole = _put_together(judgement, op, sides)
         if whole is not None:
             return whole
-        branches = _branches(judgement, op, fork, (left, *rest))
+        branches = _branches(judgement, op, fork, (left, *rest)) or fused_streams(judgement, op, fork, (left, *rest))
         if branches is not None:
             return branches
         text = (
