@@ -17,7 +17,7 @@ from rescompile.errors import RescompileError
 from rescompile.onnx_graph import OnnxGraph
 from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, nodes_within
 from rescompile.onnx_serial import uncollected
-from rescompile.onnx_wiring import put_in_order
+from rescompile.onnx_wiring import copied, put_in_order
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
@@ -60,9 +60,9 @@ def capture(model: Any) -> OnnxGraph:
         _check_proto(model, "The model")
         native, source = _deserialise(model, "The model"), "proto"
     elif isinstance(model, ir.Model):
-        native, source = model.clone(), "ir"
+        native, source = copied(model, "The model"), "ir"
     elif isinstance(getattr(model, "model", None), ir.Model):
-        native, source = model.model.clone(), "program"
+        native, source = copied(model.model, "The model"), "program"
     else:
         raise RescompileError(
             f"{type(model).__name__} is not an ONNX model: give a path, an onnx.ModelProto, an onnx_ir.Model or what "
