@@ -11,6 +11,7 @@ import onnx_ir
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
+from rescompile.garbage import uncollected
 from rescompile.graph import Body, Evaluator, Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.onnx_bodies import read_bodies
@@ -22,7 +23,7 @@ from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
 from rescompile.onnx_ops import PARAMETER_KEY, PROVENANCE_KEY, Arg, literal, nodes_within
 from rescompile.onnx_run import Session, node_runner
-from rescompile.onnx_serial import in_memory_proto, save, uncollected
+from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.values import numpy_dtype
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
+from rescompile.garbage import uncollected
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
@@ -108,6 +109,7 @@ def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
     return flat
 
 
+@uncollected()
 def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Graph]:
     """The plan of all passes in order, and the graph as it leaves it. `graph` stays as it was."""
     working, plan = graph.clone(), Plan(graph.name, graph.ir)
