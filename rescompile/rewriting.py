@@ -1,8 +1,8 @@
 """Plan, apply, verify, report: the driver that runs passes over a graph as one transaction.
 
-The user's graph is not edited, unless `rewrite_in_place` is asked to. Passes are planned one after the other on a clone;
-the result is verified against the original; a failure is bisected to the guilty rewrite, which is rolled back together
-with those that build on it.
+The user's graph is edited by `rewrite_in_place` only. Passes are planned one after the other on a clone; the result is
+verified against the original; a failure is bisected to the guilty rewrite, which is rolled back together with those
+that build on it.
 """
 
 from __future__ import annotations
