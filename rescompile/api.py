@@ -11,7 +11,7 @@ import msgspec
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.plans import Pass, Pipeline, Plan
-from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
+from rescompile.rewriting import Result, apply_plan, make_plan, rewrite_in_place, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
@@ -132,13 +132,24 @@ def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
 
 
 def rewrite(
-    model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True, all_or_nothing: bool = False
+    model: Any,
+    passes: Passes,
+    example_inputs: Any = None,
+    *,
+    verify: bool = True,
+    all_or_nothing: bool = False,
+    in_place: bool = False,
 ) -> Result:
     """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
 
-    With `all_or_nothing` a place that a pass refuses raises RescompileError.
+    With `all_or_nothing` a place that a pass refuses raises RescompileError. With `in_place` a Graph is edited itself,
+    which saves a copy of a large one and leaves nothing to compare with or to go back to: `verify` has to be off.
     """
     graph = capture(model, example_inputs)
+    if in_place:
+        if verify or all_or_nothing:
+            raise RescompileError("A rewrite in place keeps no original: leave out verify and all_or_nothing.")
+        return rewrite_in_place(graph, resolve(passes))
     return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing)
 
 

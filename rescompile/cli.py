@@ -173,7 +173,8 @@ def rewrite(
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
-        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing)
+        in_place = no_verify and not all_or_nothing and comparison is None
+        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing, in_place=in_place)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())

@@ -14,15 +14,16 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
+from rescompile.garbage import uncollected
 from rescompile.onnx_graph import OnnxGraph
 from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, nodes_within
-from rescompile.onnx_serial import uncollected
 from rescompile.onnx_wiring import copied, put_in_order
 
 # Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
 _RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
 
 
+@uncollected()
 def load(path: str | os.PathLike[str]) -> OnnxGraph:
     """Read an ONNX file. Tensors stay on disk, memory-mapped, until they are asked for.
 
@@ -53,6 +54,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
     return graph
 
 
+@uncollected()
 def capture(model: Any) -> OnnxGraph:
     """The graph of an `onnx.ModelProto`, an `onnx_ir.Model` or an ONNXProgram of torch.onnx.export; the object itself
     stays as it is, and `to_user` gives back one of its kind."""
@@ -112,8 +114,7 @@ def _check_sparse(proto: onnx.ModelProto, where: str) -> None:
 
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
-        with uncollected():
-            return ir.from_proto(proto)
+        return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         cause = error.__cause__ or error
         raise RescompileError(f"{where} is not a well-formed ONNX model: {str(cause).splitlines()[0]}") from error

@@ -11,18 +11,19 @@ import onnx_ir
 
 from rescompile.composites import recognise
 from rescompile.errors import GraphError
+from rescompile.garbage import uncollected
 from rescompile.graph import Body, Evaluator, Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.onnx_bodies import read_bodies
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
-from rescompile.onnx_functions import call
+from rescompile.onnx_functions import Known, call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
 from rescompile.onnx_ops import PARAMETER_KEY, PROVENANCE_KEY, Arg, literal, nodes_within
 from rescompile.onnx_run import Session, node_runner
-from rescompile.onnx_serial import in_memory_proto, save, uncollected
+from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.values import numpy_dtype
 
 
@@ -42,6 +43,7 @@ class OnnxGraph(Graph):
         self.source = "ir"  # what the model came as: file, proto, ir, program
         self.origin: Any = None
         self._session: Session | None = None
+        self._functions: Known = {}
 
     @classmethod
     def read(cls, model: onnx_ir.Model) -> Self:
@@ -182,7 +184,7 @@ class OnnxGraph(Graph):
     def native_emit(self, op: Op) -> None:
         """New nodes for the operation, at the end; commit sorts them into place."""
         args = [None if value is None else Arg(self._native(value), value.shape, value.dtype) for value in op.inputs]
-        builder = Builder(self.opset, self._symbol, lambda b, r: call(self.model, b, r))
+        builder = Builder(self.opset, self._symbol, lambda b, r: call(self.model, b, r, self._functions))
         outputs = write(builder, Request(op.kind, args, op.attrs, [value.type for value in op.outputs]))
         for value, native in zip(op.outputs, outputs, strict=False):
             native.name = self.native.fresh(value.name)

@@ -17,6 +17,7 @@ from rescompile.onnx_ops import (
     dtype_of,
     nodes_within,
 )
+from rescompile.onnx_wiring import sort
 from rescompile.values import numpy_dtype
 
 
@@ -223,16 +224,13 @@ class Native:
     # ---- the whole -------------------------------------------------------------------------------------------------
 
     def sort(self) -> None:
-        """Put the nodes in topological order."""
+        """Put the nodes in topological order. GraphError where there is none, or where nothing produces an operand."""
         if not self.dirty:
             return
-        try:
-            self.model.graph.sort()
-        except ValueError as error:
-            raise GraphError(f"The model's nodes cannot be put in order: {error}") from error
+        sort(self.model.graph)
 
     def commit(self) -> None:
-        """Sort, drop rescompile's functions that nobody calls, and check that every input has a producer."""
+        """Sort, check that every operand has a producer, and drop rescompile's functions that nobody calls."""
         if not self.dirty:
             return
         self._settle_outputs()
@@ -243,10 +241,6 @@ class Native:
             del functions[key]
         if not any(key[0] == FUNCTION_DOMAIN for key in functions):
             self.model.opset_imports.pop(FUNCTION_DOMAIN, None)
-        for node in graph:
-            for value in node.inputs:
-                if value is not None and value.producer() is None and value.graph is not graph:
-                    raise GraphError(f"'{node.name}' reads '{value.name}', which nothing in the model produces.")
         self.dirty = False
 
     def clone(self) -> tuple[Native, dict[ir.Node, ir.Node], dict[ir.Value, ir.Value]]:

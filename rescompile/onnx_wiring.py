@@ -1,4 +1,4 @@
-"""Whether the nodes of an ONNX model can be put in order: what they read exists, and nothing reads what comes of it.
+"""The order of an ONNX model's nodes: whether there is one (what they read exists, nothing reads what comes of it).
 
 Of a model in memory, a copy that holds all that its nodes read.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from rescompile.errors import RescompileError
+from rescompile.errors import GraphError, RescompileError
 from rescompile.onnx_ops import nodes_within, own_graphs
 
 
@@ -71,6 +71,59 @@ def copied(model: ir.Model, where: str) -> ir.Model:
         functions=[function.clone() for function in model.functions.values()],
         metadata_props=dict(model.metadata_props),
     )
+
+
+def sort(graph: ir.Graph) -> None:
+    """Put every node behind what it and the graphs inside it read; a node keeps its place unless that comes later.
+
+    GraphError for a cycle, and for an operand that nothing produces.
+    """
+    done: set[ir.Node] = set()
+    for root in graph:
+        producers = _producers(root, graph)
+        if not done.issuperset(producers):
+            graph.insert_before(root, _late(root, producers, graph, done))
+        done.add(root)
+
+
+def _late(root: ir.Node, producers: list[ir.Node], graph: ir.Graph, done: set[ir.Node]) -> list[ir.Node]:
+    """What must come before `root` and is not `done`, in order; it is done from then on."""
+    late: list[ir.Node] = []
+    entered = {root}
+    stack = [(root, iter(producers))]
+    while stack:
+        node, pending = stack[-1]
+        producer = next((each for each in pending if each not in done), None)
+        if producer is None:
+            stack.pop()
+            done.add(node)
+            late.append(node)
+        elif producer in entered:
+            raise GraphError(f"The model's nodes cannot be put in order: there is a cycle through {_label(producer)}.")
+        else:
+            entered.add(producer)
+            stack.append((producer, iter(_producers(producer, graph))))
+    return late[:-1]
+
+
+def _producers(node: ir.Node, graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of `graph` whose results the node, and the graphs inside it, read."""
+    found: list[ir.Node] = []
+    for value in node.inputs:
+        if value is None:
+            continue
+        producer = value.producer()
+        if producer is not None:
+            found.append(producer)
+        elif value.graph is not graph:
+            raise GraphError(f"'{node.name}' reads '{value.name}', which nothing in the model produces.")
+    if node.attributes:
+        for inner in own_graphs(node):
+            within = (value.producer() for each in nodes_within(inner) for value in each.inputs if value is not None)
+            found += [producer for producer in within if producer is not None and producer.graph is graph]
+            results = (value.producer() for value in inner.outputs)
+            found += [producer for producer in results if producer is not None and producer.graph is graph]
+    return found
 
 
 def _check(graph: ir.Graph | ir.Function, known: set[ir.Value], where: str) -> bool:

@@ -1,7 +1,8 @@
 """Plan, apply, verify, report: the driver that runs passes over a graph as one transaction.
 
-The user's graph is never edited. Passes are planned one after the other on a clone; the result is verified against the
-original; a failure is bisected to the guilty rewrite, which is rolled back together with those that build on it.
+The user's graph is edited by `rewrite_in_place` only. Passes are planned one after the other on a clone; the result is
+verified against the original; a failure is bisected to the guilty rewrite, which is rolled back together with those
+that build on it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
+from rescompile.garbage import uncollected
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.verify import Verification, verify
@@ -108,14 +110,31 @@ def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
     return flat
 
 
+@uncollected()
 def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline]) -> tuple[Plan, Graph]:
     """The plan of all passes in order, and the graph as it leaves it. `graph` stays as it was."""
-    working, plan = graph.clone(), Plan(graph.name, graph.ir)
+    working = graph.clone()
+    return _planned(working, passes), working
+
+
+@uncollected()
+def rewrite_in_place(graph: Graph, passes: Sequence[Pass | Pipeline]) -> Result:
+    """Plan and apply `passes` to the graph itself, without a copy to compare with: for who has no use for the original.
+
+    The result's `original` is the outline of what went in. After an error the graph is unusable.
+    """
+    original = graph.outline()
+    plan = _planned(graph, passes)
+    return Result(original, graph, plan, Verification(_preserves(plan), skipped="switched off"), [])
+
+
+def _planned(working: Graph, passes: Sequence[Pass | Pipeline]) -> Plan:
+    plan = Plan(working.name, working.ir)
     for item in stages(passes):
         step = item.plan(working)
         step.apply(working)
         plan.extend(step)
-    return plan, working
+    return plan
 
 
 def run_passes(
