@@ -216,7 +216,10 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def relative_difference(expected: Array, actual: Array) -> float:
-    """max |a − b| / max |a|; infinite where shapes, or the places of NaN and infinity, differ."""
+    """max |a − b| / max(max |a|, t); max |b| where all of a is 0; infinite where shapes, NaN or infinity differ.
+
+    t is the smallest normal number of the expected dtype: numbers below it have fewer digits the smaller they are.
+    """
     if expected.shape != actual.shape:
         return float("inf")
     if expected.size == 0:
@@ -231,7 +234,7 @@ def relative_difference(expected: Array, actual: Array) -> float:
         return 0.0
     scale = float(np.abs(a[finite]).max())
     difference = float(np.abs(a[finite] - b[finite]).max())
-    return difference / scale if scale > 0 else difference
+    return difference / max(scale, float(ml_dtypes.finfo(expected.dtype).smallest_normal)) if scale > 0 else difference
 
 
 def _all_equal(runs: list[list[Array]]) -> bool:

@@ -184,3 +184,9 @@ def test_integer_inputs_stay_inside_the_table_they_index() -> None:
 )
 def test_relative_difference(a: list[float], b: list[float], expected: float) -> None:
     assert relative_difference(np.array(a), np.array(b)) == expected
+
+
+def test_denormal_numbers_are_measured_by_the_smallest_normal_one() -> None:
+    expected = np.array([1e-40, 0.0], "float32")
+    assert relative_difference(expected, expected + np.float32(3e-45)) < 1e-6, "the last place of 1e-40 is 1.4e-45"
+    assert relative_difference(expected, expected * 2) > 1e-3
