@@ -22,7 +22,8 @@ class FuseJoins:
     1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
     2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
 
-    `joins`: the residual joins only, or all sums of two computed values.
+    `joins`: the residual joins only, or all sums of two computed values. `dropout`: whether a fusion may take along a
+    dropout that evaluation switches off, which training needs.
     """
 
     name: ClassVar[str] = "fuse-joins"
@@ -31,6 +32,7 @@ class FuseJoins:
     joins: Scope = "residual"
     norm: bool = True
     epilogue: bool = True
+    dropout: bool = True
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
@@ -45,10 +47,11 @@ class FuseJoins:
         if self.epilogue:
             rules.append(residual_epilogue)
         taken: set[str] = set()
+        dropouts = {op.name for op in graph if op.kind is OpKind.IDENTITY and op.attr("dropout")}
         for join in graph:
             if join.kind is not OpKind.ADD or (self.joins == "residual" and join not in skips):
                 continue
-            decision = _first(graph, join, skips.get(join), rules, taken)
+            decision = self._kept(_first(graph, join, skips.get(join), rules, taken), dropouts)
             if isinstance(decision, Rewrite):
                 taken.update(name for edit in decision.edits for name in getattr(edit, "ops", ()))
             yield decision
@@ -56,6 +59,16 @@ class FuseJoins:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
                 where = f"{block.path}/{block.join}" if block.path else block.join
                 yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
+
+    def _kept(self, decision: Rewrite | Refusal, dropouts: set[str]) -> Rewrite | Refusal:
+        """The decision, unless it takes a dropout along that is to stay."""
+        if self.dropout or isinstance(decision, Refusal):
+            return decision
+        names = (name for edit in decision.edits for name in getattr(edit, "ops", ()))
+        lost = next((name for name in names if name in dropouts), None)
+        if lost is None:
+            return decision
+        return Refusal(decision.where, f"'{lost}' is a dropout that training needs: dropout=true takes it along")
 
 
 def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:

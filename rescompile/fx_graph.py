@@ -29,6 +29,7 @@ from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
+from rescompile.fx_run import run_nodes, run_training_form
 from rescompile.fx_tree import (
     add_tensor,
     copy_module,
@@ -240,12 +241,14 @@ class FxGraph(Graph):
         save(self, path)
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
+        """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read.
+
+        In training form a node draws the same random numbers on each call, and in each copy where it has its name.
+        """
         device = device_of(self.module)
         arguments = self.arguments({name: to_torch(array).to(device) for name, array in inputs.items()})
-        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
         with torch.no_grad():
-            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
+            result = run_training_form(self.module, arguments) if self.training else run_nodes(self.module, arguments)
         return dict(zip(self.output_names, map(to_numpy, self.results(result)), strict=True))
 
     def arguments(self, inputs: Mapping[str, torch.Tensor]) -> list[Any]:
