@@ -234,7 +234,8 @@ def relative_difference(expected: Array, actual: Array) -> float:
         return 0.0
     scale = float(np.abs(a[finite]).max())
     difference = float(np.abs(a[finite] - b[finite]).max())
-    return difference / max(scale, float(ml_dtypes.finfo(expected.dtype).smallest_normal)) if scale > 0 else difference
+    smallest = float(ml_dtypes.finfo(expected.dtype).smallest_normal)  # type: ignore[no-untyped-call]
+    return difference / max(scale, smallest) if scale > 0 else difference
 
 
 def _all_equal(runs: list[list[Array]]) -> bool:
