@@ -1,4 +1,4 @@
-"""Running a module's graph node by node: in evaluation as it is, in training without a trace on the model."""
+"""Running a module's graph node by node: as it is, or leaving no trace on the model and on torch's random state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run_nodes(module: fx.GraphModule, arguments: Sequence[Any]) -> Any:
     return fx.Interpreter(module).run(*arguments, enable_io_processing=False)
 
 
-def run_training_form(module: fx.GraphModule, arguments: Sequence[Any]) -> Any:
+def run_apart(module: fx.GraphModule, arguments: Sequence[Any]) -> Any:
     """As `run_nodes`, with running statistics and torch's random state as they were before.
 
     What a node draws follows from its name alone, so that a rewrite that keeps a dropout can be compared with its

@@ -281,6 +281,27 @@ def test_join_that_would_take_a_dropout_along_is_refused_where_training_wants_it
         rc.rewrite(model, ["fuse"], x).model.train()
 
 
+def test_file_that_draws_random_numbers_is_not_verified_and_says_why() -> None:
+    ir = pytest.importorskip("onnx_ir")
+    onnx = pytest.importorskip("onnx")
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("RandomNormalLike", ["h"], ["r"]),
+        helper.make_node("Mul", ["h", "r"], ["d"]),
+        helper.make_node("Add", ["x", "d"], ["s"]),
+        helper.make_node("LayerNormalization", ["s", "g"], ["y"]),
+    ]
+    tensors = {"w": torch.eye(8), "g": torch.ones(8)}
+    types = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 8]) for name in "xy"]
+    constants = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()]
+    graph = helper.make_graph(nodes, "noisy", types[:1], types[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    result = rc.rewrite(ir.serde.deserialize_model(model), ["fuse"])
+    assert len(result.applied) == 1
+    assert str(result.verification) == "not verified: the model draws other random numbers on each call"
+
+
 def test_training_form_is_verified_with_the_same_random_numbers_and_leaves_torchs_own_alone() -> None:
     model, shape = stack("transformer with dropout")
     graph = rc.capture(model.train(), torch.randn(*shape))
