@@ -18,8 +18,8 @@ class Fuse:
     """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too. `dropout`: false leaves the joins alone that would take along a dropout that evaluation
-    switches off; with `batch_norm=false` the result then trains as the original does.
+    activation and no join, too. `trainable`: nothing is folded, and no fusion takes along what training does
+    otherwise (a batch norm, a dropout that evaluation switches off), so that the result trains as the original does.
     """
 
     name: ClassVar[str] = "fuse"
@@ -30,14 +30,14 @@ class Fuse:
     norm: bool = True
     epilogue: bool = True
     activations: bool = False
-    dropout: bool = True
+    trainable: bool = False
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
         stages: list[Pass] = []
-        if self.batch_norm:
+        if self.batch_norm and not self.trainable:
             stages.append(FoldBatchNorm())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, dropout=self.dropout))
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, trainable=self.trainable))
         if self.activations:
             stages.append(FuseActivations())
         return stages

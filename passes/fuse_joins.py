@@ -22,8 +22,8 @@ class FuseJoins:
     1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
     2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
 
-    `joins`: the residual joins only, or all sums of two computed values. `dropout`: whether a fusion may take along a
-    dropout that evaluation switches off, which training needs.
+    `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
+    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
     """
 
     name: ClassVar[str] = "fuse-joins"
@@ -32,7 +32,7 @@ class FuseJoins:
     joins: Scope = "residual"
     norm: bool = True
     epilogue: bool = True
-    dropout: bool = True
+    trainable: bool = False
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
@@ -47,11 +47,11 @@ class FuseJoins:
         if self.epilogue:
             rules.append(residual_epilogue)
         taken: set[str] = set()
-        dropouts = {op.name for op in graph if op.kind is OpKind.IDENTITY and op.attr("dropout")}
+        modal = {op.name: op for op in graph if self.trainable and _follows_mode(op)}
         for join in graph:
             if join.kind is not OpKind.ADD or (self.joins == "residual" and join not in skips):
                 continue
-            decision = self._kept(_first(graph, join, skips.get(join), rules, taken), dropouts)
+            decision = self._kept(_first(graph, join, skips.get(join), rules, taken), modal)
             if isinstance(decision, Rewrite):
                 taken.update(name for edit in decision.edits for name in getattr(edit, "ops", ()))
             yield decision
@@ -60,15 +60,22 @@ class FuseJoins:
                 where = f"{block.path}/{block.join}" if block.path else block.join
                 yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
 
-    def _kept(self, decision: Rewrite | Refusal, dropouts: set[str]) -> Rewrite | Refusal:
-        """The decision, unless it takes a dropout along that is to stay."""
-        if self.dropout or isinstance(decision, Refusal):
+    def _kept(self, decision: Rewrite | Refusal, modal: dict[str, Op]) -> Rewrite | Refusal:
+        """The decision, unless it takes along one of the operations that training does otherwise."""
+        if isinstance(decision, Refusal):
             return decision
         names = (name for edit in decision.edits for name in getattr(edit, "ops", ()))
-        lost = next((name for name in names if name in dropouts), None)
+        lost = next((modal[name] for name in names if name in modal), None)
         if lost is None:
             return decision
-        return Refusal(decision.where, f"'{lost}' is a dropout that training needs: dropout=true takes it along")
+        what = "batch norm" if lost.kind is OpKind.BATCH_NORM else "dropout"
+        reason = f"it would take along the {what} '{lost.name}', which training needs: trainable=false lets it"
+        return Refusal(decision.where, reason)
+
+
+def _follows_mode(op: Op) -> bool:
+    """Whether training does something else than evaluation."""
+    return op.kind is OpKind.BATCH_NORM or (op.kind is OpKind.IDENTITY and bool(op.attr("dropout")))
 
 
 def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:

@@ -16,6 +16,8 @@ F = nn.functional
 
 import rescompile as rc  # noqa: E402
 from rescompile import fx_fused  # noqa: E402, F401 (defines the operations)
+from rescompile.plans import Plan, Rewrite, region_edit  # noqa: E402
+from rescompile.rewriting import apply_plan  # noqa: E402
 from tests.residual_models import livened  # noqa: E402
 
 OPS = torch.ops.rescompile
@@ -105,6 +107,97 @@ def test_first_derivatives_of_add_norm_by_both_outputs(norm: str, affine: str, a
     assert smooth(form, *given)
 
 
+class Program(nn.Module):
+    """A function of an input, and the parameters that it uses."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.function = function
+        for name, shape in parameters.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def gated(m, x):
+    """T·h + (1 − T)·x"""
+    gate = torch.sigmoid(F.linear(x, m.t, m.b))
+    return gate * torch.tanh(F.linear(x, m.h)) + (1 - gate) * x
+
+
+REGIONS = {
+    "layer scale": (lambda m, x: x + m.gamma * F.linear(x, m.w), (2, 3, 4), {"gamma": (4,), "w": (4, 4)}),
+    "gate": (gated, (3, 4), {"t": (4, 4), "b": (4,), "h": (4, 4)}),
+    "both outputs": (
+        lambda m, x: (F.rms_norm(s := x + 0.5 * F.gelu(F.linear(x, m.w)), (4,), m.g, 1e-5), s),
+        (2, 3, 4),
+        {"w": (4, 4), "g": (4,)},
+    ),
+    "moved skip": (
+        lambda m, x: (m.g * F.linear(x.permute(0, 2, 3, 1), m.w)).permute(0, 3, 1, 2).roll(1, 2).flip(3) + x,
+        (1, 2, 3, 3),
+        {"g": (2,), "w": (2, 2)},
+    ),
+    "window": (lambda m, x: x.reshape(2, 2, 2, 4) + F.silu(x).reshape(2, 2, 2, 4) * m.g, (2, 4, 4), {"g": (4,)}),
+    "concat": (
+        lambda m, x: F.softplus(torch.cat([x, F.pad(F.conv2d(x, m.w)[:, :, 1:], (0, 0, 0, 1))], 1)),
+        (1, 2, 3, 3),
+        {"w": (2, 2, 1, 1)},
+    ),
+    "group norm": (
+        lambda m, x: F.group_norm(x + F.conv_transpose2d(x, m.w, padding=1), 2, m.g, m.b),
+        (1, 4, 3, 3),
+        {"w": (4, 4, 3, 3), "g": (4,), "b": (4,)},
+    ),
+    "pool": (lambda m, x: F.elu(F.avg_pool2d(x, 3, 1, 1) - x) * m.g, (1, 2, 4, 4), {"g": (2, 1, 1)}),
+    "matmul": (lambda m, x: torch.matmul(x, m.w).mul(0.3).exp() + x, (2, 3, 4), {"w": (4, 4)}),
+}
+
+
+def as_region(model: nn.Module, x: torch.Tensor):
+    """The model with all of its operations in one."""
+    graph = rc.capture(model.eval(), (x,))
+    edit = region_edit(graph, graph.ops, graph.outputs)
+    assert not isinstance(edit, str), edit
+    return apply_plan(graph, Plan(graph.name, graph.ir, [Rewrite("all", "all  →  one", "as asked", (edit,))]))
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_first_derivatives_of_a_fused_region(name: str) -> None:
+    torch.manual_seed(0)
+    function, shape, parameters = REGIONS[name]
+    model = Program(function, **parameters).double()
+    x = random(*shape)
+    result = as_region(model, x.detach())
+    assert [op.kind.value for op in result.graph] == ["fused_region"]
+    assert result.verification.ok, str(result.verification)
+    region = result.model
+    names = [key for key, _ in region.named_parameters()]
+    weights = [parameter.detach().clone().requires_grad_() for parameter in region.parameters()]
+
+    def form(x, *values):
+        return torch.func.functional_call(region, dict(zip(names, values, strict=True)), (x,))
+
+    assert set(names) == set(parameters)
+    assert smooth(form, x, *weights)
+
+
+def test_batch_norm_in_training_is_in_no_region() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    graph = rc.capture(model.train(), torch.randn(2, 2, 3, 3))
+    assert "running statistics" in str(region_edit(graph, graph.ops, graph.outputs))
+    graph = rc.capture(model.eval(), torch.randn(2, 2, 3, 3))
+    assert not isinstance(region_edit(graph, graph.ops, graph.outputs), str)
+
+
+def test_region_that_holds_a_batch_norm_refuses_to_train() -> None:
+    model = livened(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)))
+    region = as_region(model, torch.randn(2, 2, 3, 3)).model
+    with pytest.raises(RescompileError, match="took away 'batch_norm', which training needs"):
+        region.train()
+
+
 # ---- whole models ----------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +257,7 @@ MODELS = {
     "transformer with dropout": (lambda: TransformerBlock(0.1), TOKENS),
     "convnext": (lambda: ConvNeXtBlock(), IMAGE),
 }
-TRAINABLE = "fuse{batch_norm=false,dropout=false}"
+TRAINABLE = "fuse{trainable=true}"
 
 
 def stack(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -275,7 +368,7 @@ def test_join_that_would_take_a_dropout_along_is_refused_where_training_wants_it
     x = torch.randn(*shape)
     plan = rc.plan(model.eval(), TRAINABLE, x)
     assert [refusal.reason for refusal in plan.refusals] == [
-        "'dropout_3' is a dropout that training needs: dropout=true takes it along"
+        "it would take along the dropout 'dropout_3', which training needs: trainable=false lets it"
     ]
     with pytest.raises(RescompileError, match="took away 'dropout_3', which training needs"):
         rc.rewrite(model, ["fuse"], x).model.train()
