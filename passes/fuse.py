@@ -29,6 +29,7 @@ class Fuse:
     batch_norm: bool = True
     norm: bool = True
     epilogue: bool = True
+    concat: bool = True
     activations: bool = False
     trainable: bool = False
 
@@ -37,7 +38,7 @@ class Fuse:
         stages: list[Pass] = []
         if self.batch_norm and not self.trainable:
             stages.append(FoldBatchNorm())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, trainable=self.trainable))
+        stages.append(FuseJoins(self.joins, self.norm, self.epilogue, self.concat, self.trainable))
         if self.activations:
             stages.append(FuseActivations())
         return stages

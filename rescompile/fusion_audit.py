@@ -9,7 +9,8 @@ element alone in front of them, and either the norm that reads the sum, or the c
 only) or norm that ends in the sum and the activation that alone reads it. In passes of the sum's own tensor over
 memory: the tail of a block costs 4 (the branch written and read, the skip read, the sum written), as an epilogue 2;
 a sum and its norm cost 5, as one kernel 4, or 3 where nothing else reads the sum; a concat costs 2, being a copy, and
-nothing where its operands are written in place.
+nothing where its operands are written in place; with what reads it alone, or a contraction that writes a part of it, it
+is one kernel with these.
 
 Why a join is not fused is what the passes' plan says of it; that they would take it is a reason too.
 """
@@ -191,10 +192,11 @@ class _Verdicts:
         refusal = self._refused.get(_where(block))
         if refusal is not None:
             return "refused", refusal.reason
-        return (
-            "unspoken",
-            f"no rule is about {_article(block.kind)} join that ends in {_article(block.join_op.kind.value)}",
-        )
+        if block.join_op.has(Trait.FUSED):
+            earlier = _quoted(op.name for op in block.join_ops if not op.has(Trait.FUSED))
+            return "unspoken", f"the join is fused but for its earlier sum {earlier}, which no rule is about"
+        last = _article(block.join_op.kind.value)
+        return "unspoken", f"no rule is about {_article(block.kind)} join that ends in {last}"
 
 
 class _Kernel:
@@ -207,9 +209,10 @@ class _Kernel:
         join = block.join_op
         self.ops: dict[Op, None] = dict.fromkeys(sums)
         self.rule = f"one kernel of {_article(join.kind.value)}"
+        if join.kind is _K.OPAQUE:
+            return
         if join.kind is _K.CONCAT:
-            self.rule = "concat in place"
-        if join.kind in (_K.CONCAT, _K.OPAQUE):
+            self._take_copy(join)
             return
         readers = (op for op in join.output.users if op.kind in _NORMS and op.inputs[0] is join.output)
         norm = next((op for op in readers if op not in counted), None)
@@ -221,11 +224,28 @@ class _Kernel:
         if self._work is not None:
             name = f"{self._work.kind.value} '{self._work.name}'"
             self.rule = f"{name} + {join.kind.value}" if self._work in self.ops else f"epilogue of {name}"
-        users = join.output.users
-        if len(users) == 1 and users[0].has(Trait.ACTIVATION) and not self._graph.is_output(join.output):
-            self.ops |= {op: None for op in users if op not in counted}
+        reader = self._only_reader(join.output)
+        if reader is not None and reader.has(Trait.ACTIVATION):
+            self.ops[reader] = None
 
-    def _take_in(self, skip: Value, *, work: bool) -> None:
+    def _take_copy(self, join: Op) -> None:
+        """Take in what alone reads a concat and computes each element alone, and the contraction that writes a part."""
+        last = join
+        while (behind := self._only_reader(last.output)) is not None and _follows(behind, last.output):
+            last = behind
+            self.ops[last] = None
+        self._take_in(None, work=True)
+        named = (self._work, None if last is join else last)
+        names = [f"{op.kind.value} '{op.name}'" for op in named if op is not None]
+        self.rule = f"concat with {' and '.join(names)}" if names else "concat in place"
+
+    def _only_reader(self, value: Value) -> Op | None:
+        users = value.users
+        if len(users) != 1 or users[0] in self._counted or self._graph.is_output(value):
+            return None
+        return users[0]
+
+    def _take_in(self, skip: Value | None, *, work: bool) -> None:
         """Take in what only the join reads, back to the operation that ends in it, the branch's before the skip's."""
         operands = [value for op in self.ops for value in op.operands]
         pending = sorted(operands, key=lambda value: value is not skip)
@@ -269,6 +289,11 @@ def _rides(op: Op) -> bool:
     if op.kind is _K.BATCH_NORM:
         return not op.attr("training")
     return op.has(Trait.ELEMENTWISE) or op.has(Trait.FREE)
+
+
+def _follows(op: Op, value: Value) -> bool:
+    """Whether an operation computes each element of the value alone, with constants or nothing."""
+    return len(op.outputs) == 1 and _rides(op) and all(other is value or other.constant for other in op.operands)
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -125,11 +125,20 @@ def test_branch_that_is_read_elsewhere_is_written_anyway() -> None:
 
 def test_concat_costs_two_copies_and_nothing_in_place() -> None:
     b = Build()
-    joined = b.op("cat", K.CONCAT, b.x, b.linear("fc", b.x, 8), axis=2, shape=(2, 5, 24))
-    found = only(b.done(joined))
+    branch = b.linear("fc", b.x, 8)
+    joined = b.op("cat", K.CONCAT, b.x, branch, axis=2, shape=(2, 5, 24))
+    found = only(b.done(joined, branch))
     assert found.passes == (2.0, 0.0)
-    assert found.verdict == "unspoken"
-    assert found.reason == "no rule is about a dense join that ends in a concat"
+    assert found.rule == "concat in place"
+
+
+def test_concat_is_one_kernel_with_what_writes_a_part_of_it_and_what_reads_it_alone() -> None:
+    b = Build()
+    joined = b.op("cat", K.CONCAT, b.x, b.linear("fc", b.x), axis=2, shape=(2, 5, 32))
+    found = only(b.done(b.op("relu", K.RELU, joined)))
+    # In halves: the linear's write, the concat's four, the relu's four; as one the skip, and the write of both.
+    assert (found.bytes, found.fused_bytes) == (9 * TENSOR, 3 * TENSOR)
+    assert found.rule == "concat with linear 'fc' and relu 'relu'"
 
 
 def test_gated_mix_counts_its_factors() -> None:
@@ -194,7 +203,8 @@ def test_join_that_fuse_leaves_has_the_refusals_reason() -> None:
 def test_fused_joins_are_not_listed_and_count() -> None:
     b = Build()
     first = b.add("add", b.x, b.linear("fc", b.x))
-    graph = b.done(b.op("cat", K.CONCAT, first, b.linear("fc2", first), axis=2, shape=(2, 5, 32)))
+    branch = b.linear("fc2", first)
+    graph = b.done(b.op("cat", K.CONCAT, first, branch, axis=2, shape=(2, 5, 32)), branch)
     before, after = audited(graph), audited(api.rewrite(graph, "fuse", verify=False).graph)
     assert [each.where for each in before.unfused] == ["add", "cat"]
     assert (after.joins, [each.where for each in after.unfused]) == (2, ["cat"])
