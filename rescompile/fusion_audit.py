@@ -18,6 +18,7 @@ Why a join is not fused is what the passes' plan says of it; that they would tak
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -142,12 +143,13 @@ def audit(report: Report, plan: Plan, extents: Mapping[str, int] | None = None) 
     found: list[Unfused] = []
     graphs = {"": report.graph, **report.bodies}
     counted: dict[Op, None] = {}
+    joins = {op for block in report.blocks for op in block.join_ops}
     for block in report.blocks:
         graph = graphs.get(block.path)
         sums = [op for op in block.join_ops if not op.has(Trait.FUSED)]
         if not sums or graph is None:
             continue
-        kernel = _Kernel(graph, block, [*sums, *report.members.mix.get(block.id, ())], counted)
+        kernel = _Kernel(graph, block, [*sums, *report.members.mix.get(block.id, ())], counted, joins)
         counted |= kernel.ops
         verdict, reason = verdicts.of(block)
         now, fused = kernel.moved(extents)
@@ -200,11 +202,17 @@ class _Verdicts:
 
 
 class _Kernel:
-    """The operations that one kernel could hold together with a join. `counted`: what is in another join's."""
+    """The operations that one kernel could hold together with a join.
 
-    def __init__(self, graph: Graph, block: Block, sums: Iterable[Op], counted: Mapping[Op, None]) -> None:
+    `counted`: what is in another join's; `joins`: all joins, which are in their own only.
+    """
+
+    def __init__(
+        self, graph: Graph, block: Block, sums: Iterable[Op], counted: Mapping[Op, None], joins: AbstractSet[Op]
+    ) -> None:
         self._graph = graph
         self._counted = counted
+        self._joins = joins
         self._work: Op | None = None  # the contraction that ends in the join, or a norm that does
         join = block.join_op
         self.ops: dict[Op, None] = dict.fromkeys(sums)
@@ -216,6 +224,9 @@ class _Kernel:
             return
         readers = (op for op in join.output.users if op.kind in _NORMS and op.inputs[0] is join.output)
         norm = next((op for op in readers if op not in counted), None)
+        reader = self._only_reader(join.output)
+        if reader is not None and reader.kind is _K.CONCAT:  # of a part of the channels with the others
+            self.ops[reader] = None
         self._take_in(skip_of(block), work=norm is None)
         if norm is not None:
             self.ops[norm] = None
@@ -224,7 +235,6 @@ class _Kernel:
         if self._work is not None:
             name = f"{self._work.kind.value} '{self._work.name}'"
             self.rule = f"{name} + {join.kind.value}" if self._work in self.ops else f"epilogue of {name}"
-        reader = self._only_reader(join.output)
         if reader is not None and reader.has(Trait.ACTIVATION):
             self.ops[reader] = None
 
@@ -241,9 +251,9 @@ class _Kernel:
 
     def _only_reader(self, value: Value) -> Op | None:
         users = value.users
-        if len(users) != 1 or users[0] in self._counted or self._graph.is_output(value):
+        if len(users) != 1 or self._graph.is_output(value):
             return None
-        return users[0]
+        return None if users[0] in self._counted or users[0] in self._joins else users[0]
 
     def _take_in(self, skip: Value | None, *, work: bool) -> None:
         """Take in what only the join reads, back to the operation that ends in it, the branch's before the skip's."""

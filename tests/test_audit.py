@@ -141,6 +141,20 @@ def test_concat_is_one_kernel_with_what_writes_a_part_of_it_and_what_reads_it_al
     assert found.rule == "concat with linear 'fc' and relu 'relu'"
 
 
+def test_sum_of_a_part_of_the_channels_is_one_kernel_with_the_concat_behind_it() -> None:
+    b = Build()
+    work = b.linear("fc", b.x, 32)
+    ends = [("head", (0,), (16,)), ("tail", (16,), (32,))]
+    head, tail = (
+        b.op(name, K.SLICE, work, shape=TOKENS, axes=(2,), starts=starts, stops=stops, steps=(1,))
+        for name, starts, stops in ends
+    )
+    found = only(b.done(b.op("cat", K.CONCAT, b.add("add", b.x, head), tail, axis=2, shape=(2, 5, 32))))
+    # In halves: the linear's write 2, the sum's 3, the concat's 4; as one x, and the write of both.
+    assert (found.block.join, found.rule) == ("add", "epilogue of linear 'fc'")
+    assert (found.bytes, found.fused_bytes) == (9 * TENSOR, 3 * TENSOR)
+
+
 def test_gated_mix_counts_its_factors() -> None:
     b = Build()
     gate = b.op("gate", K.SIGMOID, b.linear("t", b.x))
