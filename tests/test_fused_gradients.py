@@ -248,6 +248,33 @@ class ConvNeXtBlock(nn.Module):
         return x + (self.gamma * self.down(F.gelu(self.up(h)))).permute(0, 3, 1, 2)
 
 
+class DenseBlock(nn.Module):
+    """Twice [x, W·relu(N(x))], then a transition back to the width of x."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(6)])
+        self.convs = nn.ModuleList([nn.Conv2d(width, 2, 3, padding=1) for width in (4, 6)])
+        self.transition = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(torch.relu(norm(x)))], 1)
+        return self.transition(x)
+
+
+class HighwayLayer(nn.Module):
+    """T·h + (1 − T)·x"""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.work = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.gate(x))
+        return gate * torch.relu(self.work(x)) + (1 - gate) * x
+
+
 IMAGE, TOKENS = (2, 4, 6, 6), (2, 5, 8)
 MODELS = {
     "resnet": (lambda: ResNetBlock(), IMAGE),
@@ -256,6 +283,8 @@ MODELS = {
     "transformer": (lambda: TransformerBlock(), TOKENS),
     "transformer with dropout": (lambda: TransformerBlock(0.1), TOKENS),
     "convnext": (lambda: ConvNeXtBlock(), IMAGE),
+    "dense": (lambda: DenseBlock(), IMAGE),
+    "highway": (lambda: HighwayLayer(), TOKENS),
 }
 JOINS = {"resnet without norms": 2, "transformer": 2, "transformer with dropout": 1}  # fused in training form, at least
 TRAINABLE = "fuse{trainable=true}"
@@ -303,6 +332,7 @@ def same_state(a: nn.Module, b: nn.Module, tolerance: float) -> None:
         ("transformer", False),
         ("transformer with dropout", True),
         ("convnext", False),
+        ("dense", True),
     ],
 )
 def test_gradients_and_one_step_of_the_fused_model_are_those_of_the_original(name: str, training: bool) -> None:
@@ -321,7 +351,12 @@ def test_gradients_and_one_step_of_the_fused_model_are_those_of_the_original(nam
 
 @pytest.mark.parametrize(
     ("name", "captured_in_training"),
-    [*((name, True) for name in MODELS), ("resnet without norms", False), ("transformer with dropout", False)],
+    [
+        *((name, True) for name in MODELS),
+        ("resnet without norms", False),
+        ("transformer with dropout", False),
+        ("dense", False),
+    ],
 )
 def test_fused_model_trains_and_evaluates_as_the_original(name: str, captured_in_training: bool) -> None:
     model, shape = stack(name)
