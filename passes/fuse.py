@@ -35,10 +35,13 @@ class Fuse:
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
+        if self.trainable:
+            joins = FuseJoins(self.joins, self.norm, self.epilogue, self.concat, trainable=True)
+            return [joins, FuseActivations()] if self.activations else [joins]
         stages: list[Pass] = []
-        if self.batch_norm and not self.trainable:
+        if self.batch_norm:
             stages.append(FoldBatchNorm())
-        stages.append(FuseJoins(self.joins, self.norm, self.epilogue, self.concat, self.trainable))
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
         if self.activations:
             stages.append(FuseActivations())
         return stages
