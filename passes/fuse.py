@@ -18,7 +18,8 @@ class Fuse:
     """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too.
+    activation and no join, too. `trainable`: nothing is folded, and no fusion takes along what training does
+    otherwise (a batch norm, a dropout that evaluation switches off), so that the result trains as the original does.
     """
 
     name: ClassVar[str] = "fuse"
@@ -30,9 +31,13 @@ class Fuse:
     epilogue: bool = True
     concat: bool = True
     activations: bool = False
+    trainable: bool = False
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
+        if self.trainable:
+            joins = FuseJoins(self.joins, self.norm, self.epilogue, self.concat, trainable=True)
+            return [joins, FuseActivations()] if self.activations else [joins]
         stages: list[Pass] = []
         if self.batch_norm:
             stages.append(FoldBatchNorm())

@@ -24,7 +24,8 @@ class FuseJoins:
     2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
     3. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
-    `joins`: the residual joins only, or all sums of two computed values.
+    `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
+    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
     """
 
     name: ClassVar[str] = "fuse-joins"
@@ -34,6 +35,7 @@ class FuseJoins:
     norm: bool = True
     epilogue: bool = True
     concat: bool = True
+    trainable: bool = False
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
@@ -54,6 +56,7 @@ class FuseJoins:
         skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in own}
         rules = self._rules()
         taken: set[str] = set()
+        modal = {op.name for op in graph if self.trainable and _follows_mode(op)}
         for join in graph:
             if join not in skips and (self.joins == "residual" or join.kind is not OpKind.ADD):
                 continue
@@ -65,7 +68,7 @@ class FuseJoins:
                         join.name, f"a {join.kind.value} brings the paths together, which no fused kernel does"
                     )
                 continue
-            decision = _first(graph, join, skips.get(join), rules[join.kind], taken)
+            decision = _first(graph, join, skips.get(join), rules[join.kind], taken, modal)
             if isinstance(decision, Rewrite):
                 taken.update(_consumed(decision))
             yield decision
@@ -75,15 +78,27 @@ class FuseJoins:
                 yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
 
 
-def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
+def _follows_mode(op: Op) -> bool:
+    """Whether training does something else than evaluation."""
+    return op.kind is OpKind.BATCH_NORM or (op.kind is OpKind.IDENTITY and bool(op.attr("dropout")))
+
+
+def _first(
+    graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str], modal: set[str]
+) -> Rewrite | Refusal:
+    """The first rule's rewrite, of what neither another fusion nor training wants; or all reasons."""
     reasons = []
     for rule in rules:
         decision = rule(graph, join, skip)
         if isinstance(decision, Rewrite):
-            clash = next((name for name in _consumed(decision) if name in taken), None)
+            clash = next((name for name in _consumed(decision) if name in taken or name in modal), None)
             if clash is None:
                 return decision
-            reasons.append(f"'{clash}' already went into another fusion")
+            reasons.append(
+                f"'{clash}' already went into another fusion"
+                if clash in taken
+                else f"'{clash}' does something else in training: trainable=false lets it go into the fusion"
+            )
         else:
             reasons.append(decision.reason)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rescompile.detection import Explanation
     from rescompile.differences import GraphDiff
     from rescompile.exploring import Exploration, Training
+    from rescompile.fusion_audit import Audit
     from rescompile.gradient_comparison import GradientComparison
     from rescompile.gradients import GradientFlow
 
@@ -77,6 +78,22 @@ def inspect(model: Any, example_inputs: Any = None) -> Report:
     from rescompile.detection import inspect_graph
 
     return inspect_graph(capture(model, example_inputs))
+
+
+def audit(model: Any, example_inputs: Any = None, *, extents: Mapping[str, int] | None = None) -> Audit:
+    """The residual joins that are in no fused operation, why `fuse` would leave or take each, and the bytes it costs.
+
+    `extents`: what symbolic extents count as (1 otherwise). See `rescompile.fusion_audit`.
+    """
+    graph = capture(model, example_inputs)
+    return audit_report(graph, inspect(graph), extents)
+
+
+def audit_report(graph: Graph, report: Report, extents: Mapping[str, int] | None = None) -> Audit:
+    """As `audit`, for a graph whose report is there."""
+    from rescompile.fusion_audit import audit as audit_joins
+
+    return audit_joins(report, plan(graph, "fuse"), extents)
 
 
 def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None, seed: int = 0) -> GradientFlow:

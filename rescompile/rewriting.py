@@ -18,6 +18,7 @@ from rescompile.errors import RescompileError, VerificationError
 from rescompile.garbage import uncollected
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
+from rescompile.traffic import Traffic, graph_traffic, traffic_lines
 from rescompile.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ class Result(msgspec.Struct):
         """Parameters, floating-point operations and bytes moved, before and after."""
         return graph_costs(self.original), graph_costs(self.graph)
 
+    @property
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """Memory traffic beside the least that there could be, before and after."""
+        return graph_traffic(self.original), graph_traffic(self.graph)
+
     def compare_gradients(self, inputs: Any = None, *, seed: int = 0, init: str = "given") -> GradientComparison:
         """Gradient norm and E[x²] by block, before and after: see `rescompile.compare_gradients`."""
         from rescompile.detection import inspect_graph
@@ -96,10 +102,12 @@ class Result(msgspec.Struct):
             "rolled_back": msgspec.to_builtins(self.rolled_back),
             "key_map": self.key_map,
             "costs": {name: costs.to_dict() for name, costs in zip(("before", "after"), self.costs, strict=True)},
+            "traffic": {name: each.to_dict() for name, each in zip(("before", "after"), self.traffic, strict=True)},
         }
 
     def __str__(self) -> str:
-        return "\n".join([str(self.plan), *cost_lines(*self.costs), str(self.verification)])
+        lines = [str(self.plan), *cost_lines(*self.costs), *traffic_lines(*self.traffic), str(self.verification)]
+        return "\n".join(lines)
 
 
 def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
