@@ -63,7 +63,9 @@ class MergeParallel:
         fresh, joins = FreshNames(graph), _first_joins(graph)
         for value, ops in sorted(shared, key=lambda item: item[1][0].order):
             if graph.training:
-                reason = f"in training each of the {len(ops)} contractions that read '{value.name}' keeps its parameters"
+                reason = (
+                    f"in training each of the {len(ops)} contractions that read '{value.name}' keeps its parameters"
+                )
                 yield Refusal(ops[0].name, f"{reason}: optimisers and checkpoints go by them")
                 continue
             yield from self._of_one_value(value, ops, joins, fresh)
@@ -198,7 +200,7 @@ def _merged(value: Value, ops: list[Op], fresh: FreshNames) -> Rewrite:
     edits.append(fuse_edit(ops, K.SPLIT, [whole], [op.output for op in ops], axis=axis, sizes=sizes))
     count = len(ops)
     equation = "Wᵢ·x + bᵢ  →  split([W₁; W₂; …]·x + [b₁; b₂; …])" if bias else "Wᵢ·x  →  split([W₁; W₂; …]·x)"
-    others = ", ".join(f"'{op.name}'" for op in ops[1:])
+    others = ", ".join(f"'{op.module or op.name}'" for op in ops[1:])
     saved = tensor_size(value)[1] * (count - 1)
     cost = f", {saved:,} bytes less" if saved else ""
     zeros = [op for op, each in zip(ops, biases, strict=True) if each is None] if bias else []

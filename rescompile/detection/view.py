@@ -1,8 +1,10 @@
 """A view of a graph in which fused operations and calls are written out, so that detection sees what they do.
 
-A fused operation stands for its expansion. A call (of an ONNX model's function, of a region under autocast or under
-checkpointing) runs its body exactly once, so the body stands in its place: a join inside may have its fork outside. At
-the body's edge an identity stands for each operand and each result that is computed, under the name that it has there.
+A fused operation stands for its expansion. A contraction that one pass made together with the split of its output
+stands for contractions side by side, each with its rows of the weight. A call (of an ONNX model's function, of a region
+under autocast or under checkpointing) runs its body exactly once, so the body stands in its place: a join inside may
+have its fork outside. At the body's edge an identity stands for each operand and each result that is computed, under
+the name that it has there.
 
 The view is a plain `Graph` of its own; what is found in it is told in the original's operations and values.
 """
@@ -21,7 +23,8 @@ def written_out(graph: Graph) -> View | None:
     """The view; None where there is nothing to write out or to look into."""
     kinds = {op.kind for op in graph}
     bodies = _bodies(graph) if OpKind.OPAQUE in kinds else {}
-    if not bodies and not any(kind.has(Trait.FUSED) for kind in kinds):
+    stacked = OpKind.SPLIT in kinds and any(_stacked(graph, op) is not None for op in graph)
+    if not bodies and not stacked and not any(kind.has(Trait.FUSED) for kind in kinds):
         return None
     view = View(graph)
     twins = {value: view.add_input(value.name, value.shape, value.dtype, (graph, value)) for value in graph.inputs}
@@ -46,8 +49,11 @@ class View(Graph):
         self.called: dict[str, Body] = {}
 
     def native_data(self, value: Value) -> Any:
-        graph, original = value.native  # constants hold the graph and the value that they stand for
-        return graph.native_data(original)
+        graph, original, *rows = (
+            value.native
+        )  # constants hold the graph and the value that they stand for, or a part of
+        data = graph.native_data(original)
+        return data[rows[0]] if rows else data
 
     def fill(
         self, graph: Graph, twins: dict[Value, Value], calls: tuple[Op, ...], bodies: Mapping[Op, tuple[Body, ...]]
@@ -58,11 +64,18 @@ class View(Graph):
                 name = self._free(path_of(calls, value.name))
                 twins[value] = self.add_constant(name, value.shape, value.dtype, (graph, value), value.role)
                 self.homes[twins[value]] = calls, value
+        stacked = {op: work for op in graph if (work := _stacked(graph, op)) is not None}
+        parted = set(stacked.values())
         for op in graph:
-            inputs = [None if value is None else twins[value] for value in op.inputs]
+            if op in parted:
+                continue
+            work = stacked.get(op)
+            inputs = [None if value is None else twins[value] for value in (work or op).inputs]
             held = bodies.get(op, ())
             results: Sequence[Value]
-            if op.has(Trait.FUSED):
+            if work is not None:
+                results = self._take_apart(graph, work, op, inputs, calls)
+            elif op.has(Trait.FUSED):
                 results = self._write_out(op, inputs, calls)
             elif len(held) == 1 and held[0].call and len(held[0].graph.outputs) == len(op.outputs):
                 results = self._call(op, held[0], twins, calls)
@@ -122,6 +135,39 @@ class View(Graph):
 
         return expand(op.kind, inputs, op.attrs, emit)
 
+    def _take_apart(
+        self, graph: Graph, work: Op, split: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]
+    ) -> list[Value]:
+        """Contractions side by side; the values that stand for the parts of the split."""
+        axis = 1 if work.kind is OpKind.LINEAR and not work.attr("transpose_weight") else 0
+        results, start = [], 0
+        for number, (part, size) in enumerate(zip(split.outputs, split.attr("sizes"), strict=True)):
+            rows = slice(start, start + size)
+            start += size
+            stored = [
+                None if value is None else self._rows(graph, value, at, rows, number, calls)
+                for value, at in zip(work.inputs[1:], (axis, 0), strict=False)
+            ]
+            label = self._free(path_of(calls, f"{work.name}.{number}"))
+            operands = [inputs[0], *stored]
+            made = self.add_op(work.kind, operands, [(label, part.type)], dict(work.attrs), module=work.module)
+            self.levels[made] = (*calls, work)
+            name = self._free(path_of(calls, part.name))
+            end = self.add_op(OpKind.IDENTITY, made.outputs, [(name, part.type)], module=split.module)
+            self.levels[end] = (*calls, split)
+            results.append(end.output)
+        return results
+
+    def _rows(self, graph: Graph, value: Value, axis: int, rows: slice, number: int, calls: tuple[Op, ...]) -> Value:
+        """A part of a stored tensor."""
+        shape = value.shape or ()
+        extents = (*shape[:axis], rows.stop - rows.start, *shape[axis + 1 :])
+        name = self._free(path_of(calls, f"{value.name}.{number}"))
+        native = (graph, value, (*(slice(None) for _ in range(axis)), rows))
+        part = self.add_constant(name, extents, value.dtype, native, value.role)
+        self.homes[part] = calls, value
+        return part
+
     def _free(self, name: str) -> str:
         """The name, or where another value has it one like it."""
         return self.unique_name(name) if name in self._values else name
@@ -154,6 +200,21 @@ class View(Graph):
         while depth < min(len(left), len(right)) and left[depth] is right[depth]:
             depth += 1
         return left[:depth]
+
+
+def _stacked(graph: Graph, op: Op) -> Op | None:
+    """The contraction whose outputs a split parts again, where one pass made both."""
+    if op.kind is not OpKind.SPLIT or not op.provenance:
+        return None
+    value = op.operands[0]
+    work = value.producer
+    if work is None or work.kind not in (OpKind.CONV, OpKind.LINEAR) or work.provenance != op.provenance:
+        return None
+    if len(value.uses) != 1 or graph.is_output(value):
+        return None
+    stored = all(each is None or each.role in (Role.PARAMETER, Role.CONSTANT) for each in work.inputs[1:])
+    features = 1 if work.kind is OpKind.CONV else (value.rank or 0) - 1
+    return work if stored and op.attr("axis") == features else None
 
 
 def _bodies(graph: Graph) -> dict[Op, tuple[Body, ...]]:
