@@ -10,15 +10,16 @@ from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.joins import Scope
+from rescompile.passes.merge_parallel import MergeParallel
 from rescompile.plans import Pass, Preserves
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
+    """fold-batch-norm, (with `parallel`) merge-parallel, then fuse-joins, then (with `activations`) fuse-activations
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too.
+    activation and no join, too. `parallel`: contractions that share an input as one (docs/fusion.md says where it pays).
     """
 
     name: ClassVar[str] = "fuse"
@@ -29,12 +30,15 @@ class Fuse:
     norm: bool = True
     epilogue: bool = True
     activations: bool = False
+    parallel: bool = False
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
         stages: list[Pass] = []
         if self.batch_norm:
             stages.append(FoldBatchNorm())
+        if self.parallel:
+            stages.append(MergeParallel())
         stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))
         if self.activations:
             stages.append(FuseActivations())

@@ -204,6 +204,6 @@ def _merged(value: Value, ops: list[Op], fresh: FreshNames) -> Rewrite:
     saved = tensor_size(value)[1] * (count - 1)
     cost = f", {saved:,} bytes less" if saved else ""
     zeros = [op for op, each in zip(ops, biases, strict=True) if each is None] if bias else []
-    filled = f"; zeros as the bias of {', '.join(repr(op.name) for op in zeros)}" if zeros else ""
+    filled = f"; zeros as the bias of {', '.join(repr(op.module or op.name) for op in zeros)}" if zeros else ""
     reason = f"with {others}: '{value.name}' is read once instead of {count} times{cost}, multiplications as before"
     return Rewrite(first.name, equation, reason + filled, tuple(edits))
