@@ -19,7 +19,7 @@ class Fuse:
     """fold-batch-norm, (with `parallel`) merge-parallel, then fuse-joins, then (with `activations`) fuse-activations
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too. `parallel`: contractions that share an input as one (docs/fusion.md says where it pays).
+    activation and no join, too. `parallel`: contractions that share an input as one (see docs/fusion.md).
     """
 
     name: ClassVar[str] = "fuse"
