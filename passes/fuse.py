@@ -11,15 +11,17 @@ from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.joins import Scope
 from rescompile.passes.merge_parallel import MergeParallel
+from rescompile.passes.merge_projections import MergeProjections
 from rescompile.plans import Pass, Preserves
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """fold-batch-norm, (with `parallel`) merge-parallel, then fuse-joins, then (with `activations`) fuse-activations
+    """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too. `parallel`: contractions that share an input as one (see docs/fusion.md).
+    activation and no join, too. Before the joins, merge-projections where `projections` says so, and merge-parallel
+    where `parallel` does: docs/fusion.md says where they pay.
     """
 
     name: ClassVar[str] = "fuse"
@@ -31,12 +33,15 @@ class Fuse:
     epilogue: bool = True
     activations: bool = False
     parallel: bool = False
+    projections: bool = False
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
         stages: list[Pass] = []
         if self.batch_norm:
             stages.append(FoldBatchNorm())
+        if self.projections:
+            stages.append(MergeProjections())
         if self.parallel:
             stages.append(MergeParallel())
         stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))

@@ -8,16 +8,16 @@ from typing import ClassVar
 
 from rescompile.costs import tensor_size
 from rescompile.detection import inspect_graph
+from rescompile.fused_region import Region, Step
 from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import ACTIVATIONS, Trait
 from rescompile.kinds import OpKind as K
-from rescompile.kinds import Trait
-from rescompile.passes.joins import only_reader, plain_sum
+from rescompile.passes.joins import only_reader, plain_sum, trailing_activation
 from rescompile.passes.tracing import is_stored
 from rescompile.plans import (
     AddParameter,
     Edit,
     FreshNames,
-    Insert,
     Plan,
     Preserves,
     Refusal,
@@ -27,18 +27,21 @@ from rescompile.plans import (
     names,
 )
 
+_LAST = (1 << 63) - 1  # as far as a slice goes
+
 
 @dataclass(frozen=True)
 class MergeProjections:
-    """W·h + b + P·x[::s] + c  →  [W P]·[h, x[::s]] + (b + c)
+    """σ(W·h + b + P·x[::s] + c)  →  σ([W P]·[h, x[::s]] + (b + c)), one region
 
     The sum that joins a projection shortcut (He et al. 2015, options B and C) goes into the contraction: its reduction
-    runs over the channels of both. What is computed is the same, each product added up in one accumulator.
+    runs over the channels of both. Every product is there as before, added up in one accumulator.
     1. Both operands of the sum are linears, or convolutions of one group with a kernel of one element and no padding,
        that nothing else reads; a stride becomes a slice of the input. Batch norms are folded before.
     2. They read different values. Two maps of one value are one with the sum of the weights (remove-shortcuts).
     3. Weights and biases are stored, of one dtype and layout, and nothing else reads the weights.
     4. The graph is no training form: the two biases become one.
+    5. σ is an activation that alone reads the sum, or nothing.
     """
 
     name: ClassVar[str] = "merge-projections"
@@ -60,31 +63,25 @@ class MergeProjections:
             elif graph.training:
                 reason = "in training branch and shortcut keep parameters of their own: optimisers and checkpoints go"
                 yield Refusal(block.join, f"{reason} by them")
-            elif not _is_merged(block.join_op):
-                yield _decide(graph, block.join_op, fresh)
+            elif block.join_op.provenance != self.name:
+                yield _decide(graph, block.join_op, block.skip_index, fresh)
 
 
-def _is_merged(join: Op) -> bool:
-    """Whether the pass was here before."""
-    return join.provenance == MergeProjections.name
-
-
-def _decide(graph: Graph, join: Op, fresh: FreshNames) -> Rewrite | Refusal:
+def _decide(graph: Graph, join: Op, skip: int, fresh: FreshNames) -> Rewrite | Refusal:
     if join.kind is not K.ADD:
         return Refusal(join.name, f"the join is a {join.kind.value} already: merge before fusing")
     refused = plain_sum(join)
     if refused is not None:
         return refused
     works = []
-    for value in join.operands:
+    for value in (join.operands[1 - skip], join.operands[skip]):
         work = value.producer
         reason = _obstacle(graph, value, work)
         if reason or work is None:
             return Refusal(join.name, reason)
         works.append(work)
-    works.sort(key=lambda op: -op.order)  # the branch runs last, mostly: its names stay
-    reason = _mismatch(works[0], works[1])
-    return Refusal(join.name, reason) if reason else _merged(join, works, fresh)
+    reason = _mismatch(*works) or graph.cannot_emit(K.FUSED_REGION)
+    return Refusal(join.name, reason) if reason else _merged(graph, join, works, fresh)
 
 
 def _obstacle(graph: Graph, value: Value, work: Op | None) -> str:
@@ -132,62 +129,59 @@ def _mismatch(one: Op, other: Op) -> str:
     return ""
 
 
-def _merged(join: Op, works: list[Op], fresh: FreshNames) -> Rewrite:
-    main, out = works[0], join.output
-    axis = 1 if main.kind is K.CONV else len(out.shape or ()) - 1
-    edits: list[Edit] = []
-    parts, widths = [], []
-    for work in works:
-        parts.append(_input(work, out, edits, fresh))
-        widths.append(int((work.operands[0].shape or ())[axis]))
-    shape = (*(out.shape or ())[:axis], sum(widths), *(out.shape or ())[axis + 1 :])
-    whole = fresh(f"{out.name}_inputs")
-    edits.append(Insert("concat", tuple(parts), ((whole, shape, out.dtype),), {"axis": axis}))
+def _merged(graph: Graph, join: Op, works: list[Op], fresh: FreshNames) -> Rewrite:
+    """The region [W P]·[h, x] with what follows it. `works`: the branch's contraction, the shortcut's."""
+    main = works[0]
+    inputs = [work.operands[0] for work in works]
+    axis = 1 if main.kind is K.CONV else len(join.output.shape or ()) - 1
+    widths = tuple(int((value.shape or ())[axis]) for value in inputs)
     weights, biases = [work.operand("weight") for work in works], [work.operand("bias") for work in works]
-    head = weights[0]
+    head, given = weights[0], [each for each in biases if each is not None]
     assert head is not None  # _obstacle
-    weight = fresh(f"{head.name}_merged")
     inner = 1 if main.kind is K.CONV or main.attr("transpose_weight") else 0
-    edits.append(AddParameter(weight, "concatenated", names(weights), {"axis": inner, "sizes": tuple(widths)}))
-    given = [each for each in biases if each is not None]
-    bias = fresh(f"{given[0].name}_merged") if given else None
-    if bias is not None:
-        edits.append(AddParameter(bias, "summed", names(given)))
-    attrs = dict(main.attrs)
-    if main.kind is K.CONV:
-        attrs["stride"] = (1,) * len(main.attr("stride"))
-    edits.append(fuse_edit([*works, join], main.kind, [whole, weight, bias], [out], **attrs))
-    moved = sum(tensor_size(work.operands[0])[1] // _steps(work) for work in works)
+    weight, bias = fresh(f"{head.name}_merged"), fresh(f"{given[0].name}_merged") if given else None
+    edits: list[Edit] = [
+        AddParameter(weight, "concatenated", names(weights), {"axis": inner, "sizes": widths}),
+        *([AddParameter(bias, "summed", names(given))] if bias is not None else []),
+    ]
+    name, after = trailing_activation(graph, join.output)
+    out = after[0].output if after else join.output
+    operands: list[Value | str] = [*inputs, weight, *([bias] if bias is not None else [])]
+    steps = _steps(works, axis, len(operands))
+    if after:
+        kind, settings = ACTIVATIONS[name] or (K.RELU, {})
+        steps.append(Step(kind, (len(operands) + len(steps) - 1,), settings))
+    region = Region(len(operands), tuple(steps), (len(operands) + len(steps) - 1,))
+    label = "_".join(step.kind.value for step in steps)
+    done = [*works, join, *after]
+    edits.append(fuse_edit(done, K.FUSED_REGION, operands, [out], label=label, steps=region.text()))
     equation = "W·h + b + P·x + c  →  [W P]·[h, x] + (b + c)"
-    shortcut = works[1].module or works[1].name
-    cost = f"'{shortcut}' writes no {tensor_size(out)[1]:,} bytes for a sum to read; the concat copies {moved:,}"
-    return Rewrite(join.name, equation, f"{cost} where no kernel reads two inputs", tuple(edits))
+    shortcut, size = works[1].module or works[1].name, tensor_size(join.output)[1]
+    saved = f"'{shortcut}' writes no {size:,} bytes that a sum would read"
+    return Rewrite(join.name, equation, f"{saved}; multiplications as before", tuple(edits))
 
 
-def _input(work: Op, out: Value, edits: list[Edit], fresh: FreshNames) -> str:
-    """The positions that a contraction reads, as a value."""
-    x = work.operands[0]
-    steps = tuple(work.attr("stride")) if work.kind is K.CONV else ()
-    strided = [place for place, step in enumerate(steps) if step != 1]
-    if not strided:
-        return x.name
-    shape = x.shape or ()
-    name = fresh(f"{x.name}_strided")
-    extents = list(shape)
-    for place in strided:
-        extents[place + 2] = (out.shape or ())[place + 2]
-    attrs = {
-        "axes": tuple(place + 2 for place in strided),
-        "starts": (0,) * len(strided),
-        "stops": tuple(shape[place + 2] for place in strided),
-        "steps": tuple(steps[place] for place in strided),
-    }
-    edits.append(Insert("slice", (x.name,), ((name, tuple(extents), x.dtype),), attrs))
-    return name
-
-
-def _steps(work: Op) -> int:
-    total = 1
-    for step in work.attr("stride") if work.kind is K.CONV else ():
-        total *= step
-    return total
+def _steps(works: list[Op], axis: int, count: int) -> list[Step]:
+    """Slices where a contraction has a stride, the concatenation, and the contraction; `count` operands before them."""
+    main, parts = works[0], []
+    steps: list[Step] = []
+    for place, work in enumerate(works):
+        strides = tuple(work.attr("stride")) if work.kind is K.CONV else ()
+        axes = tuple(axis + 1 + at for at, step in enumerate(strides) if step != 1)
+        parts.append(count + len(steps) if axes else place)
+        if axes:
+            cut = {
+                "axes": axes,
+                "starts": (0,) * len(axes),
+                "stops": (_LAST,) * len(axes),
+                "steps": tuple(strides[at - axis - 1] for at in axes),
+            }
+            steps.append(Step(K.SLICE, (place,), cut))
+    steps.append(Step(K.CONCAT, tuple(parts), {"axis": axis}))
+    whole = count + len(steps) - 1
+    spatial = len(main.attr("stride")) if main.kind is K.CONV else 0
+    attrs = {"stride": (1,) * spatial, "pads": (0,) * 2 * spatial, "dilation": (1,) * spatial}
+    if main.kind is K.LINEAR:
+        attrs = {"transpose_weight": main.attr("transpose_weight")}
+    steps.append(Step(main.kind, (whole, 2, 3 if count > 3 else None), attrs))
+    return steps

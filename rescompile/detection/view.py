@@ -1,10 +1,10 @@
 """A view of a graph in which fused operations and calls are written out, so that detection sees what they do.
 
-A fused operation stands for its expansion. A contraction that one pass made together with the split of its output
-stands for contractions side by side, each with its rows of the weight. A call (of an ONNX model's function, of a region
-under autocast or under checkpointing) runs its body exactly once, so the body stands in its place: a join inside may
-have its fork outside. At the body's edge an identity stands for each operand and each result that is computed, under
-the name that it has there.
+A fused operation stands for its expansion, in which a contraction over a concatenation stands for a sum of
+contractions. One that a pass made together with the split of its output stands for contractions side by side. A call
+(of an ONNX model's function, of a region under autocast or under checkpointing) runs its body exactly once, so the body
+stands in its place: a join inside may have its fork outside. At the body's edge an identity stands for each operand and
+each result that is computed, under the name that it has there.
 
 The view is a plain `Graph` of its own; what is found in it is told in the original's operations and values.
 """
@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from rescompile.detection.stacked import side_by_side, sums
 from rescompile.fused import program
 from rescompile.fused_region import step_types
-from rescompile.graph import Body, Graph, Op, Role, Value
+from rescompile.graph import Attrs, Body, Graph, Op, Role, Value, ValueType
 from rescompile.kinds import OpKind, Trait
 
 
@@ -26,7 +27,7 @@ def written_out(graph: Graph) -> View | None:
     """The view; None where there is nothing to write out or to look into."""
     kinds = {op.kind for op in graph}
     bodies = _bodies(graph) if OpKind.OPAQUE in kinds else {}
-    stacked = OpKind.SPLIT in kinds and any(_stacked(graph, op) is not None for op in graph)
+    stacked = OpKind.SPLIT in kinds and any(side_by_side(graph, op) is not None for op in graph)
     if not bodies and not stacked and not any(kind.has(Trait.FUSED) for kind in kinds):
         return None
     view = View(graph)
@@ -67,7 +68,7 @@ class View(Graph):
                 name = self._free(path_of(calls, value.name))
                 twins[value] = self.add_constant(name, value.shape, value.dtype, (graph, value), value.role)
                 self.homes[twins[value]] = calls, value
-        stacked = {op: work for op in graph if (work := _stacked(graph, op)) is not None}
+        stacked = {op: work for op in graph if (work := side_by_side(graph, op)) is not None}
         parted = set(stacked.values())
         for op in graph:
             if op in parted:
@@ -77,7 +78,7 @@ class View(Graph):
             held = bodies.get(op, ())
             results: Sequence[Value]
             if work is not None:
-                results = self._take_apart(graph, work, op, inputs, calls)
+                results = self._take_apart(work, op, inputs, calls)
             elif op.has(Trait.FUSED):
                 results = self._write_out(op, inputs, calls)
             elif len(held) == 1 and held[0].call and len(held[0].graph.outputs) == len(op.outputs):
@@ -130,22 +131,60 @@ class View(Graph):
         region = program(op.kind, inputs, op.attrs)
         types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
         known: list[Value | None] = list(inputs)
+        read = [None if x is None else x.shape for x in op.inputs]
+        added = sums(region, op.inputs, [*read, *(type_.shape for type_ in types)])
         for step, type_ in zip(region.steps, types, strict=True):
+            if len(known) in added.values():
+                known.append(None)
+                continue
             label = self._free(path_of(calls, f"{op.name}.{step.kind.value}"))
             if step.kind is OpKind.FULL:
                 number = step.attrs["value"]
                 known.append(self.add_constant(label, (), type_.dtype, number, Role.CONSTANT))
                 continue
             operands = [None if index is None else known[index] for index in step.inputs]
-            made = self.add_op(step.kind, operands, [(label, type_)], step.settings(type_), module=op.module)
+            settings = step.settings(type_)
+            if len(known) in added:
+                concat = region.steps[added[len(known)] - region.operands]
+                parts = [value for index in concat.inputs if index is not None and (value := known[index]) is not None]
+                known.append(self._sum(op, step.kind, parts, operands[1:], type_, settings, calls))
+                continue
+            made = self.add_op(step.kind, operands, [(label, type_)], settings, module=op.module)
             self.levels[made] = (*calls, op)
             known.append(made.output)
         outputs = [known[index] for index in region.outputs]
         return [value for value in outputs if value is not None]
 
+    def _sum(
+        self,
+        op: Op,
+        kind: OpKind,
+        parts: Sequence[Value],
+        stored: Sequence[Value | None],
+        type_: ValueType,
+        attrs: Attrs,
+        calls: tuple[Op, ...],
+    ) -> Value:
+        """W·h + P·x of a contraction with the weight [W P] over [h, x]; its bias is the first one's."""
+        axis = 1 if kind is OpKind.CONV or attrs.get("transpose_weight", True) else 0
+        terms, start = [], 0
+        for number, part in enumerate(parts):
+            columns = slice(start, start + int((part.shape or ())[1 if kind is OpKind.CONV else -1]))
+            start = columns.stop
+            weight = None if stored[0] is None else self._part(stored[0], axis, columns, number)
+            operands = [part, weight, stored[1] if number == 0 and len(stored) > 1 else None]
+            label = self._free(path_of(calls, f"{op.name}.{kind.value}"))
+            term = self.add_op(kind, operands, [(label, type_)], dict(attrs), module=op.module)
+            self.levels[term] = (*calls, op)
+            terms.append(term.output)
+        label = self._free(path_of(calls, f"{op.name}.{OpKind.ADD.value}"))
+        total = self.add_op(OpKind.ADD, terms, [(label, type_)], module=op.module)
+        self.levels[total] = (*calls, op)
+        return total.output
+
     def _take_apart(
-        self, graph: Graph, work: Op, split: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]
-    ) -> list[Value]:
+        self, work: Op, split: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]
+    ) -> Sequence[Value]:
         """Contractions side by side; the values that stand for the parts of the split."""
         axis = 1 if work.kind is OpKind.LINEAR and not work.attr("transpose_weight") else 0
         results, start = [], 0
@@ -153,8 +192,8 @@ class View(Graph):
             rows = slice(start, start + size)
             start += size
             stored = [
-                None if value is None else self._rows(graph, value, at, rows, number, calls)
-                for value, at in zip(work.inputs[1:], (axis, 0), strict=False)
+                None if value is None else self._part(value, at, rows, number)
+                for value, at in zip(inputs[1:], (axis, 0), strict=False)
             ]
             label = self._free(path_of(calls, f"{work.name}.{number}"))
             operands = [inputs[0], *stored]
@@ -166,14 +205,13 @@ class View(Graph):
             results.append(end.output)
         return results
 
-    def _rows(self, graph: Graph, value: Value, axis: int, rows: slice, number: int, calls: tuple[Op, ...]) -> Value:
+    def _part(self, stored: Value, axis: int, along: slice, number: int) -> Value:
         """A part of a stored tensor."""
-        shape = value.shape or ()
-        extents = (*shape[:axis], rows.stop - rows.start, *shape[axis + 1 :])
-        name = self._free(path_of(calls, f"{value.name}.{number}"))
-        native = (graph, value, (*(slice(None) for _ in range(axis)), rows))
-        part = self.add_constant(name, extents, value.dtype, native, value.role)
-        self.homes[part] = calls, value
+        shape = stored.shape or ()
+        extents = (*shape[:axis], *((along.stop - along.start,) if shape else ()), *shape[axis + 1 :])
+        native = (*stored.native[:2], (*(slice(None) for _ in range(axis)), along))
+        part = self.add_constant(self._free(f"{stored.name}.{number}"), extents, stored.dtype, native, stored.role)
+        self.homes[part] = self.homes[stored]
         return part
 
     def _free(self, name: str) -> str:
@@ -208,21 +246,6 @@ class View(Graph):
         while depth < min(len(left), len(right)) and left[depth] is right[depth]:
             depth += 1
         return left[:depth]
-
-
-def _stacked(graph: Graph, op: Op) -> Op | None:
-    """The contraction whose outputs a split parts again, where one pass made both."""
-    if op.kind is not OpKind.SPLIT or not op.provenance:
-        return None
-    value = op.operands[0]
-    work = value.producer
-    if work is None or work.kind not in (OpKind.CONV, OpKind.LINEAR) or work.provenance != op.provenance:
-        return None
-    if len(value.uses) != 1 or graph.is_output(value):
-        return None
-    stored = all(each is None or each.role in (Role.PARAMETER, Role.CONSTANT) for each in work.inputs[1:])
-    features = 1 if work.kind is OpKind.CONV else (value.rank or 0) - 1
-    return work if stored and op.attr("axis") == features else None
 
 
 def _bodies(graph: Graph) -> dict[Op, tuple[Body, ...]]:
