@@ -31,6 +31,7 @@ class Fuse:
     batch_norm: bool = True
     norm: bool = True
     epilogue: bool = True
+    concat: bool = True
     activations: bool = False
     parallel: bool = False
     projections: bool = False
@@ -44,7 +45,7 @@ class Fuse:
             stages.append(MergeProjections())
         if self.parallel:
             stages.append(MergeParallel())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
         if self.activations:
             stages.append(FuseActivations())
         return stages
