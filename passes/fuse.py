@@ -10,16 +10,19 @@ from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.joins import Scope
+from rescompile.passes.merge_parallel import MergeParallel
+from rescompile.passes.merge_projections import MergeProjections
 from rescompile.plans import Pass, Preserves
 
 
 @dataclass(frozen=True)
 class Fuse:
-    """fold-batch-norm, then fuse-joins, then (with `activations`) fuse-activations
+    """fold-batch-norm, merge-projections, merge-parallel, fuse-joins, fuse-activations: those that the options name
 
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `activations`: contractions with an
-    activation and no join, too. `trainable`: nothing is folded, and no fusion takes along what training does
-    otherwise (a batch norm, a dropout that evaluation switches off), so that the result trains as the original does.
+    activation and no join, too. `parallel`, `projections`: docs/fusion.md says where they pay. `trainable`: nothing is
+    folded, and no fusion takes along what training does otherwise (a batch norm, a dropout that evaluation switches
+    off), so that the result trains as the original does.
     """
 
     name: ClassVar[str] = "fuse"
@@ -32,6 +35,8 @@ class Fuse:
     concat: bool = True
     activations: bool = False
     trainable: bool = False
+    parallel: bool = False
+    projections: bool = False
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
@@ -41,6 +46,10 @@ class Fuse:
         stages: list[Pass] = []
         if self.batch_norm:
             stages.append(FoldBatchNorm())
+        if self.projections:
+            stages.append(MergeProjections())
+        if self.parallel:
+            stages.append(MergeParallel())
         stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
         if self.activations:
             stages.append(FuseActivations())

@@ -54,15 +54,15 @@ class Result(msgspec.Struct):
         """For each original parameter, the parameters of the result that hold it or were computed from it."""
         present = {value.name for value in self.graph.parameters}
         heirs: dict[str, list[str]] = {value.name: [] for value in self.original.parameters}
-        for name, found in heirs.items():
-            if name in present:
-                found.append(name)
+        origins: dict[str, dict[str, None]] = {name: {name: None} for name in heirs}
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
-                    for operand in edit.operands:
-                        if operand in heirs and edit.name not in heirs[operand]:
-                            heirs[operand].append(edit.name)
+                if isinstance(edit, AddParameter | SetParameter):
+                    read = [origins[operand] for operand in edit.operands if operand in origins]
+                    origins.setdefault(edit.name, {}).update(dict.fromkeys(name for each in read for name in each))
+        for name in sorted(origins, key=lambda name: name not in heirs):
+            for origin in origins[name] if name in present else ():
+                heirs[origin].insert(0 if origin == name else len(heirs[origin]), name)
         return heirs
 
     @property
