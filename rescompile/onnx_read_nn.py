@@ -199,7 +199,7 @@ def _matmul(s: Site) -> Reading:
     return s.one(K.MATMUL, s.inputs(2))
 
 
-def _gemm(s: Site) -> Reading:
+def gemm(s: Site) -> Reading:
     """alpha·A'·B' + beta·C: a linear where alpha and beta are 1 and A is not transposed, else what it says."""
     a, b, c = s.inputs(3)
     alpha, beta = s.attr("alpha", 1.0), s.attr("beta", 1.0)
@@ -284,9 +284,9 @@ def _dft(s: Site) -> Reading:
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
-def _eps(s: Site) -> float:
+def norm_eps(s: Site, default: float = 1e-5) -> float:
     """The attribute is a float32. In double precision what that holds is not the decimal that was meant."""
-    value = float(s.attr("epsilon", 1e-5))
+    value = float(s.attr("epsilon", default))
     return float(np.float32(value)) if s.dtype() == "float64" else value
 
 
@@ -296,7 +296,7 @@ def _batch_norm(s: Site) -> Reading:
         return "it is in training"
     if s.attr("spatial", 1) == 0:
         return "its statistics are not by channel"
-    return s.one(K.BATCH_NORM, s.inputs(5), eps=_eps(s), training=False)
+    return s.one(K.BATCH_NORM, s.inputs(5), eps=norm_eps(s), training=False)
 
 
 def _layer_norm(s: Site) -> Reading:
@@ -305,16 +305,16 @@ def _layer_norm(s: Site) -> Reading:
         return "its statistics are used"
     if axis is None or (rank is not None and weight is not None and weight != rank - axis):
         return "its scale is broadcast"
-    return s.one(K.LAYER_NORM, s.inputs(3), axis=axis, eps=_eps(s))
+    return s.one(K.LAYER_NORM, s.inputs(3), axis=axis, eps=norm_eps(s))
 
 
-def _rms_norm(s: Site) -> Reading:
+def rms_norm(s: Site) -> Reading:
     axis, rank, weight = s.axis(-1), s.rank(), s.rank(1)
     if s.used(1):
         return "its statistics are used"
     if axis is None or (rank is not None and weight is not None and weight != rank - axis):
         return "its scale is broadcast"
-    return s.one(K.RMS_NORM, s.inputs(2), axis=axis, eps=_eps(s))
+    return s.one(K.RMS_NORM, s.inputs(2), axis=axis, eps=norm_eps(s))
 
 
 def _group_norm(s: Site) -> Reading:
@@ -328,11 +328,11 @@ def _group_norm(s: Site) -> Reading:
         if scale is None or shift is None or not isinstance(channels, int):
             return "its scale for each group is not a constant"
         weight, bias = (np.repeat(array, channels // groups) for array in (scale, shift))  # type: ignore[assignment]
-    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=_eps(s))
+    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=norm_eps(s))
 
 
 def _instance_norm(s: Site) -> Reading:
-    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=_eps(s))
+    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=norm_eps(s))
 
 
 def _lrn(s: Site) -> Reading:
@@ -356,7 +356,7 @@ NN_READERS: dict[str, Reader] = {
     "Upsample": _resize,
     "Resize": _resize,
     "MatMul": _matmul,
-    "Gemm": _gemm,
+    "Gemm": gemm,
     "Einsum": _einsum,
     "Attention": _attention,
     "LSTM": _recurrent,
@@ -365,8 +365,8 @@ NN_READERS: dict[str, Reader] = {
     "DFT": _dft,
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
-    "RMSNormalization": _rms_norm,
-    "SimplifiedLayerNormalization": _rms_norm,
+    "RMSNormalization": rms_norm,
+    "SimplifiedLayerNormalization": rms_norm,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _lrn,
