@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from rescompile.onnx_blocked import is_blocked, stand_in
 from rescompile.onnx_ops import SMALL, PartialShape, can_be_written_out, constant_tensor, dtype_name
 from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
 
@@ -46,6 +47,9 @@ _PRODUCTS = ("FusedMatMul", "TransposeMatMul")
 def _stand_in(node: ir.Node) -> tuple[_StandIn, dict[str, str]] | None:
     """The stand-in of an operator outside the standard, with an attribute of its own; None for any other."""
     name = node.op_type
+    if is_blocked(node):
+        op_type, count = stand_in(node)
+        return _StandIn(op_type, tuple(range(count)), (0,) if op_type else ()), {}
     if node.domain != "com.microsoft" and name != "SimplifiedLayerNormalization":
         return None
     if name in _PRODUCTS:
@@ -117,12 +121,12 @@ def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
     op_type, domain, inputs = node.op_type, node.domain, list(node.inputs)
     outputs = [[value.name or "" for value in node.outputs]]
     attributes = list(node.attributes.values())
-    stand_in, row = _stand_in(node), quantised(node) if domain else None
-    if stand_in is not None:
-        alike, own = stand_in
-        op_type, domain = alike.op_type, ""
-        inputs = [inputs[at] if at < len(inputs) else None for at in alike.inputs]
-        outputs = [[node.outputs[at].name or ""] for at in alike.outputs if at < len(node.outputs)]
+    alike, row = _stand_in(node), quantised(node) if domain else None
+    if alike is not None:
+        standard, own = alike
+        op_type, domain = standard.op_type, ""
+        inputs = [inputs[at] if at < len(inputs) else None for at in standard.inputs]
+        outputs = [[node.outputs[at].name or ""] for at in standard.outputs if at < len(node.outputs)]
         outputs = [names for names in outputs if names[0]]
         known = onnx.defs.get_schema(op_type).attributes if op_type else {}
         attributes = [attribute for attribute in attributes if attribute.name in known]
