@@ -72,9 +72,7 @@ class _Body:
         self._name = node.op_type
         self._parameters = [ir.Value(name=f"input_{at}") for at in range(len(node.inputs))]
         self._nodes: list[ir.Node] = []
-        self.inputs = [
-            None if value is None else own for value, own in zip(node.inputs, self._parameters, strict=True)
-        ]
+        self.inputs = [None if value is None else own for value, own in zip(node.inputs, self._parameters, strict=True)]
 
     def add(self, op_type: str, operands: list[ir.Value | None], *attributes: ir.Attr) -> ir.Value:
         output = ir.Value(name=f"{op_type}_{len(self._nodes)}")

@@ -11,8 +11,13 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from rescompile.detection import inspect_graph
+from rescompile.graph import Graph
 from rescompile.kinds import OpKind as K
+from rescompile.passes.fuse import Fuse
+from rescompile.rewriting import run_passes
 from tests.onnx_models import Array, Const, Fed, fed, graph_of, kinds, rewritten, same
+from tests.optimised_models import MODELS, exported, optimised
 
 CONTRIB = "com.microsoft"
 
@@ -228,3 +233,37 @@ def test_operator_that_means_more_than_kinds_stays_opaque_with_a_reason(item: Re
     graph = graph_of(built(item)[0])
     assert kinds(graph) == [K.OPAQUE]
     assert any(item.reason in note for note in graph.notes), graph.notes
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+OPTIMISED = [
+    *((name, "extended") for name in ("bert", "gpt2", "llama", "vit", "resnet", "mobilenet")),
+    *((name, "tool") for name in ("bert", "gpt2", "llama", "vit")),
+]
+
+
+def blocks(graph: Graph) -> list[tuple[Any, ...]]:
+    found = inspect_graph(graph).blocks
+    return [(block.kind, block.shortcut, block.norm, block.scale is None, block.parent) for block in found]
+
+
+@pytest.mark.parametrize(("name", "how"), OPTIMISED)
+def test_optimised_model_has_the_blocks_of_the_plain_one_and_reads_as_the_same_numbers(name: str, how: str) -> None:
+    plain, graph = graph_of(exported(name)), graph_of(optimised(name, how))
+    assert any(node.domain for node in graph.model.graph), "the tool fused something"
+    assert blocks(graph) == blocks(plain)
+    assert K.OPAQUE not in kinds(graph), graph.notes
+    standard = rewritten(graph)
+    assert not any(node.domain == CONTRIB for node in standard.model.graph)
+    feeds = {plain.inputs[0].name: MODELS[name]()[1].numpy()}
+    same(plain.run(feeds), standard.run(feeds), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet"])
+def test_channels_blocked_for_one_processor_are_looked_through_and_not_rewritten(name: str) -> None:
+    graph = graph_of(optimised(name, "all"))
+    assert any(node.domain == "com.microsoft.nchwc" for node in graph.model.graph)
+    assert blocks(graph) == blocks(graph_of(exported(name)))
+    assert any("laid out for one processor" in note and "'extended'" in note for note in graph.notes)
+    assert not run_passes(graph, [Fuse()], check=False).applied
