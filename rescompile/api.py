@@ -132,19 +132,29 @@ def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
 
 
 def rewrite(
-    model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True, all_or_nothing: bool = False
+    model: Any,
+    passes: Passes,
+    example_inputs: Any = None,
+    *,
+    verify: bool = True,
+    all_or_nothing: bool = False,
+    dialect: str | None = None,
 ) -> Result:
     """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
 
-    With `all_or_nothing` a place that a pass refuses raises RescompileError.
+    With `all_or_nothing` a place that a pass refuses raises RescompileError. `dialect`, for ONNX models: how fused
+    operations are written, as "functions" of the model, which every runtime reads, or as ONNX Runtime's own operators,
+    "ort", where it has one.
     """
     graph = capture(model, example_inputs)
-    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing)
+    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing, dialect=dialect)
 
 
-def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:
-    """Apply a plan that was made, and perhaps edited, before."""
-    return apply_plan(capture(model, example_inputs), plan, check=verify)
+def apply(
+    model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True, dialect: str | None = None
+) -> Result:
+    """Apply a plan that was made, and perhaps edited, before. `dialect`: as for `rewrite`."""
+    return apply_plan(capture(model, example_inputs), plan, check=verify, dialect=dialect)
 
 
 def load_plan(text: str | bytes) -> Plan:

@@ -410,6 +410,17 @@ class Graph(Native):
         """Why the model's IR (its opset, its mode) cannot hold an operation of this kind; empty when it can."""
         return ""
 
+    def use_dialect(self, dialect: str) -> None:
+        """Write fused operations in this way from here on. GraphError where the model's IR has one way only."""
+        raise GraphError(
+            f"The dialect '{dialect}' says how fused operations are written into ONNX models, and this model is none: "
+            "leave it out."
+        )
+
+    def unspelled(self) -> dict[str, str]:
+        """Fused operations, by name, that the dialect has no operator for, and why."""
+        return {}
+
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _register(self, value: Value) -> Value:

@@ -1,6 +1,6 @@
 """ONNX Runtime's operators on tensors whose channels are blocked for one processor (domain com.microsoft.nchwc).
 
-Its optimisation level "all" writes them. Their weights hold the numbers of the standard operators' in another order, and
+Its optimisation level "all" writes them. Their weights hold the standard operators' numbers in another order, and have
 channels filled up to whole blocks, so they are never read as kinds: no other runtime, and no other processor, computes
 them. `inspect` sees what they stand for: a convolution, the sum with another tensor, an activation.
 """

@@ -19,6 +19,7 @@ from rescompile.graph import Attrs, Dim, Shape, ValueType
 from rescompile.kinds import OpKind as K
 
 FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
+CONTRIB_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators
 PROVENANCE_KEY = "rescompile.pass"
 PARAMETER_KEY = "rescompile.parameter"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
