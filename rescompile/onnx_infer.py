@@ -11,8 +11,9 @@ import onnx
 import onnx_ir as ir
 
 from rescompile.onnx_blocked import is_blocked, stand_in
-from rescompile.onnx_ops import SMALL, PartialShape, can_be_written_out, constant_tensor, dtype_name
+from rescompile.onnx_ops import SMALL, can_be_written_out, constant_tensor, dtype_name
 from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
+from rescompile.values import PartialShape
 
 
 @dataclass(frozen=True, slots=True)
