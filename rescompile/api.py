@@ -126,9 +126,9 @@ def resolve(passes: Passes) -> list[Pass | Pipeline]:
     return [parse_pass(item, PASSES) if isinstance(item, str) else item for item in items]
 
 
-def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
+def plan(model: Any, passes: Passes, example_inputs: Any = None, *, dialect: str | None = None) -> Plan:
     """What `rewrite` would do, without doing it."""
-    return make_plan(capture(model, example_inputs), resolve(passes))[0]
+    return make_plan(capture(model, example_inputs), resolve(passes), dialect)[0]
 
 
 def rewrite(

@@ -330,6 +330,7 @@ class Graph(Native):
 
     def unfuse(self, op: Op, *, provenance: str = "") -> list[Op]:
         """The operations that a fused one stands for, in its place; its outputs keep their names and readers."""
+        self.materialise(op)
         region = program(op.kind, op.inputs, op.attrs)
         types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
         kept = dict(zip(region.outputs, op.outputs, strict=True))
@@ -361,6 +362,15 @@ class Graph(Native):
         self.native_erase_nodes(native)
         self._dirty = True
         return members
+
+    def respell(self, op: Op, *, provenance: str = "") -> None:
+        """Write an operation, and those that it shares native nodes with, as an edit would; nothing else changes."""
+        op.provenance = provenance or op.provenance
+        if op.group is not None:
+            self.materialise(op)
+        else:
+            self.native_respell(op)
+        self._dirty = True
 
     def materialise(self, op: Op) -> None:
         """Give each operation of a group (several operations that one native node stands for) its own native node."""
@@ -452,6 +462,10 @@ class Graph(Native):
             f"The dialect '{dialect}' says how fused operations are written into ONNX models, and this model is none: "
             "leave it out."
         )
+
+    def foreign(self, op: Op) -> bool:
+        """Whether only one runtime has the operators that the operation is written in."""
+        return False
 
     def unspelled(self) -> dict[str, str]:
         """Fused operations, by name, that the dialect has no operator for, and why."""

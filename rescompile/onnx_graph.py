@@ -21,7 +21,16 @@ from rescompile.onnx_functions import call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
-from rescompile.onnx_ops import FUNCTION_DOMAIN, PARAMETER_KEY, PROVENANCE_KEY, Arg, literal, nodes_within
+from rescompile.onnx_ops import (
+    CONTRIB_DOMAIN,
+    FUNCTION_DOMAIN,
+    PARAMETER_KEY,
+    PROVENANCE_KEY,
+    Arg,
+    is_runtimes_own,
+    literal,
+    nodes_within,
+)
 from rescompile.onnx_run import Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save, uncollected
 from rescompile.values import numpy_dtype
@@ -109,19 +118,28 @@ class OnnxGraph(Graph):
 
     def use_dialect(self, dialect: str) -> None:
         """Write fused operations as "functions" of the model, or as operators of ONNX Runtime ("ort") where it has
-        them; what is written already stays as it is."""
+        them. Those that are there are written anew; with "functions" all that is in ONNX Runtime's own operators is."""
         if dialect not in DIALECTS:
             raise GraphError(
                 f"There is no dialect '{dialect}'{nearest(dialect, DIALECTS)}: it is one of {', '.join(DIALECTS)}."
             )
         self.dialect = cast("Dialect", dialect)
+        for op in self.ops:
+            mine = any(node.domain == FUNCTION_DOMAIN for node in op.native)
+            if (dialect == "functions" and self.foreign(op)) or (dialect == "ort" and mine and not self._missing(op)):
+                self.respell(op)
+        self.commit()
+
+    def foreign(self, op: Op) -> bool:
+        """Whether ONNX Runtime's own operators are what the operation is written in."""
+        return op.kind is not OpKind.OPAQUE and any(is_runtimes_own(node) for node in op.native)
 
     def unspelled(self) -> dict[str, str]:
         """In the dialect "ort", the fused operations that are functions of the model, and why."""
         if self.dialect != "ort":
             return {}
         fused = (op for op in self if op.has(Trait.FUSED) and any(node.domain == FUNCTION_DOMAIN for node in op.native))
-        return {op.name: reason for op in fused if (reason := onnx_ort.missing(self._request(op)))}
+        return {op.name: reason for op in fused if (reason := self._missing(op))}
 
     def clone(self) -> Self:
         """A copy with a model of its own; tensors are shared."""
@@ -227,6 +245,10 @@ class OnnxGraph(Graph):
                 self.native.measured[value.native] = value.type
         self._session = None
 
+    def native_respell(self, op: Op) -> None:
+        """New nodes in the place of the operation's."""
+        self._write_anew(op)
+
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, and what is not shown and served only them."""
         self.native.erase(nodes)
@@ -289,6 +311,9 @@ class OnnxGraph(Graph):
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
+    def _missing(self, op: Op) -> str:
+        return onnx_ort.missing(self._request(op))
+
     def _request(self, op: Op) -> Request:
         args = [None if value is None else Arg(value.native, value.shape, value.dtype) for value in op.inputs]
         return Request(op.kind, args, op.attrs, [value.type for value in op.outputs])
@@ -297,7 +322,7 @@ class OnnxGraph(Graph):
         written = onnx_ort.write(builder, request) if self.dialect == "ort" else None
         if not written:
             return call(self.model, builder, request)
-        self.model.opset_imports[onnx_ort.DOMAIN] = 1
+        self.model.opset_imports[CONTRIB_DOMAIN] = 1
         return written
 
     def _native(self, value: Value) -> onnx_ir.Value:

@@ -143,8 +143,11 @@ Rule: TypeAlias = Callable[[Program], "Call | str"]
 
 
 def _plain_sum(p: Program, step: Step | None) -> bool:
-    return step is not None and step.kind is K.ADD and len(step.inputs) > 1 and not any(
-        scale != 1 for scale in tuple(step.attrs.get("scales", ()))
+    return (
+        step is not None
+        and step.kind is K.ADD
+        and len(step.inputs) > 1
+        and not any(scale != 1 for scale in tuple(step.attrs.get("scales", ())))
     )
 
 
