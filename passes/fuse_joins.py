@@ -11,7 +11,7 @@ from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.epilogue import residual_epilogue
-from rescompile.passes.joins import Scope
+from rescompile.passes.joins import Scope, quantised_side
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
 
 
@@ -69,4 +69,7 @@ def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], take
             reasons.append(f"'{clash}' already went into another fusion")
         else:
             reasons.append(decision.reason)
+    rounded = quantised_side(join)
+    if rounded:
+        reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)))

@@ -174,8 +174,9 @@ class Native:
                 outputs[position] = new
                 _declare(new, old)
         old.replace_all_uses_with(new)
-        old.name = self.fresh(f"{name}.old")
-        self.rename(new, name)
+        if name:  # an output that its node went without had none
+            old.name = self.fresh(f"{name}.old")
+            self.rename(new, name)
         new.metadata_props.update(old.metadata_props)
         new.doc_string = old.doc_string
         if old in self.measured:

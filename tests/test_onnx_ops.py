@@ -69,6 +69,24 @@ UNARY = {
 CASES: list[Case] = [
     *(case(op, POSITIVE, reads=kind, at=(7, 13, 22)) for op, kind in UNARY.items()),
     *(case(op, SMALL, reads=kind, at=(9, 13)) for op, kind in (("Erf", K.ERF), ("Sign", K.SIGN), ("IsNaN", K.IS_NAN))),
+    case("LayerNormalization", SEQUENCE, Const.random(6), reads=(K.LAYER_NORM, K.MUL), at=(17, 22), axis=1),
+    case(
+        "LayerNormalization",
+        SEQUENCE,
+        Const.random(5, 6),
+        Const.random(5, 6, seed=2),
+        reads=(K.LAYER_NORM, K.MUL, K.ADD),
+        at=(17,),
+    ),
+    case(
+        "LayerNormalization",
+        SEQUENCE,
+        Const.random(1, 1, 6),
+        Const.random(6, seed=2),
+        reads=(K.RESHAPE, K.LAYER_NORM),
+        at=(17, 22),
+        expect={"axis": 2},
+    ),
     case("Round", SMALL, reads=K.ROUND, at=(11, 22)),
     case("HardSwish", SMALL, reads=K.HARDSWISH, at=(14, 22)),
     case("Mish", SMALL, reads=K.MISH, at=(18, 22)),
@@ -445,7 +463,6 @@ REFUSED = [
         "Attention", (fed(2, 5, 8), fed(2, 5, 8), fed(2, 5, 8)), 23, "heads", {"q_num_heads": 2, "kv_num_heads": 2}
     ),
     Refused("LayerNormalization", (SEQUENCE, Const.random(6)), 17, "statistics", outputs=2),
-    Refused("LayerNormalization", (SEQUENCE, Const.random(6)), 17, "broadcast", {"axis": 1}),
 ]
 
 
