@@ -28,6 +28,7 @@ class Fuse:
     batch_norm: bool = True
     norm: bool = True
     epilogue: bool = True
+    concat: bool = True
     activations: bool = False
 
     def stages(self) -> Sequence[Pass]:
@@ -35,7 +36,7 @@ class Fuse:
         stages: list[Pass] = []
         if self.batch_norm:
             stages.append(FoldBatchNorm())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
         if self.activations:
             stages.append(FuseActivations())
         return stages

@@ -38,7 +38,7 @@ def quantised_side(join: Op) -> str:
     Quantisation rounds: what is before it cannot change places with what is behind it.
     """
     rounded = [_is_rounded(value) for value in join.operands]
-    if len(rounded) != 2 or rounded[0] == rounded[1]:
+    if join.kind is not OpKind.ADD or len(rounded) != 2 or rounded[0] == rounded[1]:
         return ""
     value = join.operands[rounded.index(True)]
     return f"'{value.name}' is quantised on its way to the sum, and the other operand is not"

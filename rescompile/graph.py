@@ -467,6 +467,10 @@ class Graph(Native):
         """Whether only one runtime has the operators that the operation is written in."""
         return False
 
+    def untouchable(self, op: Op) -> str:
+        """Why no pass may change an opaque operation, where that has a reason of its own; empty otherwise."""
+        return ""
+
     def unspelled(self) -> dict[str, str]:
         """Fused operations, by name, that the dialect has no operator for, and why."""
         return {}

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeAlias, cast, get_args
 import numpy as np
 import onnx_ir
 
-from rescompile import onnx_ort
+from rescompile import onnx_blocked, onnx_ort
 from rescompile.composites import recognise
 from rescompile.errors import GraphError, nearest
 from rescompile.graph import Body, Evaluator, Graph, Op, Value
@@ -129,6 +129,10 @@ class OnnxGraph(Graph):
             if (dialect == "functions" and self.foreign(op)) or (dialect == "ort" and mine and not self._missing(op)):
                 self.respell(op)
         self.commit()
+
+    def untouchable(self, op: Op) -> str:
+        """What ONNX Runtime wrote for one processor."""
+        return onnx_blocked.REASON if any(onnx_blocked.is_blocked(node) for node in op.native) else ""
 
     def foreign(self, op: Op) -> bool:
         """Whether ONNX Runtime's own operators are what the operation is written in."""

@@ -266,4 +266,7 @@ def test_channels_blocked_for_one_processor_are_looked_through_and_not_rewritten
     assert any(node.domain == "com.microsoft.nchwc" for node in graph.model.graph)
     assert blocks(graph) == blocks(graph_of(exported(name)))
     assert any("laid out for one processor" in note and "'extended'" in note for note in graph.notes)
-    assert not run_passes(graph, [Fuse()], check=False).applied
+    result = run_passes(graph, [Fuse()], check=False)
+    assert not result.applied
+    assert result.refused
+    assert all("laid out for one processor" in refusal.reason for refusal in result.refused)

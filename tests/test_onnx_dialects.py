@@ -319,7 +319,7 @@ def test_region_that_is_one_operator_becomes_it(name: str, dialect: str) -> None
         text = text.replace("{ b", "{ a = Constant<value_ints = [-1]>() b", 1)
     proto = model(text, 20)
     graph = graph_of(proto)
-    edit = region_edit(graph, [op for op in graph], graph.outputs)
+    edit = region_edit(graph, list(graph), graph.outputs)
     assert not isinstance(edit, str), edit
     plan = Plan(graph.name, graph.ir, [Rewrite("all", "all  →  one", "as asked", (edit,))])
     result = apply_plan(graph, plan, dialect=dialect)
@@ -335,7 +335,7 @@ def test_region_that_is_one_operator_becomes_it(name: str, dialect: str) -> None
         assert not operators(result)
 
 
-# ---- the dialect as a setting ------------------------------------------------------------------------------------------
+# ---- the dialect as a setting ----------------------------------------------------------------------------------------
 
 CHAIN = (f"{TOKENS} {{ f = MatMul(x, W(8, 8)) s = Add(f, x) n = {NORM} g = MatMul(n, W(8, 8; 2)) t = Add(g, s) "
          "m = LayerNormalization(t, W(8), W(8; 2)) y = Identity(m) }")  # fmt: skip
