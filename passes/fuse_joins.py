@@ -74,9 +74,7 @@ class FuseJoins:
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
                 where = f"{block.path}/{block.join}" if block.path else block.join
-                holder = graph.op(block.path.partition("/")[0]) if block.path else block.join_op
-                why = graph.untouchable(holder)
-                yield Refusal(where, why or f"it is inside {_HOLDER}, where no pass rewrites")
+                yield Refusal(where, _held(graph, block.path) or f"it is inside {_HOLDER}, where no pass rewrites")
 
 
 def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
@@ -94,6 +92,13 @@ def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], take
     if rounded:
         reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _held(graph: Graph, path: str) -> str:
+    """Why the operation that a path begins with, whose name may be a path too, is left alone."""
+    while path and not graph.has_op(path):
+        path = path.rpartition("/")[0]
+    return graph.untouchable(graph.op(path)) if path else ""
 
 
 def _consumed(rewrite: Rewrite) -> list[str]:

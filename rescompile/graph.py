@@ -90,6 +90,10 @@ class Graph(Native):
         except KeyError:
             raise GraphError(f"There is no operation '{name}' in the graph{nearest(name, self._ops)}.") from None
 
+    def has_op(self, name: str) -> bool:
+        """Whether an operation has that name."""
+        return name in self._ops
+
     def has_name(self, name: str) -> bool:
         """Whether a value or an operation has that name."""
         return name in self._values or name in self._ops
