@@ -74,7 +74,8 @@ class FuseJoins:
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
                 where = f"{block.path}/{block.join}" if block.path else block.join
-                yield Refusal(where, _held(graph, block.path or block.join_op.name) or f"it is inside {_HOLDER}, where no pass rewrites")
+                why = _held(graph, block.path or block.join_op.name)
+                yield Refusal(where, why or f"it is inside {_HOLDER}, where no pass rewrites")
 
 
 def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
