@@ -12,8 +12,10 @@ from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.concat_region import concat_region
 from rescompile.passes.epilogue import residual_epilogue
-from rescompile.passes.joins import Scope
+from rescompile.passes.joins import Scope, quantised_side
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
+
+_HOLDER = "an operation that holds a graph of its own"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class FuseJoins:
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
                 where = f"{block.path}/{block.join}" if block.path else block.join
-                yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
+                why = _held(graph, block.path or block.join_op.name)
+                yield Refusal(where, why or f"it is inside {_HOLDER}, where no pass rewrites")
 
 
 def _follows_mode(op: Op) -> bool:
@@ -101,7 +104,17 @@ def _first(
             )
         else:
             reasons.append(decision.reason)
+    rounded = quantised_side(join)
+    if rounded:
+        reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _held(graph: Graph, path: str) -> str:
+    """Why the operation that a path begins with, whose name may be a path too, is left alone."""
+    while path and not graph.has_op(path):
+        path = path.rpartition("/")[0]
+    return graph.untouchable(graph.op(path)) if path else ""
 
 
 def _consumed(rewrite: Rewrite) -> list[str]:
