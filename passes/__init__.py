@@ -10,6 +10,7 @@ from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
+from rescompile.passes.merge_affine import MergeBranches
 from rescompile.passes.merge_norms import MergeNorms
 from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
 from rescompile.passes.pre_activation import PostActivation, PreActivation
@@ -34,6 +35,7 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
+    "merge-branches": MergeBranches,
     "fuse-joins": FuseJoins,
     "fuse-activations": FuseActivations,
 }
