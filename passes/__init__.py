@@ -5,6 +5,7 @@ from __future__ import annotations
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fold_norm_affine import FoldNormAffine
+from rescompile.passes.fold_scale import FoldScale
 from rescompile.passes.freeze_blend import FreezeBlend
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
+    "fold-scale": FoldScale,
     "merge-branches": MergeBranches,
     "fuse-joins": FuseJoins,
     "fuse-activations": FuseActivations,
