@@ -8,6 +8,7 @@ from typing import Literal
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind as K
 from rescompile.passes.features import held
+from rescompile.passes.tracing import is_stored
 from rescompile.plans import same_shape
 
 
@@ -34,7 +35,7 @@ class Constant:
         return self.do in ("shift", "norm")
 
 
-def constants_of(op: Op) -> list[Constant]:
+def constants_of(graph: Graph, op: Op) -> list[Constant]:
     """What the operation scales or shifts by a constant; a sum may do so to several of its operands."""
     if op.output.constant or "float" not in (op.output.dtype or ""):
         return []
@@ -55,14 +56,35 @@ def constants_of(op: Op) -> list[Constant]:
         return []
     index = op.inputs.index(x)
     other = op.operands[1 - index]
-    stored_value, axis = held(other), lies_along(other, x)
-    if stored_value is None or axis == "several":
+    found, axis = _stored(graph, other), lies_along(other, x)
+    if found is None or axis == "several":
         return []
+    v, number = found
     if op.kind is K.ADD:
         if op.scales[index] != 1:
             return []
-        return [Constant(op, x, "shift", axis, stored_value, op.scales[1 - index])]
-    return [Constant(op, x, "scale", axis, stored_value, divide=op.kind is K.DIV)]
+        return [Constant(op, x, "shift", axis, v, number * op.scales[1 - index])]
+    divide = op.kind is K.DIV
+    return [Constant(op, x, "scale", axis, v, 1 / number if divide else number, divide)]
+
+
+def _stored(graph: Graph, value: Value | None) -> tuple[Value, float] | None:
+    """The stored v and the number that make a constant number·v, reshaped or not; None for any other."""
+    number = 1.0
+    while value is not None and value.producer is not None:
+        op = value.producer
+        if op.kind is K.MUL:
+            scales = [graph.scalar(operand) for operand in op.operands]
+            index = next((place for place, scale in enumerate(scales) if scale), None)
+            if index is None:
+                return None
+            number *= scales[index] or 1.0
+            value = op.operands[1 - index]
+        elif op.kind in (K.IDENTITY, K.RESHAPE):
+            value = op.inputs[0]
+        else:
+            return None
+    return (value, number) if value is not None and is_stored(value) else None
 
 
 def lies_along(constant: Value, x: Value) -> int | Literal["several"] | None:

@@ -44,7 +44,7 @@ class FoldScale:
         return gather(self.name, self.preserves, graph, self._decisions(graph))
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
-        found = [constant for op in graph for constant in constants_of(op)]
+        found = [constant for op in graph for constant in constants_of(graph, op)]
         if graph.training:
             reason = "in training the factor and the weights that it scales are trained for themselves"
             for constant in found:
@@ -63,7 +63,7 @@ class FoldScale:
             decision = reason if constant.do == "term" else state.forth(constant)
             if isinstance(decision, Rewrite):
                 yield decision
-            elif constant.held is not None or constant.do == "term":
+            elif constant.held is not None or constant.do != "scale":
                 reasons = f"before it, {reason}; behind it, {decision}" if constant.do != "term" else reason
                 refused.append(Refusal(constant.op.name, reasons))
         yield from reversed(refused)
@@ -181,8 +181,19 @@ class _State:
             self.gone[op] = constant.x
             self.contents.stands[op.output.name] = constant.x.name
             edits += [ReplaceUses(op.output.name, self.contents.now(constant.x)), Erase(op.name)]
+            edits += [Erase(maker.name) for maker in _makers(op)]
         return Rewrite(op.name, equation, f"into {where}", tuple(edits))
 
 
 def _attrs(constant: Constant) -> dict[str, Any]:
     return {"number": constant.number, "divide": constant.divide}
+
+
+def _makers(op: Op) -> list[Op]:
+    """What makes the constants that the operation alone reads, the readers first."""
+    found: list[Op] = []
+    for value in op.operands:
+        maker = value.producer
+        if maker is not None and value.constant and value.users == [op] and maker not in found:
+            found += [maker, *_makers(maker)]
+    return found

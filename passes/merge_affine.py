@@ -149,5 +149,5 @@ def _whole(
 
 
 def _extents(graph: Graph) -> dict[str, int]:
-    dims = (dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, str))
-    return {name: _TYPICAL for dim in dims for name in re.findall(r"[A-Za-z_]\w*", dim)}
+    dims = [dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, str)]
+    return dict.fromkeys([*dims, *(name for dim in dims for name in re.findall(r"[A-Za-z_]\w*", dim))], _TYPICAL)

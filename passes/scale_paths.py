@@ -198,8 +198,11 @@ _BEHIND: dict[K, Callable[[Asked, Op, int | None], Sites]] = {
 
 def _carried_back(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites:
     """Through one operation that only moves, or averages, what it reads."""
-    if len(op.outputs) > 1 or not op.operands or _passed(asked, op, 0, None, value) is not None:
+    if len(op.outputs) > 1 or op.inputs[:1] in ([], [None]):
         return f"'{op.name}' ({op.kind.value}) lies between"
+    blocked = _passed(asked, op, 0, None, value)
+    if isinstance(blocked, str):
+        return blocked
     operand = op.operands[0]
     if axis is None:
         return behind(asked, operand, None)
@@ -226,7 +229,7 @@ def _reader(asked: Asked, op: Op, value: Value, axis: int | None) -> Site | str:
 
 def _passed(asked: Asked, op: Op, index: int, axis: int | None, output: Value) -> int | str | None:
     """The axis of `output` that what passes lies along, None for one number; text where it does not pass."""
-    blocked = f"'{op.name}' ({op.kind.value}) reads it, which it does not pass"
+    blocked = f"'{op.name}' ({op.kind.value}) lies between"
     value = op.inputs[index]
     assert value is not None
     if op.kind in _HOMOGENEOUS and index == 0 and asked.positive and not asked.shifts:
