@@ -15,6 +15,7 @@ from rescompile.backends.fallback import Imports
 from rescompile.backends.reports import Region
 from rescompile.backends.rules import RULES, Rule
 from rescompile.errors import UnsupportedOps
+from rescompile.fused_region import parse
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 
@@ -56,7 +57,7 @@ def check(graph: Graph) -> Imports:
         if not any(value in live for value in op.outputs):
             continue
         live.update(op.operands)
-        reason = unsupported(graph, op, imports)
+        reason = _unsupported_step(op) if op.kind is OpKind.FUSED_REGION else unsupported(graph, op, imports)
         if reason is not None:
             reasons.setdefault(reason, []).append(op.name)
     if reasons:
@@ -66,6 +67,13 @@ def check(graph: Graph) -> Imports:
             f"onnxruntime, or replace them."
         )
     return imports
+
+
+def _unsupported_step(op: Op) -> str | None:
+    """Why a region cannot be lowered: frontends read an IR's own operations only."""
+    kinds = [step.kind for step in parse(op.attr("steps")).steps]
+    unknown = next((kind for kind in kinds if kind not in RULES and kind is not OpKind.FULL), None)
+    return None if unknown is None else f"{unknown.value} inside a fused region (unfuse the model first)"
 
 
 def lower(

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from rescompile.fused_region import parse, step_types
 from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
+from rescompile.values import numpy_dtype
 
 
 class WorkingGraph(Graph):
@@ -94,6 +96,9 @@ def working_copy(graph: Graph) -> WorkingGraph:
         twins[value] = copy.add_input(value.name, value.shape, value.dtype)
     for op in reversed(needed):
         inputs = [None if value is None else twin(value) for value in op.inputs]
+        if op.kind is OpKind.FUSED_REGION:
+            twins.update(zip(op.outputs, _write_out(copy, op, inputs), strict=True))
+            continue
         made = copy.add_op(
             op.kind,
             inputs,
@@ -107,6 +112,25 @@ def working_copy(graph: Graph) -> WorkingGraph:
         twins.update(zip(op.outputs, made.outputs, strict=True))
     copy.set_outputs([twin(value) for value in graph.outputs])
     return copy
+
+
+def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[Value]:
+    """A region's operations, to be grouped anew for this machine; the values that stand for its outputs."""
+    region = parse(op.attr("steps"))
+    types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
+    known = list(inputs)
+    for index, (step, type_) in enumerate(zip(region.steps, types, strict=True), region.operands):
+        if step.kind is OpKind.FULL:
+            number = np.asarray(step.attrs["value"], dtype=numpy_dtype(type_.dtype or "float32"))
+            known.append(copy.literal(f"{op.name}.number", number))
+            continue
+        named = [value.name for place, value in zip(region.outputs, op.outputs, strict=True) if place == index]
+        name = named[0] if named else copy.unique_name(f"{op.name}.{step.kind.value}")
+        operands = [None if place is None else known[place] for place in step.inputs]
+        made = copy.add_op(step.kind, operands, [(name, type_)], step.settings(type_), name=name, module=op.module)
+        made.provenance = op.provenance
+        known.append(made.output)
+    return [value for place in region.outputs if (value := known[place]) is not None]
 
 
 def foldable(op: Op) -> bool:

@@ -17,6 +17,7 @@ from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, Pre
 from rescompile.passes.pre_activation import PostActivation, PreActivation
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
 from rescompile.passes.rms_norm import RmsNorm
+from rescompile.passes.unfuse import UnfuseAll
 from rescompile.plans import Pass, Pipeline
 
 PASSES: dict[str, type[Pass] | type[Pipeline]] = {
@@ -40,4 +41,5 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "merge-branches": MergeBranches,
     "fuse-joins": FuseJoins,
     "fuse-activations": FuseActivations,
+    "unfuse": UnfuseAll,
 }

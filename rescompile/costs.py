@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rescompile.extents import extent_of
-from rescompile.fused import expand
-from rescompile.graph import Attrs, Body, Dim, Graph, Op, Shape, Value
+from rescompile.fused import program
+from rescompile.fused_region import step_types
+from rescompile.graph import Attrs, Body, Dim, Graph, Op, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
 
 _K = OpKind
@@ -208,15 +209,15 @@ def _flops(
 def _fused_flops(
     kind: OpKind, inputs: list[_Term | None], out: list[Shape | None], attrs: Attrs, extents: Mapping[str, int]
 ) -> int:
+    region = program(kind, inputs, attrs)
+    operands = [None if term is None else ValueType(term.shape, None) for term in inputs]
+    types = step_types(region, operands, [ValueType(shape, None) for shape in out])
+    shapes = [type_.shape if type_.shape is not None else out[0] for type_ in types]
+    terms = [*inputs, *map(_Term, shapes)]
     total = 0
-
-    def emit(part: OpKind, operands: Any, part_attrs: Attrs, /) -> _Term:
-        nonlocal total
-        # Every step of the fused kinds has the shape of the fused operation's own output.
-        total += _flops(part, list(operands), [out[0]], part_attrs, extents)
-        return _Term(out[0])
-
-    expand(kind, inputs, attrs, emit)
+    for step, shape in zip(region.steps, shapes, strict=True):
+        read = [None if index is None else terms[index] for index in step.inputs]
+        total += _flops(step.kind, read, [shape], step.attrs, extents)
     return total
 
 

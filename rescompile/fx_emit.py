@@ -114,8 +114,8 @@ def _cast(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     return t(aten.to.dtype, _tensor(t, x[0]), TORCH_DTYPES[attrs["dtype"]])
 
 
-def _reshape(t: Torch, x: list[Any], _: Attrs) -> Any:
-    return t(aten.reshape.default, x[0], list(t.out_shape()))
+def _reshape(t: Torch, x: list[Any], attrs: Attrs) -> Any:
+    return t(aten.reshape.default, x[0], list(attrs["shape"] or t.out_shape()))
 
 
 def _expand(t: Torch, x: list[Any], _: Attrs) -> Any:

@@ -172,6 +172,10 @@ def _add_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
     return t(torch.ops.rescompile.add_norm.default, *inputs, attrs["norm"], attrs["axis"], float(attrs["eps"]))
 
 
+def _fused_region(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
+    return t(torch.ops.rescompile.fused_region.default, inputs, attrs["label"], attrs["steps"])
+
+
 NN_EMITTERS: dict[K, Emitter] = {
     K.CONV: _conv,
     K.CONV_TRANSPOSE: _conv_transpose,
@@ -190,4 +194,5 @@ NN_EMITTERS: dict[K, Emitter] = {
     K.FUSED_CONV: _fused_conv,
     K.FUSED_LINEAR: _fused_linear,
     K.ADD_NORM: _add_norm,
+    K.FUSED_REGION: _fused_region,
 }

@@ -1,4 +1,4 @@
-"""The fused kinds as torch operations: `rescompile::fused_conv`, `fused_linear` and `add_norm`.
+"""The fused kinds as torch operations: `rescompile::fused_conv`, `fused_linear`, `add_norm` and `fused_region`.
 
 Importing this module defines them, once. They are composite: torch differentiates, exports, decomposes and compiles
 through their bodies, which `rescompile.fused.expand` writes in simpler kinds. A `.pt2` file that holds one needs this
@@ -27,11 +27,13 @@ _SCHEMAS = (
     "str outer) -> Tensor",
     "add_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, str norm, int axis, float eps) "
     "-> (Tensor, Tensor)",
+    "fused_region(Tensor[] x, str label, str steps) -> Tensor[]",
 )
 
 
 def _compute(kind: OpKind, inputs: Sequence[Tensor | None], attrs: Attrs) -> Tensor:
-    result: Tensor = emit(_EAGER, kind, inputs, attrs)
+    # A number takes on the type of what it meets, as it does where it stands in a call of its own.
+    result: Tensor = attrs["value"] if kind is OpKind.FULL else emit(_EAGER, kind, inputs, attrs)
     return result
 
 
@@ -73,9 +75,13 @@ def _add_norm(
     return normed, total
 
 
+def _fused_region(x: Sequence[Tensor], label: str, steps: str) -> list[Tensor]:
+    return list(expand(OpKind.FUSED_REGION, x, {"label": label, "steps": steps}, _compute))
+
+
 def _define() -> Any:
     library: Any = torch.library.Library("rescompile", "DEF")  # type: ignore[no-untyped-call]
-    for schema, body in zip(_SCHEMAS, (_fused_conv, _fused_linear, _add_norm), strict=True):
+    for schema, body in zip(_SCHEMAS, (_fused_conv, _fused_linear, _add_norm, _fused_region), strict=True):
         library.define(schema)
         library.impl(schema.partition("(")[0], body, "CompositeImplicitAutograd")
     return library

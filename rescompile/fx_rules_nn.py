@@ -272,6 +272,10 @@ def _add_norm(c: Site) -> Step:
     return Step(K.ADD_NORM, [c["input"], c["residual"], c["weight"], c["bias"]], attrs, types=c.outs)
 
 
+def _fused_region(c: Site) -> Step:
+    return Step(K.FUSED_REGION, list(c["input"]), {"label": c["label"], "steps": c["steps"]}, types=c.outs)
+
+
 _CONVS = [f"{name}{dims}d" for name in ("conv", "conv_transpose") for dims in (1, 2, 3)]
 _UPSAMPLES = ["upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d"]
 _UPSAMPLES += ["upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"]
@@ -306,4 +310,5 @@ NN_RULES: dict[str, Rule] = {
     "fused_conv": _fused_conv,
     "fused_linear": _fused_linear,
     "add_norm": _add_norm,
+    "fused_region": _fused_region,
 }

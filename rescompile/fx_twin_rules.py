@@ -30,7 +30,12 @@ def rule_of(graph: Graph, op: Op) -> Emitter:
     if op.kind is K.OPAQUE:
         return _evaluated(graph, op)
     if op.has(Trait.FUSED):
-        return lambda t, x, attrs: expand(op.kind, x, attrs, lambda kind, inputs, own: emit(t, kind, inputs, own))
+        return lambda t, x, attrs: expand(
+            op.kind,
+            x,
+            attrs,
+            lambda kind, inputs, own: own["value"] if kind is K.FULL else emit(t, kind, inputs, own),
+        )
     rule = _RULES.get(op.kind) or EMITTERS.get(op.kind)
     if rule is None:
         raise GraphError(f"'{op.name}' cannot be computed in torch: there is no torch form of '{op.kind.value}'.")

@@ -20,6 +20,8 @@ from typing import Any, Self
 import numpy as np
 
 from rescompile.errors import GraphError, nearest
+from rescompile.fused import program
+from rescompile.fused_region import step_types
 from rescompile.kinds import OpKind, Trait
 from rescompile.native import Evaluator, Native
 from rescompile.values import Attrs, Dim, Op, Role, Shape, Value, ValueType
@@ -325,6 +327,40 @@ class Graph(Native):
             self.native_erase(op)
         self._dirty = True
         return new
+
+    def unfuse(self, op: Op, *, provenance: str = "") -> list[Op]:
+        """The operations that a fused one stands for, in its place; its outputs keep their names and readers."""
+        region = program(op.kind, op.inputs, op.attrs)
+        types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
+        kept = dict(zip(region.outputs, op.outputs, strict=True))
+        for output, value in zip(region.outputs, op.outputs, strict=True):
+            if kept[output] is not value or output < region.operands:
+                raise GraphError(f"'{op.name}' cannot be taken apart: it returns a value under two names.")
+        native, operands, produced = op.native, list(op.inputs), [(value, value.native) for value in op.outputs]
+        orphans = dict(self._orphans)
+        self._unlink(op, keep=frozenset(op.outputs))
+        self._orphans = orphans
+        known: list[Value | None] = operands
+        members: list[Op] = []
+        for step, type_ in zip(region.steps, types, strict=True):
+            label = self.unique_name(f"{op.name}.{step.kind.value}")
+            if step.kind is OpKind.FULL:
+                known.append(self.add_literal(label, step.attrs["value"], type_.dtype or "float32"))
+                continue
+            value = kept.get(len(known)) or Value(label, type_.shape, type_.dtype, Role.RESULT)
+            name = self.unique_op_name(value.name)
+            inputs = [None if index is None else known[index] for index in step.inputs]
+            made = Op(step.kind, name, inputs, [value], step.settings(type_), module=op.module)
+            made.provenance, made.order = provenance, op.order
+            self._link(made)
+            self.native_emit(made)
+            members.append(made)
+            known.append(value)
+        for value, old in produced:
+            self.native_redirect(old, value)
+        self.native_erase_nodes(native)
+        self._dirty = True
+        return members
 
     def materialise(self, op: Op) -> None:
         """Give each operation of a group (several operations that one native node stands for) its own native node."""

@@ -174,6 +174,7 @@ class OpKind(Enum):
     FUSED_CONV = "fused_conv"
     FUSED_LINEAR = "fused_linear"
     ADD_NORM = "add_norm"
+    FUSED_REGION = "fused_region"
     # everything else
     OPAQUE = "opaque"
 
@@ -203,8 +204,9 @@ KINDS: dict[OpKind, KindSpec] = {
     # Casts between floats and integers with a scale: q = round(x / scale) + zero, x = (q − zero)·scale.
     K.QUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
     K.DEQUANTIZE: _kind("x scale zero?", Trait.FREE | _UNARY),
-    # The target shape is the output's; a shape operand of the IR (ONNX) is kept by the adapter only.
-    K.RESHAPE: _kind("x", _VIEW),
+    # The target is the output's shape, or `shape` where that is not known: −1 for one extent. A shape operand of the IR
+    # (ONNX) is kept by the adapter only.
+    K.RESHAPE: _kind("x", _VIEW, shape=()),
     K.PERMUTE: _kind("x", _VIEW, perm=()),
     K.SLICE: _kind("x", _VIEW, axes=(), starts=(), stops=(), steps=()),
     K.SPLIT: _kind("x", _VIEW, 0, axis=0, sizes=()),
@@ -329,6 +331,8 @@ KINDS: dict[OpKind, KindSpec] = {
         axis=-1,
         eps=1e-5,
     ),
+    # Several operations in one, in any arrangement; see rescompile.fused_region. `label`: their kinds, for people.
+    K.FUSED_REGION: _kind("*x", Trait.WORK | Trait.FUSED, 0, label="", steps=""),
     # works: False where it is known to move elements, to reduce, or to compute each alone
     K.OPAQUE: _kind("*x", Trait.WORK, 0, target="", works=True),
 }

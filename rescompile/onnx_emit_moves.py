@@ -21,6 +21,8 @@ def _target(r: Request) -> Shape:
 
 def _reshape(b: Builder, r: Request) -> ir.Value:
     """Extents that stay in place are 0, one more that is symbolic is −1."""
+    if r.attr("shape"):
+        return b.node("Reshape", [r.arg(0), b.const(list(r.attr("shape")))])
     x, target = r.arg(0), target_of(r)
     source = x.shape or ()
     entries: list[Any] = [

@@ -18,15 +18,16 @@ from rescompile.errors import GraphError
 from rescompile.graph import Op, Role, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
-from rescompile.onnx_extents import complete, merge, result_dtype
 from rescompile.onnx_functions import read_call
 from rescompile.onnx_literals import evaluate, is_literal
 from rescompile.onnx_merge import Item, Merger
-from rescompile.onnx_ops import PROVENANCE_KEY, PartialShape, Step, dtype_name, is_static, literal, own_graphs
+from rescompile.onnx_ops import PROVENANCE_KEY, Step, dtype_name, is_static, literal, own_graphs
 from rescompile.onnx_read import reader_of
 from rescompile.onnx_read_moves import read_split
 from rescompile.onnx_shapes import Facts, name_extents
 from rescompile.onnx_site import Site
+from rescompile.result_types import complete, merge, result_dtype
+from rescompile.values import PartialShape
 
 if TYPE_CHECKING:
     from rescompile.onnx_graph import OnnxGraph

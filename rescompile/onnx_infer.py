@@ -8,8 +8,9 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from rescompile.onnx_ops import SMALL, PartialShape, can_be_written_out, constant_tensor, dtype_name
+from rescompile.onnx_ops import SMALL, can_be_written_out, constant_tensor, dtype_name
 from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
+from rescompile.values import PartialShape
 
 # Operators outside the standard that have, for inference, the meaning of a standard one on their first inputs, and the
 # outputs that have the type of the first.

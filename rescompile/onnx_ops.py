@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from rescompile.errors import GraphError
-from rescompile.graph import Attrs, Dim, Shape, ValueType
+from rescompile.graph import Attrs, Shape, ValueType
 from rescompile.kinds import OpKind as K
+from rescompile.values import Dim, PartialShape
 
 FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
 PROVENANCE_KEY = "rescompile.pass"
@@ -26,9 +27,6 @@ OLDEST_INITIALIZERS = 4  # the IR version from which initializers need not be in
 LARGEST_CALL = 50_000  # nodes that a call of a model-local function may stand for, to be looked into
 SMALL = 1024  # elements: constants up to this size may hold shapes, axes, scales
 INT64_MAX = np.iinfo(np.int64).max
-
-
-PartialShape: TypeAlias = tuple[Dim | None, ...]  # None: an extent that nobody has named yet
 
 
 @dataclass(frozen=True, slots=True)

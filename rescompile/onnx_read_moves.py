@@ -9,17 +9,17 @@ import onnx_ir as ir
 
 from rescompile.graph import Shape, ValueType
 from rescompile.kinds import OpKind as K
-from rescompile.onnx_extents import broadcast, product, reshaped, sliced
 from rescompile.onnx_ops import (
     INT64_MAX,
     PAD_MODES,
-    PartialShape,
     Reading,
     Step,
     is_static,
 )
 from rescompile.onnx_shapes import name_extents
 from rescompile.onnx_site import STATIC_ONLY, Reader, Site, shortest
+from rescompile.result_types import broadcast, product, reshaped, sliced
+from rescompile.values import PartialShape
 
 
 def _reshape(s: Site) -> Reading:

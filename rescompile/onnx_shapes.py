@@ -15,10 +15,11 @@ import onnx_ir as ir
 
 from rescompile.errors import GraphError
 from rescompile.graph import Dim, Shape, ValueType
-from rescompile.onnx_extents import product
 from rescompile.onnx_infer import infer
 from rescompile.onnx_literals import evaluate
-from rescompile.onnx_ops import SMALL, PartialShape, dtype_name, is_static, literal
+from rescompile.onnx_ops import SMALL, dtype_name, is_static, literal
+from rescompile.result_types import product
+from rescompile.values import PartialShape
 
 UNKNOWN = ValueType(None, None)
 

@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from rescompile.graph import Shape
 from rescompile.kinds import OpKind
-from rescompile.onnx_ops import PartialShape, Reading, Step
+from rescompile.onnx_ops import Reading, Step
 from rescompile.onnx_shapes import Facts
+from rescompile.values import PartialShape
 
 STATIC_ONLY = "its {} is computed at run time"
 

@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 
 from rescompile.errors import RescompileError, nearest
+from rescompile.fused_region import describe
 from rescompile.graph import Graph, Op, Shape, Value, ValueType
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 from rescompile.recipes import RECIPES
 
 Preserves: TypeAlias = Literal["values", "interface"]
@@ -164,8 +165,31 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
         graph.fuse(ops, _kind(self.kind), inputs, outputs, _attrs(self.attrs), provenance=provenance)
 
 
+class Unfuse(msgspec.Struct, frozen=True, tag="unfuse", tag_field="edit"):
+    """The operations that a fused one stands for, in its place."""
+
+    op: str
+
+    def apply(self, graph: Graph, provenance: str) -> None:
+        """Edit `graph`."""
+        op = graph.op(self.op)
+        if not op.has(Trait.FUSED):
+            raise RescompileError(f"'{self.op}' is a {op.kind.value}, which is not a fused operation.")
+        graph.unfuse(op, provenance=provenance)
+
+
 Edit: TypeAlias = (
-    Insert | Erase | SetShape | SetOperand | ReadAlike | ReplaceUses | AddParameter | AddLiteral | SetParameter | Fuse
+    Insert
+    | Erase
+    | SetShape
+    | SetOperand
+    | ReadAlike
+    | ReplaceUses
+    | AddParameter
+    | AddLiteral
+    | SetParameter
+    | Fuse
+    | Unfuse
 )
 
 
@@ -301,6 +325,51 @@ def fuse_edit(
     """A `Fuse` edit for operations and values of a graph; an operand by name may be one that an earlier edit makes."""
     operands = tuple(value.name if isinstance(value, Value) else value for value in inputs)
     return Fuse(tuple(op.name for op in ops), kind.value, operands, tuple(value.name for value in outputs), attrs)
+
+
+def region_edit(graph: Graph, ops: Sequence[Op], outputs: Sequence[Value]) -> Fuse | str:
+    """A `Fuse` edit that makes one region of `ops`, returning `outputs`; or the reason why there is none.
+
+    1. Every operation is of a kind that a region may hold, and nothing outside reads what is not an output.
+    2. What a region reads comes before it: nothing that it reads is computed from what it returns.
+    3. The model's IR can hold fused operations.
+    """
+    inside, kept = set(ops), set(outputs)
+    for op in ops:
+        unable = graph.cannot_emit(OpKind.FUSED_REGION) or graph.cannot_emit(op.kind)
+        if unable:
+            return unable
+        for value in op.outputs:
+            reader = next((user for user in value.users if user not in inside), None)
+            if value not in kept and (reader is not None or graph.is_output(value)):
+                who = f"'{reader.name}'" if reader is not None else "the model's output"
+                return f"'{value.name}' is also read by {who}"
+    try:
+        operands, attrs = describe(ops, outputs, graph.scalar)
+    except RescompileError as error:
+        return str(error)
+    late = depends_on(operands, inside)
+    if late is not None:
+        return f"'{late.name}', which it reads, is computed from what it returns"
+    return fuse_edit(sorted(ops, key=lambda op: op.order), OpKind.FUSED_REGION, operands, outputs, **attrs)
+
+
+def depends_on(values: Iterable[Value], ops: set[Op]) -> Value | None:
+    """The first of `values` that is computed from a result of `ops`, by operations outside them; None for none."""
+    first = min(op.order for op in ops)
+    for start in values:
+        pending, seen = [start], {start}
+        while pending:
+            producer = pending.pop().producer
+            if producer is None or producer.order < first:
+                continue
+            if producer in ops:
+                return start
+            for operand in producer.operands:
+                if operand not in seen:
+                    seen.add(operand)
+                    pending.append(operand)
+    return None
 
 
 def same_shape(*values: Value) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rescompile.fused_region import Region, parse
 from rescompile.graph import Graph, Op, Role, Shape, Value
 from rescompile.kinds import OpKind
 
@@ -82,6 +83,8 @@ def _line(graph: Graph, op: Op, numbers: dict[Value, int], comments: bool) -> st
         if weight is not None and weight not in numbers and weight.shape is not None:
             operands[1] = print_type(weight.shape[::-1], weight.dtype)
             del attrs["transpose_weight"]
+    if op.kind is OpKind.FUSED_REGION:
+        attrs = {"steps": _steps(parse(op.attr("steps")))}
     while operands and operands[-1] == "_":
         operands.pop()
     for value in op.outputs:
@@ -99,6 +102,17 @@ def _line(graph: Graph, op: Op, numbers: dict[Value, int], comments: bool) -> st
         comment = " ".join(part for part in said if part)
         text = f"{text:<{_COLUMN}}   # {comment}" if comment else text
     return text
+
+
+def _steps(region: Region) -> str:
+    """`[3: linear 0 1; 4: add 3 2 | 4]`: operands count from 0, then the steps; behind the bar is what is returned."""
+    lines = []
+    for index, step in enumerate(region.steps, region.operands):
+        read = " ".join("_" if place is None else str(place) for place in step.inputs)
+        attrs = ", ".join(f"{name}={_attribute(value)}" for name, value in sorted(step.attrs.items()))
+        text = f"{step.kind.value} {read}".rstrip() + (f" {{{attrs}}}" if attrs else "")
+        lines.append(f"{index}: {text}")
+    return f"[{'; '.join(lines)} | {' '.join(map(str, region.outputs))}]"
 
 
 def _defined(value: Value, numbers: dict[Value, int]) -> str:

@@ -15,6 +15,7 @@ from rescompile.kinds import OpKind, Trait
 
 Dim: TypeAlias = int | str  # an extent, or the name of a symbolic one
 Shape: TypeAlias = tuple[Dim, ...]
+PartialShape: TypeAlias = tuple[Dim | None, ...]  # None: an extent that nobody has named yet
 Attrs: TypeAlias = dict[str, Any]
 
 

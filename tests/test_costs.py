@@ -60,9 +60,10 @@ def test_flops_of_a_kind(kind: OpKind, operands: list[Shape], out: Shape, attrs:
 def test_a_fused_conv_costs_what_its_parts_cost() -> None:
     shape = (1, 4, 8, 8)
     operands = [(1, 3, 8, 8), (4, 3, 3, 3), (4,), shape]
-    fused = op_cost(single(OpKind.FUSED_CONV, operands, shape, {"outer": "relu"}))
+    same = {"pads": (1, 1, 1, 1)}
+    fused = op_cost(single(OpKind.FUSED_CONV, operands, shape, {"outer": "relu", **same}))
     parts = [
-        op_cost(single(OpKind.CONV, operands[:3], shape)),
+        op_cost(single(OpKind.CONV, operands[:3], shape, same)),
         op_cost(single(OpKind.ADD, [shape, shape], shape)),
         op_cost(single(OpKind.RELU, [shape], shape)),
     ]

@@ -12,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rescompile.fused import expand
-from rescompile.graph import Attrs, Body, Graph, Op, Role, Value, ValueType
+import numpy as np
+
+from rescompile.fused import program
+from rescompile.fused_region import step_types
+from rescompile.graph import Body, Graph, Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 
@@ -46,6 +49,8 @@ class View(Graph):
         self.called: dict[str, Body] = {}
 
     def native_data(self, value: Value) -> Any:
+        if not isinstance(value.native, tuple):
+            return np.asarray(value.native)  # a number that a fused operation holds
         graph, original = value.native  # constants hold the graph and the value that they stand for
         return graph.native_data(original)
 
@@ -111,16 +116,21 @@ class View(Graph):
 
     def _write_out(self, op: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]) -> Sequence[Value]:
         """The operations of the fused operation's expansion; the values that stand for its outputs."""
-
-        def emit(kind: OpKind, operands: Sequence[Value | None], attrs: Attrs, /) -> Value:
-            # Every kind of an expansion keeps the shape of the fused operation's first output.
-            kind_ = ValueType(op.outputs[0].shape, op.outputs[0].dtype)
-            label = self._free(path_of(calls, f"{op.name}.{kind.value}"))
-            made = self.add_op(kind, operands, [(label, kind_)], dict(attrs), module=op.module)
+        region = program(op.kind, inputs, op.attrs)
+        types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
+        known: list[Value | None] = list(inputs)
+        for step, type_ in zip(region.steps, types, strict=True):
+            label = self._free(path_of(calls, f"{op.name}.{step.kind.value}"))
+            if step.kind is OpKind.FULL:
+                number = step.attrs["value"]
+                known.append(self.add_constant(label, (), type_.dtype, number, Role.CONSTANT))
+                continue
+            operands = [None if index is None else known[index] for index in step.inputs]
+            made = self.add_op(step.kind, operands, [(label, type_)], step.settings(type_), module=op.module)
             self.levels[made] = (*calls, op)
-            return made.output
-
-        return expand(op.kind, inputs, op.attrs, emit)
+            known.append(made.output)
+        outputs = [known[index] for index in region.outputs]
+        return [value for value in outputs if value is not None]
 
     def _free(self, name: str) -> str:
         """The name, or where another value has it one like it."""

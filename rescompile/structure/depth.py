@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from rescompile.detection.paths import works
+from rescompile.fused import program
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.structure.members import Members, skip_of
@@ -72,9 +73,8 @@ def _extremes(graph: Graph, members: Members, measure: _Measure) -> tuple[int, i
 def _longest(graph: Graph, measure: _Measure) -> dict[Value, int]:
     found: dict[Value, int] = dict.fromkeys(graph.inputs, 0)
     for op in graph:
-        cost = measure(op)
         for value in op.outputs:
-            steps = [found[source] + weight for source, weight in _steps(op, value, cost) if source in found]
+            steps = [found[source] + weight for source, weight in _steps(op, value, measure) if source in found]
             if steps and not value.constant:
                 found[value] = max(steps)
     return found
@@ -115,19 +115,26 @@ def _advance(
         start = found[block.fork_value]
         found.update((value, start + steps) for value, steps in across[block.id].items())
         return
-    cost = measure(op)
     for value in op.outputs:
-        steps = [found[source] + weight for source, weight in _steps(op, value, cost) if source in found]
+        steps = [found[source] + weight for source, weight in _steps(op, value, measure) if source in found]
         if steps and not value.constant:
             found[value] = min(steps)
 
 
-def _steps(op: Op, output: Value, cost: bool) -> list[tuple[Value, int]]:
-    """What leads to an output, and what each step counts as: through a fused join, the skip passes for free."""
-    weight = int(cost)
+def _steps(op: Op, output: Value, measure: _Measure) -> list[tuple[Value, int]]:
+    """What leads to an output, and what each way counts as: through a fused operation there may be several."""
     if not op.has(Trait.FUSED):
+        weight = int(measure(op))
         return [(value, weight) for value in op.operands]
-    if op.kind is OpKind.ADD_NORM and output is not op.outputs[0]:
-        weight = 0
-    free = None if op.kind is OpKind.ADD_NORM else op.operand("residual")
-    return [(value, 0 if value is free else weight) for value in op.operands]
+    region = program(op.kind, op.inputs, op.attrs)
+    ways: list[dict[int, set[int]]] = [{index: {0}} for index in range(region.operands)]
+    for step in region.steps:
+        weight = int(measure(Op(step.kind, "", [], [], dict(step.attrs))))
+        reached: dict[int, set[int]] = {}
+        for source in step.inputs:
+            for operand, lengths in ways[source].items() if source is not None else ():
+                reached.setdefault(operand, set()).update(length + weight for length in lengths)
+        ways.append(reached)
+    found = ways[region.outputs[next(index for index, value in enumerate(op.outputs) if value is output)]]
+    operands = ((op.inputs[index], lengths) for index, lengths in found.items())
+    return [(value, length) for value, lengths in operands if value is not None for length in lengths]

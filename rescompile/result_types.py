@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from rescompile.graph import Dim, Shape
 from rescompile.kinds import OpKind as K
 from rescompile.kinds import Trait
-from rescompile.onnx_ops import PartialShape
+from rescompile.values import Dim, PartialShape, Shape
 
 Rule: TypeAlias = Callable[[Sequence[Shape | None], dict[str, Any], int], PartialShape | None]
 
@@ -196,6 +195,24 @@ def _conv(inputs: Sequence[Shape | None], attrs: dict[str, Any], _: int) -> Part
     return _windowed(x, weight[0], weight[2:], attrs)
 
 
+def _conv_transpose(inputs: Sequence[Shape | None], attrs: dict[str, Any], _: int) -> PartialShape | None:
+    """out = (in − 1)·stride − pads + dilation·(kernel − 1) + output_padding + 1"""
+    x, weight = inputs[0], inputs[1]
+    if x is None or weight is None or not isinstance(weight[1], int):
+        return None
+    spatial = len(x) - 2
+    pads, more = attrs["pads"], attrs["output_padding"]
+    result: list[Dim | None] = [x[0], weight[1] * attrs["groups"]]
+    for axis in range(spatial):
+        extent, kernel = x[axis + 2], weight[axis + 2]
+        if not isinstance(extent, int) or not isinstance(kernel, int):
+            result.append(None)
+            continue
+        reach = attrs["dilation"][axis] * (kernel - 1) + more[axis] + 1 - pads[axis] - pads[axis + spatial]
+        result.append((extent - 1) * attrs["stride"][axis] + reach)
+    return tuple(result)
+
+
 def _pool(inputs: Sequence[Shape | None], attrs: dict[str, Any], _: int) -> PartialShape | None:
     x = inputs[0] or ()
     return None if attrs.get("ceil_mode") else _windowed(x, x[1], attrs["kernel"], attrs)
@@ -222,7 +239,14 @@ def _windowed(x: Shape, channels: Dim, kernel: Sequence[Dim], attrs: dict[str, A
     return tuple(result)
 
 
+def _reshape(inputs: Sequence[Shape | None], attrs: dict[str, Any], _: int) -> PartialShape | None:
+    target = attrs.get("shape")
+    return None if not target or inputs[0] is None else reshaped(inputs[0], target, zeros=True)
+
+
 _RULES: dict[K, Rule] = {
+    K.RESHAPE: _reshape,
+    K.ROLL: lambda inputs, attrs, position: inputs[0],
     K.SLICE: _slice,
     K.SPLIT: _split,
     K.FLIP: lambda inputs, attrs, position: inputs[0],
@@ -232,6 +256,7 @@ _RULES: dict[K, Rule] = {
     K.TILE: _tile,
     K.CONV: _conv,
     K.FUSED_CONV: _conv,
+    K.CONV_TRANSPOSE: _conv_transpose,
     K.MAX_POOL: _pool,
     K.AVG_POOL: _pool,
     K.LINEAR: _linear,
