@@ -14,10 +14,11 @@ from torch import nn
 import rescompile as rc
 from rescompile.graph import Graph, Value
 from rescompile.kinds import OpKind as K
+from rescompile.passes.bias import hoisted_bias
 from rescompile.passes.fold_scale import FoldScale
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.merge_affine import MergeBranches
-from rescompile.plans import Plan
+from rescompile.plans import Plan, region_edit
 from rescompile.rewriting import Result, make_plan
 from tests.test_fuse import Build
 
@@ -501,3 +502,64 @@ def test_standardised_weights_are_not_training() -> None:
 
     graph = rc.capture(nn.Sequential(Standardised(3, 3, 3), nn.ReLU()).eval(), (drawn(1, 3, 6, 6),))
     assert not graph.training
+
+
+# ---- bias ---------------------------------------------------------------------------------------------------------
+
+
+class PreNorm(nn.Module):
+    """Two stages that end in x + W·f(x) + b and a norm of it; the first contraction is a 1×1 convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.norm = nn.Conv2d(6, 6, 1), nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x + self.conv(torch.tanh(x))).flatten(2).transpose(1, 2)
+        x = torch.tanh(x)
+        s = x + self.down(torch.tanh(x))
+        return s * 0.5 + self.norm(s)
+
+
+@pytest.mark.parametrize("ir", IRS[:2])
+def test_a_bias_moves_into_the_region_that_writes_the_sum(ir: str) -> None:
+    graph = captured(PreNorm(), (drawn(2, 6, 3, 3),), ir)
+    inputs = {graph.inputs[0].name: drawn(2, 6, 3, 3).numpy()}
+    (expected,) = graph.run(inputs).values()
+    after = graph.clone()
+    moved = 0
+    for kind, tail in ((K.CONV, []), (K.LINEAR, [K.LAYER_NORM])):
+        work = next(op for op in after if op.kind is kind)
+        (join,) = work.output.users
+        norms = [op for op in join.output.users if op.kind in tail]
+        found = hoisted_bias(after, join, work.output)
+        assert found is not None
+        outputs = [join.output, *(norm.output for norm in norms)]
+        region = region_edit(after, [*found.ops, join, *norms], outputs)
+        assert not isinstance(region, str), region
+        for edit in found.placed(region):
+            edit.apply(after, "test")
+        after.commit()
+        moved += 1
+    left = [op for op in after if op.kind in (K.CONV, K.LINEAR)]
+    assert moved == len(left) == 2
+    assert all(op.operand("bias") is None for op in left)
+    (actual,) = after.run(inputs).values()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_a_bias_stays_where_something_else_reads_the_product() -> None:
+    b = Build(TOKENS)
+    work = b.linear("fc", b.x)
+    out = b.op("sum", K.ADD, b.op("tanh", K.TANH, b.x), work)
+    graph = b.done(out, work)
+    assert hoisted_bias(graph, graph.op("sum"), work) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_bias_stays_in_half_precision(dtype: str) -> None:
+    b = Build(TOKENS)
+    work = b.linear("fc", b.x)
+    graph = b.done(b.op("sum", K.ADD, b.op("tanh", K.TANH, b.x), work))
+    work.dtype = dtype
+    assert (hoisted_bias(graph, graph.op("sum"), work) is None) == (dtype == "float16")
