@@ -35,6 +35,10 @@ class Contents:
         """What an operation reads now."""
         return [self._own.get((op, index)) or self.now(value) for index, value in enumerate(op.operands)]
 
+    def changed(self, op: Op) -> bool:
+        """Whether it reads contents of its own by now."""
+        return any(owner is op for owner, _ in self._own)
+
     @property
     def biased(self) -> set[Op]:
         """Contractions that were given a bias."""

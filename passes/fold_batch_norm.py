@@ -28,7 +28,7 @@ class FoldBatchNorm:
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each batch norm."""
         fresh = FreshNames(graph)
-        norms = (op for op in graph if op.kind is OpKind.BATCH_NORM)
+        norms = (op for op in graph if op.kind is OpKind.BATCH_NORM and not op.output.constant)
         return gather(self.name, self.preserves, graph, (_fold(graph, norm, fresh) for norm in norms))
 
 

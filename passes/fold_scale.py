@@ -101,6 +101,8 @@ class _State:
 
     def forth(self, constant: Constant) -> Rewrite | str:
         """Into everything that reads the value."""
+        if any(self.contents.changed(op) for op in (constant.op, *_makers(constant.op))):
+            return "it holds other factors by now"
         sites = ahead(self._asked(constant), constant.op.output, constant.axis)
         if isinstance(sites, str):
             return sites
@@ -150,8 +152,9 @@ class _State:
             return "it divides by zero"
         for site in sites:
             other = None if self.copy else self.contents.shared(site.op, site.index)
-            value = site.op.inputs[1]
-            assert value is not None  # a site has contents
+            value = site.op.inputs[site.index] if site.index < len(site.op.inputs) else None
+            if value is None:
+                continue
             if other is not None:
                 cost = f"a copy would cost {tensor_size(value)[0]:,} parameters (copy=true)"
                 return f"'{other.name}' also reads the weight of '{site.op.name}' as it is; {cost}"

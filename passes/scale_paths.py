@@ -77,7 +77,7 @@ def _behind(asked: Asked, value: Value, axis: int | None) -> Sites:
     if op.kind in _CONTRACTIONS:
         return _writer(asked, op, value, axis)
     if op.kind in _NORMS and not asked.shifts:
-        return _gain(asked.graph, op, axis)
+        return _gain(asked, op, axis)
     rule = _BEHIND.get(op.kind)
     if rule is not None and not asked.shifts:
         return rule(asked, op, axis)
@@ -96,10 +96,10 @@ def ahead(asked: Asked, value: Value, axis: int | None) -> Sites:
             if op.kind is K.SHAPE:
                 continue
             if op.kind in _CONTRACTIONS and index == 0:
-                site = _reader(asked, op, value, axis)
-                if isinstance(site, str):
-                    return site
-                found[site] = None
+                sites = _reader(asked, op, value, axis)
+                if isinstance(sites, str):
+                    return sites
+                found |= dict.fromkeys(sites)
                 continue
             for output in op.outputs:
                 place = axis if op in asked.gone else _passed(asked, op, index, axis, output)
@@ -115,26 +115,38 @@ def _writer(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites:
     features = 1 if op.kind is not K.LINEAR else (value.rank or 0) - 1
     if axis not in (None, features):
         return f"'{op.name}' writes other features than those of the factor"
-    if not is_stored(op.operand("weight")) or not is_stored(op.operand("bias")):
-        return f"the weights of '{op.name}' are computed in the graph"
     if op.kind is K.CONV_TRANSPOSE:
-        weight = Site(op, 1, 1, op.attr("groups"))
+        weight = _into(asked, op, 1, axis, 1, op.attr("groups"))
     else:
-        weight = Site(op, 1, 1 if op.kind is K.LINEAR and not op.attr("transpose_weight") else 0)
-    biased = op.operand("bias") is not None or op in asked.biased
-    return [weight, Site(op, 2, 0)] if biased else [weight]
+        weight = _into(asked, op, 1, axis, 1 if op.kind is K.LINEAR and not op.attr("transpose_weight") else 0)
+    if isinstance(weight, str) or (op.operand("bias") is None and op not in asked.biased):
+        return weight
+    return [*weight, Site(op, 2, 0)] if is_stored(op.operand("bias")) else _COMPUTED.format(op.name)
 
 
-def _gain(graph: Graph, op: Op, axis: int | None) -> Sites:
+_COMPUTED = "the weights of '{}' are computed in the graph"
+
+
+def _into(asked: Asked, op: Op, index: int, factor: int | None, axis: int, groups: int = 1) -> Sites:
+    """The contents that make a constant operand, whose `axis` holds the features; `factor`: None for one number."""
+    value = op.inputs[index]
+    if value is None or is_stored(value):
+        return f"'{op.name}' has no stored gain" if value is None else [Site(op, index, axis, groups)]
+    if not value.constant or groups != 1 or asked.shifts:
+        return _COMPUTED.format(op.name)
+    found = behind(asked, value, None if factor is None else axis)
+    return f"{_COMPUTED.format(op.name)}: {found}" if isinstance(found, str) else found
+
+
+def _gain(asked: Asked, op: Op, axis: int | None) -> Sites:
     own = normed_axis(op)
     if isinstance(own, str) or axis not in (None, own):
         return f"the gain of '{op.name}' lies along another axis"
     gain, bias = op.inputs[1], op.inputs[2] if op.kind is not K.RMS_NORM and len(op.inputs) > 2 else None
-    if op.kind is K.BATCH_NORM and op.attr("training"):
-        return f"'{op.name}' normalises by the statistics of the batch"
-    if gain is None or gain.rank != 1 or not is_stored(gain) or not is_stored(bias):
+    if gain is None or gain.rank != 1 or not is_stored(bias):
         return f"'{op.name}' has no stored gain"
-    return [Site(op, 1, 0)] if bias is None else [Site(op, 1, 0), Site(op, 2, 0)]
+    sites = _into(asked, op, 1, axis, 0)
+    return sites if isinstance(sites, str) or bias is None else [*sites, Site(op, 2, 0)]
 
 
 def _sum_back(asked: Asked, op: Op, axis: int | None) -> Sites:
@@ -166,13 +178,17 @@ def _aligned_axis(op: Op, value: Value, axis: int | None) -> int | str | None:
 
 
 def _product_back(asked: Asked, op: Op, axis: int | None) -> Sites:
+    """Into what writes a factor that is computed; else into one that is stored."""
     reasons = []
-    for index, value in enumerate(op.operands):
-        if value.constant or (op.kind is K.DIV and index):
-            continue
+    computed = [not value.constant for value in op.operands]
+    for index in sorted(range(len(op.operands)), key=computed.__getitem__, reverse=True):
+        value = op.operands[index]
         place = _aligned_axis(op, value, axis)
-        found = f"'{op.name}' broadcasts '{value.name}'" if place == "none" else ""
-        sites: Sites = found or behind(asked, value, None if axis is None else int(place or 0))
+        if place == "none" or (op.kind is K.DIV and index):
+            reasons.append(f"'{op.name}' broadcasts '{value.name}'" if place == "none" else f"'{op.name}' divides")
+            continue
+        along = None if axis is None else int(place or 0)
+        sites = behind(asked, value, along) if computed[index] else _into(asked, op, index, along, along or 0)
         if not isinstance(sites, str):
             return sites
         reasons.append(sites)
@@ -212,19 +228,19 @@ def _carried_back(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites
     return behind(asked, operand, places[0][1])
 
 
-def _reader(asked: Asked, op: Op, value: Value, axis: int | None) -> Site | str:
+def _reader(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites:
     features = 1 if op.kind is not K.LINEAR else (value.rank or 0) - 1
     if axis not in (None, features):
         return f"'{op.name}' contracts another axis than that of the factor"
-    if not is_stored(op.operand("weight")) or not is_stored(op.operand("bias")):
-        return f"the weights of '{op.name}' are computed in the graph"
+    if not is_stored(op.operand("bias")):
+        return _COMPUTED.format(op.name)
     if asked.shifts and op.kind is not K.LINEAR and (op.kind is K.CONV_TRANSPOSE or any(op.attr("pads"))):
         return f"'{op.name}' has a border of zeros, which the shift does not reach"
     if op.kind is K.CONV_TRANSPOSE:
-        return Site(op, 1, 0)
+        return _into(asked, op, 1, axis, 0)
     if op.kind is K.CONV:
-        return Site(op, 1, 1, op.attr("groups"))
-    return Site(op, 1, 1 if op.attr("transpose_weight") else 0)
+        return _into(asked, op, 1, axis, 1, op.attr("groups") if axis is not None else 1)
+    return _into(asked, op, 1, axis, 1 if op.attr("transpose_weight") else 0)
 
 
 def _passed(asked: Asked, op: Op, index: int, axis: int | None, output: Value) -> int | str | None:
