@@ -33,6 +33,7 @@ class Fuse:
     scale: bool = True
     norm: bool = True
     epilogue: bool = True
+    concat: bool = True
     activations: bool = False
 
     def stages(self) -> Sequence[Pass]:
@@ -44,7 +45,7 @@ class Fuse:
             stages.append(FoldBatchNorm())
         if self.scale:
             stages.append(FoldScale())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue))
+        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
         if self.activations:
             stages.append(FuseActivations())
         return stages

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
+from rescompile.passes.concat_region import concat_region
 from rescompile.passes.epilogue import residual_epilogue
 from rescompile.passes.joins import Scope
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
@@ -21,6 +22,7 @@ class FuseJoins:
 
     1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
     2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
+    3. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
     `joins`: the residual joins only, or all sums of two computed values.
     """
@@ -31,26 +33,41 @@ class FuseJoins:
     joins: Scope = "residual"
     norm: bool = True
     epilogue: bool = True
+    concat: bool = True
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
         return gather(self.name, self.preserves, graph, self._decisions(graph))
 
+    def _rules(self) -> dict[OpKind, list[Decide]]:
+        """By the kind of operation that brings the paths together: the rules, in order."""
+        sums: list[Decide] = []
+        if self.norm:
+            sums += [add_norm]
+        if self.epilogue:
+            sums += [residual_epilogue]
+        return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
+
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
         blocks = inspect_graph(graph).blocks
-        skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in blocks if not block.path}
-        rules: list[Decide] = []
-        if self.norm:
-            rules.append(add_norm)
-        if self.epilogue:
-            rules.append(residual_epilogue)
+        own = [block for block in blocks if not block.path]
+        skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in own}
+        rules = self._rules()
         taken: set[str] = set()
         for join in graph:
-            if join.kind is not OpKind.ADD or (self.joins == "residual" and join not in skips):
+            if join not in skips and (self.joins == "residual" or join.kind is not OpKind.ADD):
                 continue
-            decision = _first(graph, join, skips.get(join), rules, taken)
+            if join.has(Trait.FUSED) or join.name in taken:
+                continue  # a fusion holds it already
+            if join.kind not in rules:
+                if join.kind is not OpKind.OPAQUE:
+                    yield Refusal(
+                        join.name, f"a {join.kind.value} brings the paths together, which no fused kernel does"
+                    )
+                continue
+            decision = _first(graph, join, skips.get(join), rules[join.kind], taken)
             if isinstance(decision, Rewrite):
-                taken.update(name for edit in decision.edits for name in getattr(edit, "ops", ()))
+                taken.update(_consumed(decision))
             yield decision
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
@@ -63,10 +80,15 @@ def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], take
     for rule in rules:
         decision = rule(graph, join, skip)
         if isinstance(decision, Rewrite):
-            clash = next((n for e in decision.edits for n in getattr(e, "ops", ()) if n in taken), None)
+            clash = next((name for name in _consumed(decision) if name in taken), None)
             if clash is None:
                 return decision
             reasons.append(f"'{clash}' already went into another fusion")
         else:
             reasons.append(decision.reason)
-    return Refusal(join.name, "; ".join(dict.fromkeys(reasons)))
+    return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _consumed(rewrite: Rewrite) -> list[str]:
+    """The operations that a rewrite replaces."""
+    return [name for edit in rewrite.edits for name in getattr(edit, "ops", ())]
