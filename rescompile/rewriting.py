@@ -50,16 +50,17 @@ class Result(msgspec.Struct):
     def key_map(self) -> dict[str, list[str]]:
         """For each original parameter, the parameters of the result that hold it or were computed from it."""
         present = {value.name for value in self.graph.parameters}
-        heirs: dict[str, list[str]] = {value.name: [] for value in self.original.parameters}
-        for name, found in heirs.items():
-            if name in present:
-                found.append(name)
+        origins = {value.name: {value.name: None} for value in self.original.parameters}
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
+                if isinstance(edit, AddParameter | SetParameter):
+                    made = origins.setdefault(edit.name, {})
                     for operand in edit.operands:
-                        if operand in heirs and edit.name not in heirs[operand]:
-                            heirs[operand].append(edit.name)
+                        made |= origins.get(operand or "", {})
+        heirs: dict[str, list[str]] = {value.name: [] for value in self.original.parameters}
+        for name, found in origins.items():
+            for origin in found if name in present else ():
+                heirs[origin].append(name)
         return heirs
 
     @property
