@@ -144,6 +144,9 @@ def test_networks_of_re_parameterisation_become_plain_stacks(ir: str) -> None:
     assert after.parameters < before.parameters
     assert after.flops < before.flops
     assert not rc.rewrite(result.graph, "fuse").applied, "idempotent"
+    if ir == "fx":  # what becomes of each parameter, through several stages
+        assert all(heirs for name, heirs in result.key_map.items() if "num_batches" not in name)
+        assert {"0.large.0.weight_merged", "0.large.0.bias_merged"} == set(result.key_map["0.large.1.weight"])
 
 
 def test_merging_and_folding_are_exact_in_double_precision() -> None:
