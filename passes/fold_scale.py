@@ -26,7 +26,7 @@ class FoldScale:
     """γ⊙(W·x + b)  →  W'·x + γ⊙b,  W' = diag(γ)·W;  W·(γ⊙x + β) + b  →  W'·x + (b + W·β),  W' = W·diag(γ)
 
     LayerScale, ReZero, SkipInit, the constants of EDSR and NFNet, `alpha=` of a sum, Affine of ResMLP, a batch norm
-    before a contraction. First into what writes the value, else into all that reads it.
+    before a contraction. First into what writes the value, else into all that reads it, else into another factor.
     1. The constant is stored: one number, or one for each feature that the contraction writes, or reads.
     2. Nothing else reads what lies between, and that is linear and keeps features apart; a rectifier lets positive
        factors pass. The gain of a norm and the terms of a sum take a factor, too.
@@ -58,15 +58,20 @@ class FoldScale:
                 yield rewrite
             else:
                 left.append((constant, rewrite))
-        refused: list[Refusal] = []
+        still: list[tuple[Constant, str]] = []
         for constant, reason in reversed(left):
             decision = reason if constant.do == "term" else state.forth(constant)
             if isinstance(decision, Rewrite):
                 yield decision
-            elif constant.held is not None or constant.do != "scale":
+            else:
                 reasons = f"before it, {reason}; behind it, {decision}" if constant.do != "term" else reason
-                refused.append(Refusal(constant.op.name, reasons))
-        yield from reversed(refused)
+                still.insert(0, (constant, reasons))
+        for constant, reason in still:
+            decision = reason if constant.shifts else state.back(constant, into_factors=True)
+            if isinstance(decision, Rewrite):
+                yield decision
+            elif constant.held is not None or constant.do != "scale":
+                yield Refusal(constant.op.name, reason)
 
 
 class _State:
@@ -79,9 +84,9 @@ class _State:
         self.gone: dict[Op, Value] = {}
         self.scales: dict[Op, list[float]] = {}  # of sums that it changes
 
-    def back(self, constant: Constant) -> Rewrite | str:
-        """Into what writes the value."""
-        sites = behind(self._asked(constant), constant.x, constant.axis)
+    def back(self, constant: Constant, *, into_factors: bool = False) -> Rewrite | str:
+        """Into what writes the value; with `into_factors`, into another factor that stays."""
+        sites = behind(self._asked(constant, into_factors), constant.x, constant.axis)
         if isinstance(sites, str):
             return sites
         refused = self._unfit(constant, sites)
@@ -135,9 +140,9 @@ class _State:
         }[constant.do]
         return self._rewrite(constant, sites, equation, edits)
 
-    def _asked(self, constant: Constant) -> Asked:
+    def _asked(self, constant: Constant, into_factors: bool = False) -> Asked:
         scaled = positive(self.graph, constant)
-        return Asked(self.graph, constant.shifts, scaled, self.gone, self.contents.biased)
+        return Asked(self.graph, constant.shifts, scaled, self.gone, self.contents.biased, into_factors)
 
     def _scaled(self, constant: Constant, sites: list[Site]) -> list[Edit]:
         edits: list[Edit] = []

@@ -40,7 +40,7 @@ class Site:
 class Asked:
     """What is to pass. `gone`: operations that are taken out, each with the value that stands for its output.
 
-    `biased`: contractions that were given a bias.
+    `biased`: contractions that were given a bias. `into_factors`: whether another factor takes it.
     """
 
     graph: Graph
@@ -48,6 +48,7 @@ class Asked:
     positive: bool
     gone: Mapping[Op, Value]
     biased: Set[Op]
+    into_factors: bool
     trail: list[Value] = field(default_factory=list)
 
 
@@ -178,17 +179,19 @@ def _aligned_axis(op: Op, value: Value, axis: int | None) -> int | str | None:
 
 
 def _product_back(asked: Asked, op: Op, axis: int | None) -> Sites:
-    """Into what writes a factor that is computed; else into one that is stored."""
+    """Into what writes a factor that is computed; else, where that is asked for, into one that is stored."""
     reasons = []
-    computed = [not value.constant for value in op.operands]
-    for index in sorted(range(len(op.operands)), key=computed.__getitem__, reverse=True):
+    for index in sorted(range(len(op.operands)), key=lambda index: op.operands[index].constant):
         value = op.operands[index]
-        place = _aligned_axis(op, value, axis)
-        if place == "none" or (op.kind is K.DIV and index):
-            reasons.append(f"'{op.name}' broadcasts '{value.name}'" if place == "none" else f"'{op.name}' divides")
+        stored = value.constant and not op.output.constant
+        if (op.kind is K.DIV and index) or (stored and not asked.into_factors):
             continue
-        along = None if axis is None else int(place or 0)
-        sites = behind(asked, value, along) if computed[index] else _into(asked, op, index, along, along or 0)
+        place = _aligned_axis(op, value, axis)
+        along = None if axis is None or place is None else int(place) if place != "none" else -1
+        if along == -1:
+            reasons.append(f"'{op.name}' broadcasts '{value.name}'")
+            continue
+        sites = _into(asked, op, index, along, along or 0) if value.constant else behind(asked, value, along)
         if not isinstance(sites, str):
             return sites
         reasons.append(sites)

@@ -496,15 +496,42 @@ def test_long_chains_end_in_a_reason() -> None:
     assert "more than 64 operations away" in refusals(b, b.op("mul", K.MUL, y, b.constant(C)))
 
 
-def test_standardised_weights_are_not_training() -> None:
-    class Standardised(nn.Conv2d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            flat = self.weight.reshape(1, self.out_channels, -1)
-            weight = nn.functional.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
-            return torch.conv2d(x, weight, self.bias, padding=1)
+class Standardised(nn.Conv2d):
+    """Weights normalised over what each output reads, times a gain (Brock et al. 2021, section 2)."""
 
-    graph = rc.capture(nn.Sequential(Standardised(3, 3, 3), nn.ReLU()).eval(), (drawn(1, 3, 6, 6),))
-    assert not graph.training
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+        self.gain = nn.Parameter(torch.rand(width, 1, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * 0.2).view(-1)
+        weight = nn.functional.batch_norm(flat, None, None, weight=gain, training=True).reshape_as(self.weight)
+        return torch.conv2d(x, weight, self.bias, padding=1)
+
+
+class NormFree(nn.Module):
+    """x + f(x/β)·α·g, f with a gate behind its convolutions and rectifiers of gain γ: a block of NFNet."""
+
+    def __init__(self, gate: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.skip_gain = Standardised(4), Standardised(4), nn.Parameter(torch.tensor(0.7))
+        self.gate = gate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.two(torch.relu(self.one(torch.relu(x) * 1.7 / 1.1)) * 1.7)
+        if self.gate:
+            y = y * torch.sigmoid(y.mean((2, 3), keepdim=True)) * 2.0
+        return x + y * self.skip_gain * 0.2
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_factors_go_into_standardised_weights_or_into_one_another(gate: bool) -> None:
+    graph = rc.capture(nn.Sequential(NormFree(gate), NormFree(gate)).eval(), (drawn(1, 4, 6, 6),))
+    assert not graph.training, "weights that are normalised by their own statistics are the same in evaluation"
+    result = rc.rewrite(graph, "fold-scale")
+    assert result.verification.ok
+    left = [op for op in result.graph if op.kind in (K.MUL, K.DIV) and not op.output.constant]
+    assert len(left) == (4 if gate else 0), "behind a gate: its product and one factor"
 
 
 # ---- bias ---------------------------------------------------------------------------------------------------------
