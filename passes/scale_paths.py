@@ -46,9 +46,9 @@ class Asked:
     graph: Graph
     shifts: bool
     positive: bool
-    gone: Mapping[Op, Value]
-    biased: Set[Op]
-    into_factors: bool
+    gone: Mapping[Op, Value] = field(default_factory=dict)
+    biased: Set[Op] = frozenset()
+    into_factors: bool = False
     trail: list[Value] = field(default_factory=list)
 
 
@@ -69,7 +69,8 @@ def behind(asked: Asked, value: Value, axis: int | None) -> Sites:
 def _behind(asked: Asked, value: Value, axis: int | None) -> Sites:
     readers = [(op, index) for op, index in value.uses if op.kind is not K.SHAPE]
     if len(readers) > 1 or asked.graph.is_output(value):
-        return f"'{value.name}' is also read unscaled" if len(readers) > 1 else f"'{value.name}' is an output"
+        how = "" if len(readers) > 1 else ": it is an output"
+        return f"'{value.name}' is also read elsewhere{how}"
     op = value.producer
     if op is None:
         return f"'{value.name}' is an input of the graph"

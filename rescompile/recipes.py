@@ -17,17 +17,6 @@ from rescompile.values import numpy_dtype
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def batch_norm_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
-    """W' = W · γ / √(σ² + ε) along `axis` of the weight. Operands: weight, gamma, variance."""
-    weight, gamma, variance = operands
-    assert weight is not None
-    factor = _norm_factor(gamma, variance, attrs["eps"])
-    shape = [1] * weight.ndim
-    shape[attrs["axis"]] = -1
-    scaled: Array = weight.astype(np.float64) * factor.reshape(shape)
-    return scaled.astype(weight.dtype)
-
-
 def batch_norm_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
     """b' = (b − μ) · γ / √(σ² + ε) + β. Operands: weight (for its dtype), bias, gamma, beta, mean, variance."""
     weight, bias, gamma, beta, mean, variance = operands
@@ -173,7 +162,6 @@ def _over_inputs(numbers: Array, weight: Array, attrs: dict[str, Any]) -> Array:
 
 
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
-    "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
     "scaled": scaled,
     "constant": constant,
