@@ -46,7 +46,8 @@ def copied(model: ir.Model, where: str) -> ir.Model:
         for value in node.inputs
         if value is not None and value.producer() is None and value.graph is None and value.const_value is not None
     }
-    for part in (model.graph, *model.functions.values()):
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
         _check(part, set(strays), where)
     if not strays:
         return model.clone()
