@@ -12,6 +12,7 @@ from rescompile.kinds import OpKind
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.epilogue import residual_epilogue
 from rescompile.passes.joins import Scope
+from rescompile.passes.norm_region import norm_region
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
 
 
@@ -41,7 +42,7 @@ class FuseJoins:
         skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in blocks if not block.path}
         rules: list[Decide] = []
         if self.norm:
-            rules.append(add_norm)
+            rules += [norm_region, add_norm]
         if self.epilogue:
             rules.append(residual_epilogue)
         taken: set[str] = set()
