@@ -51,7 +51,7 @@ def norm_region(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | 
     if isinstance(edit, str) and any(op.kind in _MOVES for op in found.front):
         # Not every move can be written down for every extent, and it may as well stay outside.
         found.go_in_front(skip, moves=False)
-        edit = region_edit(graph, found.ops, found.outputs())
+        edit = region_edit(graph, found.ops, found.outputs()) if found.norms else edit
     if isinstance(edit, str):
         return Refusal(join.name, edit)
     return Rewrite(join.name, found.equation(), found.reason(), (edit,))
@@ -179,10 +179,10 @@ class _Region:
                 inside.add(op)
                 self.front.insert(0, op)
                 came = origins(op, at)
-        self._trim()
         if works and self.norms and not self._rows and all(op.kind is not K.SLICE for op in self.front):
             # Where both are contractions (a projection shortcut), the branch takes the add, else the later one.
             self.front.insert(0, max(works, key=lambda op: (op.output is not skip, op.order)))
+        self._trim()
 
     def _goes_in(self, op: Op, axes: Axes, *, moves: bool) -> bool:
         if not _holdable(self.graph, op):
