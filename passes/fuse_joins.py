@@ -13,6 +13,7 @@ from rescompile.passes.add_norm import add_norm
 from rescompile.passes.concat_region import concat_region
 from rescompile.passes.epilogue import residual_epilogue
 from rescompile.passes.joins import Scope, quantised_side
+from rescompile.passes.norm_region import norm_region
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
 
 _HOLDER = "an operation that holds a graph of its own"
@@ -47,7 +48,7 @@ class FuseJoins:
         """By the kind of operation that brings the paths together: the rules, in order."""
         sums: list[Decide] = []
         if self.norm:
-            sums += [add_norm]
+            sums += [norm_region, add_norm]
         if self.epilogue:
             sums += [residual_epilogue]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
