@@ -25,5 +25,5 @@ def elementwise_region(graph: Graph, join: Op, skip: Value | None = None) -> Rew
         found = gathered(graph, join, (), behind=behind)
         if not isinstance(found, str) and len(found.computing) > 1 and not isinstance(edit_of(graph, found), str):
             return rewrite_of(graph, join, found, "with the elementwise operations around it")
-    behind_it = f", and nothing elementwise alone reads the sum (it is read by {readers_of(graph, join.output)})"
-    return Refusal(join.name, f"an addition alone is one kernel: {branch_end(graph, join, skip)}{behind_it}")
+    reason = f"{branch_end(graph, join, skip)}, and the sum goes to {readers_of(graph, join.output)} as it is"
+    return Refusal(join.name, f"an addition alone is one kernel already: {reason}")

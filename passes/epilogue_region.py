@@ -5,7 +5,7 @@ from __future__ import annotations
 from rescompile.graph import Graph, Op, Value
 from rescompile.passes.epilogue import residual_epilogue
 from rescompile.passes.one_pass import CONTRACTIONS, Kernel, searched
-from rescompile.passes.region_rewrite import branch_end, rewrite_of, unsuited
+from rescompile.passes.region_rewrite import rewrite_of, unsuited
 from rescompile.plans import Fuse, Refusal, Rewrite
 
 
@@ -25,7 +25,8 @@ def epilogue_region(graph: Graph, join: Op, skip: Value | None = None) -> Rewrit
     reasons: list[str] = []
     kernel = searched(graph, join, skip, CONTRACTIONS, reasons.append)
     if kernel is None or kernel.root is None:
-        return plain or Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or branch_end(graph, join, skip))
+        reason = "; ".join(dict.fromkeys(reasons)) or "no contraction ends in it by elementwise operations and moves"
+        return plain or Refusal(join.name, reason)
     if isinstance(plain, Rewrite) and _holds(plain, kernel):
         return plain
     root = kernel.root

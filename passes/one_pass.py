@@ -26,6 +26,7 @@ _MOVES = frozenset((K.IDENTITY, K.CAST, K.RESHAPE, K.PERMUTE, K.SLICE, K.ROLL, K
 _VIEWS = frozenset((K.IDENTITY, K.RESHAPE, K.SLICE, K.PERMUTE))
 _PLACED = (_MOVES | {K.CONCAT}) - {K.IDENTITY, K.CAST}  # put elements elsewhere
 _TESTS = frozenset((K.WHERE, K.EQUAL, K.NOT_EQUAL, K.LESS, K.LESS_EQUAL, K.GREATER, K.GREATER_EQUAL))
+_PARTS = 16  # of a concatenation that a kernel reads in the place of its copy
 _FAR = 64  # operations between a root and the sum; more than any block tail has
 
 
@@ -192,7 +193,12 @@ def _disjoint(readers: Sequence[Op]) -> bool:
 def _alone(graph: Graph, op: Op, inside: dict[Op, None]) -> bool:
     """Whether an operation before the join is the kernel's own: nothing else reads it, and each element is made once."""
     value = op.output
-    if len(op.outputs) != 1 or _leaves(graph, value, inside) or is_sum(op) or not carries(graph, op):
+    if len(op.outputs) != 1 or _leaves(graph, value, inside) or is_sum(op):
+        return False
+    if op.kind is K.CONCAT:
+        if len(op.operands) > _PARTS or unable(graph, op):
+            return False
+    elif not carries(graph, op):
         return False
     for user in value.users:
         if user.kind not in _PLACED and not same_shape(value, user.output):
@@ -232,7 +238,10 @@ def _followers(graph: Graph, total: Value, inside: set[Op]) -> tuple[list[Op], b
 
 
 def _chain(graph: Graph, value: Value, inside: set[Op], *, gates: bool = True) -> list[Op]:
-    """The operations that one after the other alone read `value`; views at the end, which cost nothing, stay out."""
+    """The operations that one after the other alone read `value`; views at the end, which cost nothing, stay out.
+
+    Identities stay: a region has no such steps, and what they stand for in the model's own format goes with them.
+    """
     chain: list[Op] = []
     members = set(inside)
     while (reader := only_reader(graph, value)) is not None:
@@ -242,7 +251,7 @@ def _chain(graph: Graph, value: Value, inside: set[Op], *, gates: bool = True) -
         chain += [*(parts or ()), reader]
         members.update(chain)
         value = reader.output
-    while chain and chain[-1].kind in _VIEWS:
+    while chain and chain[-1].kind in _VIEWS and chain[-1].kind is not K.IDENTITY:
         chain.pop()
     return chain
 

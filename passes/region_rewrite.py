@@ -10,6 +10,7 @@ from rescompile.passes.one_pass import Kernel, computed, edit_of
 from rescompile.plans import Refusal, Rewrite, same_shape
 
 _INTEGERS = ("int", "uint", "bool")
+_WRITTEN = frozenset((OpKind.ADD, OpKind.MUL, OpKind.DIV, OpKind.POW, OpKind.PRELU))
 _LONGEST = 160  # characters of an equation
 
 
@@ -24,6 +25,8 @@ def unsuited(join: Op, skip: Value | None) -> Refusal | None:
         moving = [*moving, skip]
     if len(set(moving)) < len(moving):
         return Refusal(join.name, "it adds a value to itself")
+    if not computed(join):
+        return Refusal(join.name, "nothing that it adds depends on the model's inputs: it is computed once")
     if len(moving) < 2:
         constant = next((value.name for value in join.operands if value.constant), join.name)
         return Refusal(join.name, f"'{constant}' is a constant: a bias, not a skip")
@@ -103,7 +106,8 @@ def _equation(graph: Graph, kernel: Kernel) -> str:
     """The first output, written out in what the kernel reads; the kinds in order where that is long."""
     texts: dict[Value, str] = {}
     for op in kernel.ops:
-        args = [texts.get(value) or _name(graph, value) for value in op.operands]
+        told = op.operands if op.kind in _WRITTEN else computed(op)  # weights go without saying
+        args = [texts.get(value) or _name(graph, value) for value in told]
         if op.kind is OpKind.ADD:
             text = _sum(args, op.scales)
         elif op.kind is OpKind.IDENTITY:
