@@ -29,8 +29,8 @@ def epilogue_region(graph: Graph, join: Op, skip: Value | None = None) -> Rewrit
         return plain or Refusal(join.name, reason)
     if isinstance(plain, Rewrite) and _holds(plain, kernel):
         return plain
-    root = kernel.root
-    return rewrite_of(graph, join, kernel, f"into the epilogue of the {root.kind.value} of '{root.module or root.name}'")
+    where = f"the {kernel.root.kind.value} of '{kernel.root.module or kernel.root.name}'"
+    return rewrite_of(graph, join, kernel, f"into the epilogue of {where}")
 
 
 def _holds(plain: Rewrite, kernel: Kernel) -> bool:

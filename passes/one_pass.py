@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rescompile.errors import RescompileError
 from rescompile.fused_region import FUSIBLE, describe
@@ -187,11 +188,11 @@ def _disjoint(readers: Sequence[Op]) -> bool:
     if any(not isinstance(bound, int) or bound < 0 for pair in bounds for bound in pair):
         return False
     bounds.sort()
-    return all(first[1] <= second[0] for first, second in zip(bounds, bounds[1:], strict=False))
+    return all(first[1] <= second[0] for first, second in pairwise(bounds))
 
 
 def _alone(graph: Graph, op: Op, inside: dict[Op, None]) -> bool:
-    """Whether an operation before the join is the kernel's own: nothing else reads it, and each element is made once."""
+    """Whether an operation before the join is the kernel's own: nothing else reads it, each element is made once."""
     value = op.output
     if len(op.outputs) != 1 or _leaves(graph, value, inside) or is_sum(op):
         return False
