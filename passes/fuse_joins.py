@@ -11,7 +11,8 @@ from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.concat_region import concat_region
-from rescompile.passes.epilogue import residual_epilogue
+from rescompile.passes.elementwise_region import elementwise_region
+from rescompile.passes.epilogue_region import epilogue_region
 from rescompile.passes.joins import Scope, quantised_side
 from rescompile.passes.norm_region import norm_region
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
@@ -23,9 +24,10 @@ _HOLDER = "an operation that holds a graph of its own"
 class FuseJoins:
     """s = x + F(x)  →  one operation, by the first rule that fits
 
-    1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
-    2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
-    3. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
+    1. `norm_region`, `add_norm`: a norm reads the sum, or ends a branch; both outputs survive.
+    2. `epilogue_region`: a contraction, with what is elementwise or index arithmetic behind it, ends in the sum.
+    3. `elementwise_region`: the sum and the elementwise operations around it.
+    4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
     `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
     what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
@@ -50,7 +52,7 @@ class FuseJoins:
         if self.norm:
             sums += [norm_region, add_norm]
         if self.epilogue:
-            sums += [residual_epilogue]
+            sums += [epilogue_region, elementwise_region]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
