@@ -201,6 +201,19 @@ def test_streams_of_one_resolution_and_maps_without_streams_are_two_working_bran
     assert [entry.reason.split(":")[0] for entry in report.not_residual] == ["two working branches"]
 
 
+def test_levels_of_a_pyramid_that_are_added_up_once_more_are_two_working_branches() -> None:
+    b = Builder()
+    c2 = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
+    c3 = b.relu(b.conv(c2, 8, stride=2))
+    c4 = b.relu(b.conv(c3, 8, stride=2))
+    p3 = b.add(b.conv(c3, 8, 1), b.op(K.INTERPOLATE, b.conv(c4, 8, 1), shape=(1, 8, 8, 8)), name="p3")
+    p2 = b.add(b.conv(c2, 8, 1), b.op(K.INTERPOLATE, p3, shape=(1, 8, 16, 16)), name="p2")
+    n3 = b.add(b.conv(p3, 8), b.conv(b.conv(p2, 8), 8, stride=2), name="n3")
+    report = inspect_graph(b.output(b.conv(n3, 4)))
+    assert [(block.join, block.kind) for block in report] == [("p3", "long"), ("p2", "long")]
+    assert [entry.join for entry in report.not_residual] == ["n3"]
+
+
 def test_feature_pyramid_is_long_skips_with_projections() -> None:
     b = Builder()
     c2 = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
