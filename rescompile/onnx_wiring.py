@@ -46,8 +46,9 @@ def copied(model: ir.Model, where: str) -> ir.Model:
         for value in node.inputs
         if value is not None and value.producer() is None and value.graph is None and value.const_value is not None
     }
-    for graph in (model.graph, *model.functions.values()):
-        _check(graph, set(strays), where)
+    _check(model.graph, set(strays), where)
+    for function in model.functions.values():
+        _check(function, set(), f"{where}'s function {function.domain}::{function.name}")
     if not strays:
         return model.clone()
     graph = model.graph.clone(allow_outer_scope_values=True)
