@@ -13,6 +13,8 @@ from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
 from rescompile.passes.merge_affine import MergeBranches
 from rescompile.passes.merge_norms import MergeNorms
+from rescompile.passes.merge_parallel import MergeParallel
+from rescompile.passes.merge_projections import MergeProjections
 from rescompile.passes.norm_placement import BranchNorm, DeepNorm, PostNorm, PreNorm, SandwichNorm
 from rescompile.passes.pre_activation import PostActivation, PreActivation
 from rescompile.passes.remove_shortcuts import RemoveShortcuts
@@ -33,6 +35,8 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "rms-norm": RmsNorm,
     "fold-norm-affine": FoldNormAffine,
     "merge-norms": MergeNorms,
+    "merge-parallel": MergeParallel,
+    "merge-projections": MergeProjections,
     "pre-activation": PreActivation,
     "post-activation": PostActivation,
     "fuse": Fuse,

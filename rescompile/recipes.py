@@ -75,6 +75,25 @@ def affine_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Arra
     return affine.run(attrs["steps"], operands).bias.astype(numpy_dtype(attrs["dtype"]))
 
 
+def concatenated(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """[A; B; …] along `axis`; zeros in the place of an operand that is absent. `sizes`: the extent of each along it."""
+    like = next(operand for operand in operands if operand is not None)
+    axis = attrs["axis"]
+    parts = []
+    for operand, size in zip(operands, attrs["sizes"], strict=True):
+        shape = (*like.shape[:axis], size, *like.shape[axis + 1 :])
+        parts.append(np.zeros(shape, like.dtype) if operand is None else operand.reshape(shape))
+    joined: Array = np.concatenate(parts, axis)
+    return joined
+
+
+def summed(operands: Sequence[Array | None], _: dict[str, Any]) -> Array:
+    """a + b + …, of those operands that are present."""
+    present = [operand for operand in operands if operand is not None]
+    total: Array = np.sum([operand.astype(np.float64) for operand in present], axis=0)
+    return total.astype(present[0].dtype)
+
+
 def centred(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
     """W − E W along `axis`; of γ ⊙ W with a second operand γ, one number for each place along it."""
     weight, factor = operands
@@ -169,6 +188,8 @@ RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = 
     "select_last": select_last,
     "affine_weight": affine_weight,
     "affine_bias": affine_bias,
+    "concatenated": concatenated,
+    "summed": summed,
     "centred": centred,
     "folded_weight": folded_weight,
     "folded_bias": folded_bias,

@@ -127,6 +127,8 @@ def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed
         inputs = make_inputs(original, _random, seed)
         effects = () if inputs is None else measure_effects(original, original.run(inputs), rewritten.run(inputs))
         return Verification(preserves, (Check("interface", "signature", 0.0, 1.0, True),), effects=effects)
+    if _draws(original, seed):
+        return Verification(preserves, skipped="the model draws other random numbers on each call")
     checks: list[Check] = []
     seen: list[list[Array]] = []
     for label, make in ADVERSARIES.items():
@@ -138,6 +140,17 @@ def verify(original: Graph, rewritten: Graph, preserves: str = "values", *, seed
         seen.append(list(original.run(inputs).values()))
         checks += _compare(original, rewritten, inputs, seen[-1], label, seed)
     return Verification(preserves, tuple(checks), vacuous=_all_equal(seen))
+
+
+def _draws(graph: Graph, seed: int) -> bool:
+    """Whether two runs on the same inputs give different outputs."""
+    if not any(op.has(Trait.RANDOM) for op in graph):
+        return False
+    inputs = make_inputs(graph, _random, seed)
+    if inputs is None:
+        return False
+    first, second = graph.run(inputs), graph.run(inputs)
+    return any(relative_difference(first[name], second[name]) > 0.0 for name in first)
 
 
 def make_inputs(
@@ -216,7 +229,10 @@ def _is_float(dtype: np.dtype[Any]) -> bool:
 
 
 def relative_difference(expected: Array, actual: Array) -> float:
-    """max |a − b| / max |a|; infinite where shapes, or the places of NaN and infinity, differ."""
+    """max |a − b| / max(max |a|, t); max |b| where all of a is 0; infinite where shapes, NaN or infinity differ.
+
+    t is the smallest normal number of the expected dtype: numbers below it have fewer digits the smaller they are.
+    """
     if expected.shape != actual.shape:
         return float("inf")
     if expected.size == 0:
@@ -231,7 +247,8 @@ def relative_difference(expected: Array, actual: Array) -> float:
         return 0.0
     scale = float(np.abs(a[finite]).max())
     difference = float(np.abs(a[finite] - b[finite]).max())
-    return difference / scale if scale > 0 else difference
+    smallest = float(ml_dtypes.finfo(expected.dtype).smallest_normal)  # type: ignore[no-untyped-call]
+    return difference / max(scale, smallest) if scale > 0 else difference
 
 
 def _all_equal(runs: list[list[Array]]) -> bool:

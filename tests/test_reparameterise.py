@@ -426,7 +426,9 @@ def test_value_that_is_read_unscaled_stays() -> None:
 def test_value_that_is_an_output_stays() -> None:
     b = Net(IMAGE)
     work = b.conv("conv", b.x)
-    assert "'conv' is also read elsewhere: it is an output" in refusals(b, b.op("mul", K.MUL, work, b.constant(C, 1, 1)), work)
+    assert "'conv' is also read elsewhere: it is an output" in refusals(
+        b, b.op("mul", K.MUL, work, b.constant(C, 1, 1)), work
+    )
 
 
 def test_shift_before_a_border_of_zeros_stays_and_a_factor_goes() -> None:
