@@ -5,11 +5,13 @@ from __future__ import annotations
 from rescompile.passes.canonicalise import Canonicalise
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
 from rescompile.passes.fold_norm_affine import FoldNormAffine
+from rescompile.passes.fold_scale import FoldScale
 from rescompile.passes.freeze_blend import FreezeBlend
 from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_activations import FuseActivations
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.passes.insert_shortcuts import InsertShortcuts
+from rescompile.passes.merge_affine import MergeBranches
 from rescompile.passes.merge_norms import MergeNorms
 from rescompile.passes.merge_parallel import MergeParallel
 from rescompile.passes.merge_projections import MergeProjections
@@ -39,6 +41,8 @@ PASSES: dict[str, type[Pass] | type[Pipeline]] = {
     "post-activation": PostActivation,
     "fuse": Fuse,
     "fold-batch-norm": FoldBatchNorm,
+    "fold-scale": FoldScale,
+    "merge-branches": MergeBranches,
     "fuse-joins": FuseJoins,
     "fuse-activations": FuseActivations,
     "unfuse": UnfuseAll,
