@@ -14,6 +14,7 @@ from rescompile.onnx_build import Builder
 from rescompile.onnx_ops import (
     FUNCTION_DOMAIN,
     OLDEST_INITIALIZERS,
+    dtype_name,
     dtype_of,
     nodes_within,
 )
@@ -146,8 +147,9 @@ class Native:
     def _ask_elsewhere(self, value: ir.Value, reader: ir.Node) -> None:
         kind = self.measured.get(value)
         builder = Builder(self.opset, self.symbol)
-        if reader.op_type == "CastLike" and kind is not None and kind.dtype is not None:
-            example = builder.const(np.zeros((), numpy_dtype(kind.dtype)))
+        dtype = kind.dtype if kind is not None else dtype_name(value.dtype)
+        if reader.op_type == "CastLike" and reader.inputs[1] is value and dtype is not None:
+            example = builder.const(np.zeros((), numpy_dtype(dtype)))
             self.append(builder.nodes, f"{value.name}.type", hidden=True)
             reader.replace_input_with(1, example)
             return
@@ -170,6 +172,10 @@ class Native:
             if output is old:
                 outputs[position] = new
                 _declare(new, old)
+        for reader, _ in tuple(old.uses()):
+            # A literal that has the old value's shape or type, and that the new value's own node reads.
+            if reader in self.hidden and self._serves(reader, new.producer()):
+                self._ask_elsewhere(old, reader)
         old.replace_all_uses_with(new)
         old.name = self.fresh(f"{name}.old")
         self.rename(new, name)
@@ -178,6 +184,18 @@ class Native:
         if old in self.measured:
             self.measured[new] = self.measured.pop(old)
         self.dirty = True
+
+    def _serves(self, node: ir.Node, reader: ir.Node | None) -> bool:
+        pending, seen = [node], {node}
+        while pending:
+            for value in pending.pop().outputs:
+                for user, _ in value.uses():
+                    if user is reader:
+                        return True
+                    if user in self.hidden and user not in seen:
+                        seen.add(user)
+                        pending.append(user)
+        return False
 
     def set_output(self, position: int, source: ir.Value, former: str) -> None:
         """Let a graph output be `source`, through an Identity that has the output's outward name and declared type.
