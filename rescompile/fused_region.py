@@ -152,6 +152,8 @@ def _type(step: Step, operands: Sequence[ValueType | None]) -> ValueType:
 def _settings(op: Op) -> Attrs:
     if op.kind not in FUSIBLE or len(op.outputs) != 1:
         raise RescompileError(f"'{op.name}' ({op.kind.value}) is nothing that a fused operation can hold")
+    if op.kind is K.BATCH_NORM and op.attr("training"):
+        raise RescompileError(f"'{op.name}' is a batch norm in training, which also moves its running statistics")
     defaults = op.kind.spec.attrs
     unknown = [name for name in op.attrs if name not in defaults]
     if unknown:
