@@ -15,7 +15,6 @@ from rescompile.onnx_ops import (
     CONTRIB_DOMAIN,
     FUNCTION_DOMAIN,
     OLDEST_INITIALIZERS,
-    dtype_name,
     dtype_of,
     nodes_within,
 )
@@ -27,7 +26,7 @@ class Native:
     """A model that is edited, with what must be remembered of the nodes that its view does not show.
 
     `hidden`: nodes that only serve operands which kinds do not list (a Reshape's target), or compute literals.
-    `measured`: types of the values that hidden Shape and CastLike nodes ask about, so that the answer can be had
+    `measured`: types of the values that hidden Shape nodes and CastLike nodes ask about, so that the answer can be had
     elsewhere once the value is gone. `optional`: outputs that their nodes go without, nameless, as long as nobody reads
     them. `stubs`: Identity nodes that give a graph output its name, and the value that had
     the name before.
@@ -151,9 +150,8 @@ class Native:
     def _ask_elsewhere(self, value: ir.Value, reader: ir.Node) -> None:
         kind = self.measured.get(value)
         builder = Builder(self.opset, self.symbol)
-        dtype = kind.dtype if kind is not None else dtype_name(value.dtype)
-        if reader.op_type == "CastLike" and reader.inputs[1] is value and dtype is not None:
-            example = builder.const(np.zeros((), numpy_dtype(dtype)))
+        if reader.op_type == "CastLike" and kind is not None and kind.dtype is not None:
+            example = builder.const(np.zeros((), numpy_dtype(kind.dtype)))
             self.append(builder.nodes, f"{value.name}.type", hidden=True)
             reader.replace_input_with(1, example)
             return
