@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
@@ -37,18 +37,25 @@ _OUTPUTS = {OpKind.ADD_NORM: ("y", "sum")}
 # Attributes that decide what the body looks like; all others are numbers that the body refers to.
 _STRUCTURE = ("inner", "outer", "norm", "transpose_weight", "label", "steps")
 
+# Which function a request of this kind, operand types and attributes got: a network asks for few, and for each often.
+Known: TypeAlias = dict[tuple[OpKind, tuple[ValueType | None, ...], tuple[ValueType, ...], str], ir.OperatorIdentifier]
 
-def call(model: ir.Model, b: Builder, r: Request) -> list[ir.Value]:
+
+def call(model: ir.Model, b: Builder, r: Request, known: Known) -> list[ir.Value]:
     """A call of the function for this request, which is made where the model does not have it yet."""
     attrs = {name: r.attr(name) for name in r.kind.spec.attrs}
-    function = _function(b.opset, r, attrs)
-    key = function.identifier()
-    if key not in model.functions:
-        model.functions[key] = function
+    operands = tuple(None if arg is None else ValueType(arg.shape, arg.dtype) for arg in r.args)
+    request = (r.kind, operands, tuple(r.outputs), repr(attrs))
+    key = known.get(request)
+    if key is None or key not in model.functions:
+        function = _function(b.opset, r, attrs)
+        key = known[request] = function.identifier()
+        if key not in model.functions:
+            model.functions[key] = function
     model.opset_imports[FUNCTION_DOMAIN] = 1
     model.ir_version = max(model.ir_version, OLDEST_IR)
     present = [arg for arg in r.args if arg is not None]
-    return b.many(function.name, present, len(r.outputs), FUNCTION_DOMAIN, **attrs)
+    return b.many(key[1], present, len(r.outputs), FUNCTION_DOMAIN, **attrs)
 
 
 def _function(opset: int, r: Request, attrs: Attrs) -> ir.Function:

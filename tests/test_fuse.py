@@ -163,7 +163,7 @@ def test_sum_that_the_next_skip_reads_survives_as_second_output() -> None:
 def test_sum_as_graph_output_survives_as_second_output() -> None:
     b = Build(TOKENS)
     s = b.op("add", OpKind.ADD, b.x, b.linear("fc", b.x))
-    _, after, kinds = planned(b.done(b.layer_norm("norm", s), s), Fuse())
+    _, after, kinds = planned(b.done(b.layer_norm("norm", s), s), FuseJoins())
     assert kinds == ["linear", "add_norm"]
     assert [value.name for value in after.outputs] == ["norm", "add"]
 
@@ -171,7 +171,7 @@ def test_sum_as_graph_output_survives_as_second_output() -> None:
 def test_two_norms_of_one_sum_fuse_once() -> None:
     b = Build(TOKENS)
     s = b.op("add", OpKind.ADD, b.x, b.linear("fc", b.x))
-    _, after, kinds = planned(b.done(b.layer_norm("norm1", s), b.layer_norm("norm2", s)), Fuse())
+    _, after, kinds = planned(b.done(b.layer_norm("norm1", s), b.layer_norm("norm2", s)), FuseJoins())
     assert kinds == ["linear", "add_norm", "layer_norm"]
     assert after.op("norm2").inputs[0] is after.value("add")
 
