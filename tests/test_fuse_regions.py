@@ -10,7 +10,6 @@ import pytest
 from rescompile.fused_region import parse
 from rescompile.graph import Graph, Op, Role, Value, ValueType
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.fuse import Fuse
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.plans import Plan
 from tests.test_fuse import IMAGE, TOKENS, Build, C, planned
@@ -54,7 +53,7 @@ def regions(graph: Graph) -> list[Op]:
 
 def fused(graph: Graph, item: Any = None) -> tuple[Op, Plan, list[str]]:
     """The one region that fusing makes, the plan, and the kinds that are left."""
-    plan, after, kinds = planned(graph, item or Fuse())
+    plan, after, kinds = planned(graph, item or FuseJoins())
     (region,) = regions(after)
     return region, plan, kinds
 
@@ -87,7 +86,7 @@ def test_every_activation_before_and_behind_the_sum(kind: OpKind) -> None:
 def test_plain_sum_behind_a_conv_stays_with_the_kernels_that_know_it() -> None:
     b = Tails(IMAGE)
     y = b.op("out", K.RELU, b.op("add", K.ADD, b.conv("conv", b.x), b.x))
-    assert planned(b.done(y), Fuse())[2] == ["fused_conv"]
+    assert planned(b.done(y), FuseJoins())[2] == ["fused_conv"]
 
 
 def scale_of(b: Tails, case: str, y: Value) -> Value:
@@ -231,7 +230,7 @@ def test_skip_has_its_own_scale_and_cast() -> None:
 def test_scaled_skip_that_the_branch_reads_too_is_not_computed_twice() -> None:
     b = Tails(TOKENS)
     skip = b.op("scaled", K.MUL, b.x, b.number("alpha", 2.0))
-    _, _, kinds = planned(b.done(b.op("add", K.ADD, skip, b.linear("fc", skip))), Fuse())
+    _, _, kinds = planned(b.done(b.op("add", K.ADD, skip, b.linear("fc", skip))), FuseJoins())
     assert kinds == ["mul", "fused_linear"]
 
 
@@ -406,7 +405,7 @@ def test_concatenation_before_the_sum_is_read_where_its_parts_are() -> None:
 def test_addition_alone_is_refused_with_what_the_branch_ends_in() -> None:
     b = Tails(IMAGE)
     h = b.op("h", K.INSTANCE_NORM, b.conv("conv", b.x), b.weight("w", C), b.weight("b", C))
-    reason = refused(b.done(b.conv("next", b.op("add", K.ADD, b.x, h))))
+    reason = refused(b.done(b.conv("next", b.op("add", K.ADD, b.x, h))), FuseJoins(norm=False))
     assert "an addition alone is one kernel already: the branch ends in 'h' (instance_norm)" in reason
     assert "the sum goes to 'next' as it is" in reason
 
@@ -460,7 +459,7 @@ def test_integers_are_no_features() -> None:
 
 @pytest.mark.parametrize("make", [lambda: part_of_the_channels(0), lambda: part_of_the_channels(1)])
 def test_fusing_again_changes_nothing(make: Any) -> None:
-    _, once, kinds = planned(make(), Fuse())
-    plan, _, again = planned(once, Fuse())
+    _, once, kinds = planned(make(), FuseJoins())
+    plan, _, again = planned(once, FuseJoins())
     assert not plan.rewrites
     assert again == kinds
