@@ -16,11 +16,13 @@ from rescompile.detection import inspect_graph
 from rescompile.fusion_audit import Audit, Unfused, audit
 from rescompile.graph import Graph, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
+from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.plans import Plan
 from rescompile.traffic import graph_traffic
 from tests.residual_grammar import programs
 from tests.residual_program import Program
 from tests.residual_realisers import in_memory
+from tests.test_structure_bodies import conditional
 
 K = OpKind
 F = "float32"
@@ -212,6 +214,16 @@ def test_join_that_fuse_leaves_has_the_refusals_reason() -> None:
     found = only(graph)
     assert found.verdict == "refused"
     assert found.reason == refusals["add"]
+
+
+def test_join_of_a_body_is_listed_with_its_path_and_counts_in_the_traffic() -> None:
+    graph = conditional()
+    found = audit(inspect_graph(graph), FuseJoins().plan(graph))
+    inside = [each for each in found.unfused if each.block.path]
+    assert [each.where for each in inside] == ["choose/then/join_0", "choose/then/join_1"]
+    assert all(each.verdict == "refused" and "holds a graph of its own" in each.reason for each in inside)
+    assert all(each.passes == (4.0, 2.0) for each in inside)
+    assert found.traffic > graph_costs(graph).bytes
 
 
 def test_fused_joins_are_not_listed_and_count() -> None:
