@@ -11,18 +11,23 @@ from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.concat_region import concat_region
-from rescompile.passes.epilogue import residual_epilogue
-from rescompile.passes.joins import Scope
+from rescompile.passes.elementwise_region import elementwise_region
+from rescompile.passes.epilogue_region import epilogue_region
+from rescompile.passes.joins import Scope, quantised_side
+from rescompile.passes.norm_region import norm_region
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
+
+_HOLDER = "an operation that holds a graph of its own"
 
 
 @dataclass(frozen=True)
 class FuseJoins:
     """s = x + F(x)  →  one operation, by the first rule that fits
 
-    1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
-    2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
-    3. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
+    1. `norm_region`, `add_norm`: a norm reads the sum, or ends a branch; both outputs survive.
+    2. `epilogue_region`: a contraction, with what is elementwise or index arithmetic behind it, ends in the sum.
+    3. `elementwise_region`: the sum and the elementwise operations around it.
+    4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
     `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
     what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
@@ -45,9 +50,9 @@ class FuseJoins:
         """By the kind of operation that brings the paths together: the rules, in order."""
         sums: list[Decide] = []
         if self.norm:
-            sums += [add_norm]
+            sums += [norm_region, add_norm]
         if self.epilogue:
-            sums += [residual_epilogue]
+            sums += [epilogue_region, elementwise_region]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
@@ -75,7 +80,8 @@ class FuseJoins:
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
                 where = f"{block.path}/{block.join}" if block.path else block.join
-                yield Refusal(where, "it is inside an operation that holds a graph of its own, where no pass rewrites")
+                why = _held(graph, block.path or block.join_op.name)
+                yield Refusal(where, why or f"it is inside {_HOLDER}, where no pass rewrites")
 
 
 def _follows_mode(op: Op) -> bool:
@@ -101,7 +107,17 @@ def _first(
             )
         else:
             reasons.append(decision.reason)
+    rounded = quantised_side(join)
+    if rounded:
+        reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _held(graph: Graph, path: str) -> str:
+    """Why the operation that a path begins with, whose name may be a path too, is left alone."""
+    while path and not graph.has_op(path):
+        path = path.rpartition("/")[0]
+    return graph.untouchable(graph.op(path)) if path else ""
 
 
 def _consumed(rewrite: Rewrite) -> list[str]:

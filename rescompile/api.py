@@ -11,7 +11,7 @@ import msgspec
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.plans import Pass, Pipeline, Plan
-from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
+from rescompile.rewriting import Result, apply_plan, make_plan, rewrite_in_place, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
@@ -143,25 +143,41 @@ def resolve(passes: Passes) -> list[Pass | Pipeline]:
     return [parse_pass(item, PASSES) if isinstance(item, str) else item for item in items]
 
 
-def plan(model: Any, passes: Passes, example_inputs: Any = None) -> Plan:
+def plan(model: Any, passes: Passes, example_inputs: Any = None, *, dialect: str | None = None) -> Plan:
     """What `rewrite` would do, without doing it."""
-    return make_plan(capture(model, example_inputs), resolve(passes))[0]
+    return make_plan(capture(model, example_inputs), resolve(passes), dialect)[0]
 
 
 def rewrite(
-    model: Any, passes: Passes, example_inputs: Any = None, *, verify: bool = True, all_or_nothing: bool = False
+    model: Any,
+    passes: Passes,
+    example_inputs: Any = None,
+    *,
+    verify: bool = True,
+    all_or_nothing: bool = False,
+    in_place: bool = False,
+    dialect: str | None = None,
 ) -> Result:
     """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
 
-    With `all_or_nothing` a place that a pass refuses raises RescompileError.
+    With `all_or_nothing` a place that a pass refuses raises RescompileError. With `in_place` a Graph is edited itself,
+    which saves a copy of a large one and leaves nothing to compare with or to go back to: `verify` has to be off.
+    `dialect`, for ONNX models: how fused operations are written, as "functions" of the model, which every runtime
+    reads, or as ONNX Runtime's own operators, "ort", where it has one.
     """
     graph = capture(model, example_inputs)
-    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing)
+    if in_place:
+        if verify or all_or_nothing:
+            raise RescompileError("A rewrite in place keeps no original: leave out verify and all_or_nothing.")
+        return rewrite_in_place(graph, resolve(passes), dialect)
+    return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing, dialect=dialect)
 
 
-def apply(model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True) -> Result:
-    """Apply a plan that was made, and perhaps edited, before."""
-    return apply_plan(capture(model, example_inputs), plan, check=verify)
+def apply(
+    model: Any, plan: Plan, example_inputs: Any = None, *, verify: bool = True, dialect: str | None = None
+) -> Result:
+    """Apply a plan that was made, and perhaps edited, before. `dialect`: as for `rewrite`."""
+    return apply_plan(capture(model, example_inputs), plan, check=verify, dialect=dialect)
 
 
 def load_plan(text: str | bytes) -> Plan:

@@ -17,6 +17,7 @@ from rescompile.cli_exit import run_and_exit
 from rescompile.cli_options import (
     ArtifactOut,
     Backend,
+    DialectOption,
     Init,
     Inputs,
     Json,
@@ -154,6 +155,7 @@ def rewrite(
     ] = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
+    dialect: DialectOption = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="measure what it does to training: gradient and E[x²] by block")
     ] = False,
@@ -187,13 +189,15 @@ def rewrite(
 
     if dry_run:
         with stage("Planning"):
-            plan = api.plan(graph, specs)
+            plan = api.plan(graph, specs, dialect=dialect)
         if plan_out is not None:
             write_text(plan_out, plan.to_json())
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
-        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing)
+        in_place = no_verify and not all_or_nothing and comparison is None
+        options: dict[str, Any] = {"all_or_nothing": all_or_nothing, "in_place": in_place, "dialect": dialect}
+        result = api.rewrite(graph, specs, verify=not no_verify, **options)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
@@ -222,6 +226,7 @@ def apply(
     trust: Trust = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
+    dialect: DialectOption = None,
 ) -> None:
     """Apply a reviewed plan to MODEL, verify, write OUT."""
     _check_model_out(model, output)
@@ -231,7 +236,7 @@ def apply(
     edits = api.load_plan(text)
     graph = _load(model, inputs, trust)
     with stage("Applying the plan"):
-        result = api.apply(graph, edits, verify=not no_verify)
+        result = api.apply(graph, edits, verify=not no_verify, dialect=dialect)
     _save(result, output)
     _print_result(result, as_json)
 

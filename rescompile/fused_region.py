@@ -24,7 +24,7 @@ K = OpKind
 # and attributes, and that every IR can spell.
 _MOVES = frozenset((K.CAST, K.RESHAPE, K.PERMUTE, K.SLICE, K.ROLL, K.FLIP, K.PAD, K.CONCAT))
 _WORKS = frozenset((K.CONV, K.CONV_TRANSPOSE, K.LINEAR, K.MATMUL))
-_NORMS = frozenset((K.BATCH_NORM, K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM))
+_NORMS = frozenset((K.BATCH_NORM, K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM, K.INSTANCE_NORM))
 _POOLS = frozenset((K.MAX_POOL, K.AVG_POOL))
 _NOT_FUSED = frozenset((K.IDENTITY, K.QUANTIZE, K.DEQUANTIZE, K.DROPOUT, K.MOD))
 FUSIBLE: frozenset[OpKind] = (
