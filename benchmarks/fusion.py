@@ -157,8 +157,7 @@ def measure(model: Model, spec: str, *, verify: bool = False) -> Row:
         for block in after.blocks:
             if not block.fused:
                 where = f"{block.path}/{block.join}" if block.path else block.join
-                name = block.join_op.name if block.join_op is not None else where
-                reason = reasons.get(name) or reasons.get(where) or "no reason was given"
+                reason = reasons.get(where) or "no reason was given"
                 remainders.append({"join": where, "kind": block.kind, "reason": reason})
         row = Row(
             model.title,

@@ -38,7 +38,7 @@ class Joins:
     @property
     def names(self) -> set[str]:
         """Names of the values that the joins make."""
-        return {block.join for block in self.blocks}
+        return {block.join_value.name for block in self.blocks if block.join_value is not None}
 
 
 @dataclass
@@ -55,11 +55,11 @@ Tool = Callable[[Path, Path, str], None]
 
 
 def runtime(source: Path, target: Path, family: str) -> None:
-    """ONNX Runtime's session at level extended, which writes what it optimised to."""
+    """ONNX Runtime's session, all of its levels: the fusions of "extended", and on this processor's own layout more."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 4
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
@@ -84,7 +84,7 @@ def onnxscript_fusions(source: Path, target: Path, family: str) -> None:
 
 
 PEERS: dict[str, Tool] = {
-    "ONNX Runtime, extended": runtime,
+    "ONNX Runtime, session": runtime,
     "ONNX Runtime, transformers tool": transformers_tool,
     "onnxscript, fusions for ORT": onnxscript_fusions,
 }
