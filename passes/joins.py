@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import activation_name
+from rescompile.kinds import OpKind, Trait, activation_name
 from rescompile.plans import Refusal, same_shape
 
 Scope: TypeAlias = Literal["residual", "all"]
@@ -30,6 +30,26 @@ def plain_sum(join: Op) -> Refusal | None:
     if len({value.dtype for value in (join.output, *operands)}) != 1:
         return Refusal(where, f"the operands have dtypes {operands[0].dtype} and {operands[1].dtype}")
     return None
+
+
+def quantised_side(join: Op) -> str:
+    """Why a sum of which one operand alone comes out of a quantised tensor cannot join a kernel; empty for any other.
+
+    Quantisation rounds: what is before it cannot change places with what is behind it.
+    """
+    rounded = [_is_rounded(value) for value in join.operands]
+    if join.kind is not OpKind.ADD or len(rounded) != 2 or rounded[0] == rounded[1]:
+        return ""
+    value = join.operands[rounded.index(True)]
+    return f"'{value.name}' is quantised on its way to the sum, and the other operand is not"
+
+
+def _is_rounded(value: Value) -> bool:
+    while value.producer is not None and value.producer.has(Trait.FREE) and len(value.producer.operands) > 0:
+        if value.producer.kind is OpKind.DEQUANTIZE:
+            return True
+        value = value.producer.operands[0]
+    return False
 
 
 def only_reader(graph: Graph, value: Value) -> Op | None:

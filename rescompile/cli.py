@@ -17,6 +17,7 @@ from rescompile.cli_exit import run_and_exit
 from rescompile.cli_options import (
     ArtifactOut,
     Backend,
+    DialectOption,
     Init,
     Inputs,
     Json,
@@ -72,6 +73,13 @@ def inspect(
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
     costs: Annotated[bool, typer.Option("--costs", help="show what every branch and shortcut costs")] = False,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="list the joins that are not fused: why, and the bytes each costs")
+    ] = False,
+    extents: Annotated[
+        list[str] | None,
+        typer.Option("--extent", metavar="N=8", help="what a dynamic extent counts as in bytes; 1 otherwise; repeats"),
+    ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="run the model forwards and backwards: variance and gradient by block")
     ] = False,
@@ -85,7 +93,10 @@ def inspect(
     """Show the residual structure of MODEL."""
     from rescompile.cli_files import check_writable, write_text
 
+    sizes = _extents(extents, unfused)
     flow = None
+    if unfused and (gradients or why is not None):
+        raise _usage("--unfused is a report of its own: leave out --gradients and --why")
     if gradients or input_file is not None or plot is not None:
         from rescompile.cli_gradients import Flow
 
@@ -97,6 +108,16 @@ def inspect(
 
     with stage("Looking for residual blocks"):
         report = replace(api.inspect(graph), show_costs=costs)
+    if unfused:
+        with stage("Planning the fusion"):
+            audit = api.audit_report(graph, report, sizes)
+        if html is not None:
+            write_text(html, html_page(audit, model))
+        if as_json:
+            say_json({**report.to_dict(), "audit": audit.to_dict()})
+        else:
+            show(audit)
+        return
     if flow is not None:
         with stage("Following the gradient"):
             flow.measure(graph, report)
@@ -134,6 +155,7 @@ def rewrite(
     ] = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
+    dialect: DialectOption = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="measure what it does to training: gradient and E[x²] by block")
     ] = False,
@@ -167,14 +189,15 @@ def rewrite(
 
     if dry_run:
         with stage("Planning"):
-            plan = api.plan(graph, specs)
+            plan = api.plan(graph, specs, dialect=dialect)
         if plan_out is not None:
             write_text(plan_out, plan.to_json())
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
         in_place = no_verify and not all_or_nothing and comparison is None
-        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing, in_place=in_place)
+        options: dict[str, Any] = {"all_or_nothing": all_or_nothing, "in_place": in_place, "dialect": dialect}
+        result = api.rewrite(graph, specs, verify=not no_verify, **options)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
@@ -203,6 +226,7 @@ def apply(
     trust: Trust = False,
     as_json: Json = False,
     no_verify: NoVerify = False,
+    dialect: DialectOption = None,
 ) -> None:
     """Apply a reviewed plan to MODEL, verify, write OUT."""
     _check_model_out(model, output)
@@ -212,7 +236,7 @@ def apply(
     edits = api.load_plan(text)
     graph = _load(model, inputs, trust)
     with stage("Applying the plan"):
-        result = api.apply(graph, edits, verify=not no_verify)
+        result = api.apply(graph, edits, verify=not no_verify, dialect=dialect)
     _save(result, output)
     _print_result(result, as_json)
 
@@ -447,6 +471,19 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise RescompileError(f"Cannot read '{path}': {reason}.") from error
+
+
+def _extents(given: list[str] | None, unfused: bool) -> dict[str, int]:
+    """What `N=8` says of dynamic extents."""
+    if given and not unfused:
+        raise _usage("--extent says what bytes are counted for: give --unfused too")
+    found: dict[str, int] = {}
+    for text in given or []:
+        name, _, number = text.partition("=")
+        if not name or not number.isdecimal():
+            raise _usage(f"Cannot read the extent '{text}': write NAME=NUMBER, as N=8")
+        found[name] = int(number)
+    return found
 
 
 def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileError:

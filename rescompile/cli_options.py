@@ -28,6 +28,19 @@ ModelOut = Annotated[Path | None, typer.Option("-o", "--output", metavar="OUT", 
 ArtifactOut = Annotated[Path, typer.Option("-o", "--output", metavar="ARTIFACT", help="where the compiled model goes")]
 
 
+class Dialect(StrEnum):
+    """How fused operations are written into an ONNX model."""
+
+    FUNCTIONS = "functions"
+    ORT = "ort"
+
+
+DialectOption = Annotated[
+    Dialect | None,
+    typer.Option("--dialect", help="fused operations of an ONNX model: its own functions, or ONNX Runtime's operators"),
+]
+
+
 class Init(StrEnum):
     """Which weights gradients are measured with."""
 

@@ -90,6 +90,10 @@ class Graph(Native):
         except KeyError:
             raise GraphError(f"There is no operation '{name}' in the graph{nearest(name, self._ops)}.") from None
 
+    def has_op(self, name: str) -> bool:
+        """Whether an operation has that name."""
+        return name in self._ops
+
     def has_name(self, name: str) -> bool:
         """Whether a value or an operation has that name."""
         return name in self._values or name in self._ops
@@ -330,6 +334,7 @@ class Graph(Native):
 
     def unfuse(self, op: Op, *, provenance: str = "") -> list[Op]:
         """The operations that a fused one stands for, in its place; its outputs keep their names and readers."""
+        self.materialise(op)
         region = program(op.kind, op.inputs, op.attrs)
         types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
         kept = dict(zip(region.outputs, op.outputs, strict=True))
@@ -361,6 +366,15 @@ class Graph(Native):
         self.native_erase_nodes(native)
         self._dirty = True
         return members
+
+    def respell(self, op: Op, *, provenance: str = "") -> None:
+        """Write an operation, and those that it shares native nodes with, as an edit would; nothing else changes."""
+        op.provenance = provenance or op.provenance
+        if op.group is not None:
+            self.materialise(op)
+        else:
+            self.native_respell(op)
+        self._dirty = True
 
     def materialise(self, op: Op) -> None:
         """Give each operation of a group (several operations that one native node stands for) its own native node."""
@@ -454,6 +468,25 @@ class Graph(Native):
     def cannot_emit(self, kind: OpKind) -> str:
         """Why the model's IR (its opset, its mode) cannot hold an operation of this kind; empty when it can."""
         return ""
+
+    def use_dialect(self, dialect: str) -> None:
+        """Write fused operations in this way from here on. GraphError where the model's IR has one way only."""
+        raise GraphError(
+            f"The dialect '{dialect}' says how fused operations are written into ONNX models, and this model is none: "
+            "leave it out."
+        )
+
+    def foreign(self, op: Op) -> bool:
+        """Whether only one runtime has the operators that the operation is written in."""
+        return False
+
+    def untouchable(self, op: Op) -> str:
+        """Why no pass may change an opaque operation, where that has a reason of its own; empty otherwise."""
+        return ""
+
+    def unspelled(self) -> dict[str, str]:
+        """Fused operations, by name, that the dialect has no operator for, and why."""
+        return {}
 
     # ---- inside ------------------------------------------------------------------------------------------------
 

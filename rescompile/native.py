@@ -43,6 +43,9 @@ class Native:
     def native_forgo(self, op: Op) -> None:
         """Note that no form of the model has `op`, which is removed next."""
 
+    def native_respell(self, op: Op) -> None:
+        """Replace the native nodes of `op`, which no other operation shares, by those of `native_emit`."""
+
     def native_erase(self, op: Op) -> None:
         """Remove the native nodes that `op` covers."""
         self.native_erase_nodes(op.native)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from rescompile import onnx_blocked
 from rescompile.graph import Body, Op, Role, Value
 from rescompile.onnx_import import captured
 from rescompile.onnx_native import set_type
@@ -38,6 +39,9 @@ def read_bodies(graph: OnnxGraph, op: Op) -> tuple[Body, ...]:
     row = quantised(node)
     if row is not None:
         return (_called(graph, node, written_out(node, row), outer),)
+    if onnx_blocked.is_blocked(node):
+        blocked = onnx_blocked.written_out(node)
+        return () if blocked is None else (_called(graph, node, blocked, outer),)
     found: list[Body] = []
     for name, attribute in node.attributes.items():
         if attribute.type is ir.AttributeType.GRAPH:

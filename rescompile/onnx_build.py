@@ -78,6 +78,7 @@ class Builder:
         self.opset = opset
         self.nodes: list[ir.Node] = []
         self.baked: dict[str, Any] = {}  # attributes whose value a function body had to spell out
+        self.optional: list[ir.Value] = []  # outputs that a node goes without where nobody reads them
         self.typed = False  # whether the nodes hold constants of the operands' element type
         self._symbol = symbol
         self.call = call  # writes a fused kind as a call of a function

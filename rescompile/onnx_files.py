@@ -16,11 +16,8 @@ from google.protobuf.message import DecodeError
 from rescompile.errors import RescompileError
 from rescompile.garbage import uncollected
 from rescompile.onnx_graph import OnnxGraph
-from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, nodes_within
-from rescompile.onnx_wiring import put_in_order
-
-# Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
-_RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
+from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, is_runtimes_own, nodes_within
+from rescompile.onnx_wiring import copied, put_in_order
 
 
 @uncollected()
@@ -62,9 +59,9 @@ def capture(model: Any) -> OnnxGraph:
         _check_proto(model, "The model")
         native, source = _deserialise(model, "The model"), "proto"
     elif isinstance(model, ir.Model):
-        native, source = model.clone(), "ir"
+        native, source = copied(model, "The model"), "ir"
     elif isinstance(getattr(model, "model", None), ir.Model):
-        native, source = model.model.clone(), "program"
+        native, source = copied(model.model, "The model"), "program"
     else:
         raise RescompileError(
             f"{type(model).__name__} is not an ONNX model: give a path, an onnx.ModelProto, an onnx_ir.Model or what "
@@ -186,7 +183,7 @@ def _check_operators(model: ir.Model, where: str) -> None:
         if node.domain == FUNCTION_DOMAIN:
             raise RescompileError(f"{where} calls {node.domain}::{node.op_type} and does not contain that function.")
         if node.domain == "":
-            if not onnx.defs.has(node.op_type, opset, "") and node.op_type not in _RUNTIME_OPS:
+            if not onnx.defs.has(node.op_type, opset, "") and not is_runtimes_own(node):
                 raise RescompileError(
                     f"{where} has the operator {node.op_type} (node '{node.name}'), which opset {opset} does not have: "
                     "correct its opset import, or export it again."

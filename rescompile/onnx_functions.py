@@ -8,6 +8,7 @@ where an operator of the model's opset cannot refer to one, as part of the funct
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
@@ -86,10 +87,11 @@ def _function(opset: int, r: Request, attrs: Attrs) -> ir.Function:
     for index, value in enumerate(results):
         if value in (*inputs, *results[:index]):  # ONNX returns neither an input nor a value twice
             results[index] = body.node("Identity", [value])
+    digest = _digest(body, results)
     for name, value in zip(_output_names(r.kind, len(results)), results, strict=True):
         value.name = name
     graph = ir.Graph(inputs, results, nodes=body.nodes, opset_imports={"": opset}, name="body")
-    label = "_".join(_label(r, attrs, body, r.arg(0)))
+    label = "_".join(_label(r, attrs, body, r.arg(0), digest))
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in attrs]
     return ir.Function(FUNCTION_DOMAIN, label, graph=graph, attributes=declared)
 
@@ -110,14 +112,16 @@ def _output_names(kind: OpKind, count: int) -> list[str]:
     return list(named) if count == len(named) else [f"y{index}" for index in range(count)]
 
 
-def _digest(body: Builder) -> str:
-    """A few characters that tell two bodies apart: their nodes, with what each reads by the node that made it."""
+def _digest(body: Builder, results: Sequence[ir.Value]) -> str:
+    """A few characters that tell two bodies apart: their nodes, with what each reads, and what is returned, by the node
+    that made it."""
     places: dict[ir.Value, str] = {}
     lines = []
     for number, node in enumerate(body.nodes):
         read = [None if value is None else places.get(value, value.name) for value in node.inputs]
         lines.append(f"{node.domain}.{node.op_type}{read}{sorted(map(_told, node.attributes.values()))}")
         places.update((value, f"{number}.{index}") for index, value in enumerate(node.outputs))
+    lines.append(f"{[places[value] for value in results]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 
@@ -128,9 +132,9 @@ def _told(attribute: ir.Attr) -> str:
     return f"{attribute.name}={value}"
 
 
-def _label(r: Request, attrs: Attrs, body: Builder, first: Arg) -> list[str]:
+def _label(r: Request, attrs: Attrs, body: Builder, first: Arg, digest: str) -> list[str]:
     if r.kind is OpKind.FUSED_REGION:
-        return [_STEMS[r.kind], attrs["label"], _digest(body)]
+        return [_STEMS[r.kind], attrs["label"], digest]
     parts = [_STEMS[r.kind]]
     if r.kind is OpKind.ADD_NORM:
         parts += [attrs["norm"], *(name for name, arg in zip(("weight", "bias"), r.args[2:], strict=False) if arg)]

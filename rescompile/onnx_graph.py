@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, cast, get_args
 
 import numpy as np
 import onnx_ir
 
+from rescompile import onnx_blocked, onnx_ort
 from rescompile.composites import recognise
-from rescompile.errors import GraphError
+from rescompile.errors import GraphError, nearest
 from rescompile.garbage import uncollected
 from rescompile.graph import Body, Evaluator, Graph, Op, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 from rescompile.onnx_bodies import read_bodies
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
@@ -21,10 +22,22 @@ from rescompile.onnx_functions import Known, call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
-from rescompile.onnx_ops import PARAMETER_KEY, PROVENANCE_KEY, Arg, literal, nodes_within
+from rescompile.onnx_ops import (
+    CONTRIB_DOMAIN,
+    FUNCTION_DOMAIN,
+    PARAMETER_KEY,
+    PROVENANCE_KEY,
+    Arg,
+    is_runtimes_own,
+    literal,
+    nodes_within,
+)
 from rescompile.onnx_run import Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.values import numpy_dtype
+
+Dialect: TypeAlias = Literal["functions", "ort"]
+DIALECTS: tuple[str, ...] = get_args(Dialect)
 
 
 class OnnxGraph(Graph):
@@ -42,6 +55,7 @@ class OnnxGraph(Graph):
         self.notes: list[str] = []
         self.source = "ir"  # what the model came as: file, proto, ir, program
         self.origin: Any = None
+        self.dialect: Dialect = "functions"
         self._session: Session | None = None
         self._functions: Known = {}
 
@@ -104,6 +118,35 @@ class OnnxGraph(Graph):
         """Why the model's opset cannot hold an operation of this kind; empty when it can."""
         return obstacle(kind, self.opset)
 
+    def use_dialect(self, dialect: str) -> None:
+        """Write fused operations as "functions" of the model, or as operators of ONNX Runtime ("ort") where it has
+        them. Those that are there are written anew; with "functions" all that is in ONNX Runtime's own operators is."""
+        if dialect not in DIALECTS:
+            raise GraphError(
+                f"There is no dialect '{dialect}'{nearest(dialect, DIALECTS)}: it is one of {', '.join(DIALECTS)}."
+            )
+        self.dialect = cast("Dialect", dialect)
+        for op in self.ops:
+            mine = any(node.domain == FUNCTION_DOMAIN for node in op.native)
+            if (dialect == "functions" and self.foreign(op)) or (dialect == "ort" and mine and not self._missing(op)):
+                self.respell(op)
+        self.commit()
+
+    def untouchable(self, op: Op) -> str:
+        """What ONNX Runtime wrote for one processor."""
+        return onnx_blocked.REASON if any(onnx_blocked.is_blocked(node) for node in op.native) else ""
+
+    def foreign(self, op: Op) -> bool:
+        """Whether ONNX Runtime's own operators are what the operation is written in."""
+        return op.kind is not OpKind.OPAQUE and any(is_runtimes_own(node) for node in op.native)
+
+    def unspelled(self) -> dict[str, str]:
+        """In the dialect "ort", the fused operations that are functions of the model, and why."""
+        if self.dialect != "ort":
+            return {}
+        fused = (op for op in self if op.has(Trait.FUSED) and any(node.domain == FUNCTION_DOMAIN for node in op.native))
+        return {op.name: reason for op in fused if (reason := self._missing(op))}
+
     def clone(self) -> Self:
         """A copy with a model of its own; tensors are shared."""
         with uncollected():
@@ -119,7 +162,7 @@ class OnnxGraph(Graph):
                 if mine.group is not None:
                     theirs.group = groups.setdefault(id(mine.group), [])
                     theirs.group.append(theirs)
-            copy.source, copy.origin = self.source, self.origin
+            copy.source, copy.origin, copy.dialect = self.source, self.origin, self.dialect
             copy.notes = list(self.notes)
         return copy
 
@@ -183,9 +226,10 @@ class OnnxGraph(Graph):
 
     def native_emit(self, op: Op) -> None:
         """New nodes for the operation, at the end; commit sorts them into place."""
-        args = [None if value is None else Arg(self._native(value), value.shape, value.dtype) for value in op.inputs]
-        builder = Builder(self.opset, self._symbol, lambda b, r: call(self.model, b, r, self._functions))
-        outputs = write(builder, Request(op.kind, args, op.attrs, [value.type for value in op.outputs]))
+        for value in op.operands:
+            self._native(value)
+        builder = Builder(self.opset, self._symbol, self._write_fused)
+        outputs = write(builder, self._request(op))
         for value, native in zip(op.outputs, outputs, strict=False):
             native.name = self.native.fresh(value.name)
             set_type(native, value.type)
@@ -195,6 +239,7 @@ class OnnxGraph(Graph):
                 node.metadata_props[PROVENANCE_KEY] = op.provenance
         builder.nodes[-1].name = op.name
         self.native.append(builder.nodes, op.output.name)
+        self.native.optional.update(builder.optional)
         op.native = tuple(builder.nodes)
         self._session = None
 
@@ -205,6 +250,10 @@ class OnnxGraph(Graph):
             if value.native in self.native.measured:
                 self.native.measured[value.native] = value.type
         self._session = None
+
+    def native_respell(self, op: Op) -> None:
+        """New nodes in the place of the operation's."""
+        self._write_anew(op)
 
     def native_erase_nodes(self, nodes: tuple[Any, ...]) -> None:
         """Remove nodes, and what is not shown and served only them."""
@@ -267,6 +316,20 @@ class OnnxGraph(Graph):
         self.native.commit()
 
     # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _missing(self, op: Op) -> str:
+        return onnx_ort.missing(self._request(op))
+
+    def _request(self, op: Op) -> Request:
+        args = [None if value is None else Arg(value.native, value.shape, value.dtype) for value in op.inputs]
+        return Request(op.kind, args, op.attrs, [value.type for value in op.outputs])
+
+    def _write_fused(self, builder: Builder, request: Request) -> list[onnx_ir.Value]:
+        written = onnx_ort.write(builder, request) if self.dialect == "ort" else None
+        if not written:
+            return call(self.model, builder, request, self._functions)
+        self.model.opset_imports[CONTRIB_DOMAIN] = 1
+        return written
 
     def _native(self, value: Value) -> onnx_ir.Value:
         """The value's native counterpart, made where the model did not spell it out."""

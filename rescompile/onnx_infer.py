@@ -5,27 +5,63 @@ A model over 2 GB cannot be serialised, and its weights say nothing about shapes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx
 import onnx_ir as ir
 
+from rescompile.onnx_blocked import is_blocked, stand_in
 from rescompile.onnx_ops import SMALL, can_be_written_out, constant_tensor, dtype_name
 from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
 from rescompile.values import PartialShape
 
-# Operators outside the standard that have, for inference, the meaning of a standard one on their first inputs, and the
-# outputs that have the type of the first.
-_STAND_INS: dict[str, tuple[str, int, tuple[int, ...]]] = {
-    "SkipLayerNormalization": ("Identity", 1, (0, 3)),
-    "SkipSimplifiedLayerNormalization": ("Identity", 1, (0, 3)),
-    "SimplifiedLayerNormalization": ("Identity", 1, (0,)),
-    "EmbedLayerNormalization": ("", 0, ()),
-    "BiasGelu": ("Add", 2, (0,)),
-    "FastGelu": ("Identity", 1, (0,)),
-    "QuickGelu": ("Identity", 1, (0,)),
-    "Gelu": ("Identity", 1, (0,)),
-    "FusedConv": ("Conv", 3, (0,)),
-    "FusedMatMul": ("MatMul", 2, (0,)),
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """For inference an operator is this standard one on some of its inputs; "" for nothing. `outputs` are alike."""
+
+    op_type: str = "Identity"
+    inputs: tuple[int, ...] = (0,)
+    outputs: tuple[int, ...] = (0,)
+
+
+_SAME = _StandIn()
+_NOTHING = _StandIn("", outputs=())
+_CONV = _StandIn("Conv", (0, 1, 2))
+_STAND_INS: dict[str, _StandIn] = {
+    "SkipLayerNormalization": _StandIn(outputs=(0, 3)),
+    "SkipSimplifiedLayerNormalization": _StandIn(outputs=(0, 3)),
+    "SkipGroupNorm": _StandIn(outputs=(0, 1)),
+    "EmbedLayerNormalization": _StandIn("Gather", (2, 0), (0, 2)),
+    "BiasGelu": _StandIn("Add", (0, 1)),
+    "FusedConv": _CONV,
+    "FusedGemm": _StandIn("Gemm", (0, 1, 2)),
+    "GemmFastGelu": _StandIn("MatMul", (0, 1)),
+    **dict.fromkeys(("Attention", "MultiHeadAttention", "NhwcConv", "NhwcFusedConv"), _NOTHING),
+    **dict.fromkeys(("SimplifiedLayerNormalization", "GroupNorm"), _SAME),
+    **dict.fromkeys(("FastGelu", "QuickGelu", "Gelu"), _SAME),
+    **dict.fromkeys(("BiasAdd", "BiasDropout", "BiasSoftmax"), _SAME),
 }
+_PRODUCTS = ("FusedMatMul", "TransposeMatMul")
+
+
+def _stand_in(node: ir.Node) -> tuple[_StandIn, dict[str, str]] | None:
+    """The stand-in of an operator outside the standard, with an attribute of its own; None for any other."""
+    name = node.op_type
+    if is_blocked(node):
+        op_type, count = stand_in(node)
+        return _StandIn(op_type, tuple(range(count)), (0,) if op_type else ()), {}
+    if node.domain != "com.microsoft" and name != "SimplifiedLayerNormalization":
+        return None
+    if name in _PRODUCTS:
+        flags = {flag: bool(node.attributes.get_int(flag, 0)) for flag in ("transA", "transB")}
+        if any(node.attributes.get_int(flag, 0) for flag in ("transBatchA", "transBatchB")):
+            return _NOTHING, {}
+        sides = ("ji" if flags["transA"] else "ij", "kj" if flags["transB"] else "jk")
+        equation = f"...{sides[0]},...{sides[1]}->...ik"
+        return _StandIn("Einsum" if any(flags.values()) else "MatMul", (0, 1)), {"equation": equation}
+    row = _STAND_INS.get(name)
+    return None if row is None else (row, {})
 
 
 def infer(model: ir.Model) -> dict[str, tuple[PartialShape | None, str | None]]:
@@ -85,22 +121,26 @@ def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
             return
     op_type, domain, inputs = node.op_type, node.domain, list(node.inputs)
     outputs = [[value.name or "" for value in node.outputs]]
-    if op_type in _STAND_INS and (domain == "com.microsoft" or op_type == "SimplifiedLayerNormalization"):
-        op_type, count, same = _STAND_INS[op_type]
-        domain, inputs = "", inputs[:count]
-        outputs = [[node.outputs[i].name or ""] for i in same if i < len(node.outputs) and node.outputs[i].name]
-    row = quantised(node) if domain else None
-    if row is not None:
+    attributes = list(node.attributes.values())
+    alike, row = _stand_in(node), quantised(node) if domain else None
+    if alike is not None:
+        standard, own = alike
+        op_type, domain = standard.op_type, ""
+        inputs = [inputs[at] if at < len(inputs) else None for at in standard.inputs]
+        outputs = [[node.outputs[at].name or ""] for at in standard.outputs if at < len(node.outputs)]
+        outputs = [names for names in outputs if names[0]]
+        known = onnx.defs.get_schema(op_type).attributes if op_type else {}
+        attributes = [attribute for attribute in attributes if attribute.name in known]
+        attributes += [ir.AttrString(name, text) for name, text in own.items() if name in known]
+    elif row is not None:
         op_type, domain, inputs = row.op_type, "", float_inputs(node, row)
+        attributes = list(float_attributes(node))
     for names in outputs:
         proto = graph.node.add(op_type=op_type, domain=domain, overload=node.overload)
         proto.input.extend("" if value is None else value.name or "" for value in inputs)
         proto.output.extend(names)
-        for name, attribute in (
-            node.attributes.items() if row is None else ((a.name, a) for a in float_attributes(node))
-        ):
-            if name not in ("activation", "activation_params") or domain:
-                ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
+        for attribute in attributes:
+            ir.serde.serialize_attribute_into(proto.attribute.add(), attribute)
 
 
 def _read_type(tensor: onnx.TypeProto.Tensor) -> tuple[PartialShape | None, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from rescompile.errors import GraphError
 from rescompile.graph import Shape, ValueType
 from rescompile.onnx_build import Builder
 from rescompile.onnx_ops import (
+    CONTRIB_DOMAIN,
     FUNCTION_DOMAIN,
     OLDEST_INITIALIZERS,
     dtype_of,
@@ -26,7 +27,8 @@ class Native:
 
     `hidden`: nodes that only serve operands which kinds do not list (a Reshape's target), or compute literals.
     `measured`: types of the values that hidden Shape and CastLike nodes ask about, so that the answer can be had
-    elsewhere once the value is gone. `stubs`: Identity nodes that give a graph output its name, and the value that had
+    elsewhere once the value is gone. `optional`: outputs that their nodes go without, nameless, as long as nobody reads
+    them. `stubs`: Identity nodes that give a graph output its name, and the value that had
     the name before.
     """
 
@@ -34,6 +36,7 @@ class Native:
         self.model = model
         self.hidden: set[ir.Node] = set()
         self.measured: dict[ir.Value, ValueType] = {}
+        self.optional: set[ir.Value] = set()
         self.stubs: dict[ir.Node, ir.Value] = {}
         self.dirty = False
         # Whether the view shows this constant, and where a symbolic extent can be read off; set by the graph.
@@ -172,8 +175,9 @@ class Native:
                 outputs[position] = new
                 _declare(new, old)
         old.replace_all_uses_with(new)
-        old.name = self.fresh(f"{name}.old")
-        self.rename(new, name)
+        if name:  # an output that its node went without had none
+            old.name = self.fresh(f"{name}.old")
+            self.rename(new, name)
         new.metadata_props.update(old.metadata_props)
         new.doc_string = old.doc_string
         if old in self.measured:
@@ -241,7 +245,28 @@ class Native:
             del functions[key]
         if not any(key[0] == FUNCTION_DOMAIN for key in functions):
             self.model.opset_imports.pop(FUNCTION_DOMAIN, None)
+        self._settle_optional()
+        used = CONTRIB_DOMAIN in self.model.opset_imports
+        if used and not any(node.domain == CONTRIB_DOMAIN for node in self._everywhere()):
+            del self.model.opset_imports[CONTRIB_DOMAIN]
         self.dirty = False
+
+    def _everywhere(self) -> Iterator[ir.Node]:
+        yield from nodes_within(self.model.graph)
+        for function in self.model.functions.values():
+            yield from nodes_within(function)
+
+    def _settle_optional(self) -> None:
+        """Outputs that nobody reads lose their names, which is how ONNX leaves them out; others have one."""
+        for value in list(self.optional):
+            node = value.producer()
+            if node is None or node.graph is None:
+                self.optional.discard(value)
+            elif value.uses() or value.is_graph_output():
+                value.name = value.name or self.fresh(f"{node.outputs[0].name}.{value.index()}")
+            elif value.name:
+                self._names.discard(value.name)
+                value.name = ""
 
     def clone(self) -> tuple[Native, dict[ir.Node, ir.Node], dict[ir.Value, ir.Value]]:
         """A copy that shares tensors, and which of its nodes and values stand for which of these."""
@@ -255,6 +280,7 @@ class Native:
         for name, value in mine.initializers.items():
             values[value] = theirs.initializers[name]
         copy.hidden = {nodes[node] for node in self.hidden}
+        copy.optional = {values[value] for value in self.optional if value in values}
         copy.stubs = {nodes[node]: values.get(former, former) for node, former in self.stubs.items()}
         copy.measured = {values[value]: kind for value, kind in self.measured.items() if value in values}
         copy.dirty = self.dirty

@@ -20,6 +20,9 @@ from rescompile.kinds import OpKind as K
 from rescompile.values import Dim, PartialShape
 
 FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
+CONTRIB_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators
+# Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
+RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
 PROVENANCE_KEY = "rescompile.pass"
 PARAMETER_KEY = "rescompile.parameter"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
@@ -172,6 +175,11 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         if name in ("value_int", "value_ints"):
             return ir.tensor(np.asarray(attribute.value, dtype=np.int64))
     return None
+
+
+def is_runtimes_own(node: ir.Node) -> bool:
+    """Whether the node is one of ONNX Runtime's own operators."""
+    return node.domain == CONTRIB_DOMAIN or (node.domain == "" and node.op_type in RUNTIME_OPS)
 
 
 def own_graphs(node: ir.Node) -> list[ir.Graph]:

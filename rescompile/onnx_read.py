@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from rescompile import onnx_blocked
 from rescompile.onnx_contrib import CONTRIB_READERS
 from rescompile.onnx_read_math import MATH_READERS
 from rescompile.onnx_read_moves import MOVES_READERS
@@ -20,4 +21,6 @@ _DOMAINS = {"": READERS, "com.microsoft": CONTRIB_READERS}
 
 def reader_of(node: ir.Node) -> Reader | None:
     """The reader of the node's operator, None when it has no kind."""
+    if onnx_blocked.is_blocked(node):
+        return lambda site: onnx_blocked.REASON
     return _DOMAINS.get(node.domain, {}).get(node.op_type)

@@ -115,11 +115,17 @@ def _dropout(s: Site) -> Reading:
     if s.used(1):
         return "its mask is used"
     ratio = s.number(1) if s.has(1) else s.attr("ratio", 0.5)
-    if s.opset < 12 or not s.has(2) or s.number(2) == 0 or ratio == 0:
-        return s.one(K.IDENTITY, s.inputs(1))
-    if s.number(2) is None or ratio is None:
+    rate = dropout(ratio, s.number(2) if s.opset >= 12 and s.has(2) else 0)
+    if rate is None:
         return STATIC_ONLY.format("mode")
-    return s.one(K.DROPOUT, s.inputs(1), p=shortest(ratio))
+    return s.one(K.DROPOUT, s.inputs(1), p=rate) if rate else s.one(K.IDENTITY, s.inputs(1))
+
+
+def dropout(ratio: float | None, mode: float | None) -> float | None:
+    """The rate of a dropout of that ratio and training mode: 0 where it does nothing, None where that is unknown."""
+    if mode == 0 or ratio == 0:
+        return 0.0
+    return None if mode is None or ratio is None else shortest(ratio)
 
 
 def _swish(s: Site) -> Reading:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from rescompile.graph import Shape, ValueType
+from rescompile.graph import Attrs, Shape, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.onnx_ops import (
     Reading,
     Step,
     is_static,
 )
-from rescompile.onnx_site import STATIC_ONLY, Reader, Site
+from rescompile.onnx_site import STATIC_ONLY, Reader, Site, Steps
 
 # ---- convolutions and pools ------------------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ def _matmul(s: Site) -> Reading:
     return s.one(K.MATMUL, s.inputs(2))
 
 
-def _gemm(s: Site) -> Reading:
+def gemm(s: Site) -> Reading:
     """alpha·A'·B' + beta·C: a linear where alpha and beta are 1 and A is not transposed, else what it says."""
     a, b, c = s.inputs(3)
     alpha, beta = s.attr("alpha", 1.0), s.attr("beta", 1.0)
@@ -284,9 +284,9 @@ def _dft(s: Site) -> Reading:
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
-def _eps(s: Site) -> float:
+def norm_eps(s: Site, default: float = 1e-5) -> float:
     """The attribute is a float32. In double precision what that holds is not the decimal that was meant."""
-    value = float(s.attr("epsilon", 1e-5))
+    value = float(s.attr("epsilon", default))
     return float(np.float32(value)) if s.dtype() == "float64" else value
 
 
@@ -296,25 +296,63 @@ def _batch_norm(s: Site) -> Reading:
         return "it is in training"
     if s.attr("spatial", 1) == 0:
         return "its statistics are not by channel"
-    return s.one(K.BATCH_NORM, s.inputs(5), eps=_eps(s), training=False)
+    return s.one(K.BATCH_NORM, s.inputs(5), eps=norm_eps(s), training=False)
 
 
 def _layer_norm(s: Site) -> Reading:
-    axis, rank, weight = s.axis(-1), s.rank(), s.rank(1)
     if s.used(1) or s.used(2):
         return "its statistics are used"
-    if axis is None or (rank is not None and weight is not None and weight != rank - axis):
-        return "its scale is broadcast"
-    return s.one(K.LAYER_NORM, s.inputs(3), axis=axis, eps=_eps(s))
+    return _affine_norm(s, K.LAYER_NORM, 3)
 
 
-def _rms_norm(s: Site) -> Reading:
-    axis, rank, weight = s.axis(-1), s.rank(), s.rank(1)
+def rms_norm(s: Site) -> Reading:
+    """RMSNormalization 23, and the operator that ONNX Runtime had before."""
     if s.used(1):
         return "its statistics are used"
-    if axis is None or (rank is not None and weight is not None and weight != rank - axis):
-        return "its scale is broadcast"
-    return s.one(K.RMS_NORM, s.inputs(2), axis=axis, eps=_eps(s))
+    return _affine_norm(s, K.RMS_NORM, 2)
+
+
+def _affine_norm(s: Site, kind: K, count: int) -> Reading:
+    """A norm over the axes from one on, with a scale and perhaps a shift.
+
+    The operators broadcast these. Where they have the normalised extents but for ones in front, these go; where they
+    are others, they follow the norm.
+    """
+    axis, rank = s.axis(-1), s.rank()
+    attrs: Attrs = {"axis": axis, "eps": norm_eps(s)}
+    operands = s.inputs(count)
+    affine = [(index, s.shape(index)) for index in range(1, count) if s.has(index)]
+    if axis is None:
+        return "its axis is unknown"
+    wanted = (s.shape(0) or ())[axis:]
+    if rank is None or all(shape is None or _covers(shape, wanted) for _, shape in affine):
+        return s.one(kind, operands, **attrs)
+    steps = Steps()
+    if all(shape is not None and _without_ones(shape) == _without_ones(wanted) for _, shape in affine):
+        given: list[Any] = list(operands)
+        for index, shape in affine:
+            if shape != wanted:
+                given[index] = steps.add(K.RESHAPE, [given[index]], type=ValueType(wanted, s.dtype(index)))
+        steps.add(kind, given, attrs)
+        return steps.ending(0)
+    if any(s.dtype(index) != s.dtype() for index, _ in affine):
+        return "its scale is broadcast, and of another element type"
+    steps.add(kind, [operands[0], *[None] * (count - 1)], attrs)
+    for index, _ in affine:
+        steps.add(K.MUL if index == 1 else K.ADD, [steps[-1], operands[index]])
+    return steps.ending(0)
+
+
+def _covers(shape: Shape, wanted: Shape) -> bool:
+    """Whether the shape has the wanted extents, as far as they are known."""
+    pairs = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and not any(extent == 1 != other for extent, other in pairs)
+
+
+def _without_ones(shape: Shape) -> Shape:
+    """The shape without the ones that it begins with."""
+    first = next((at for at, extent in enumerate(shape) if extent != 1), len(shape))
+    return shape[first:]
 
 
 def _group_norm(s: Site) -> Reading:
@@ -328,11 +366,11 @@ def _group_norm(s: Site) -> Reading:
         if scale is None or shift is None or not isinstance(channels, int):
             return "its scale for each group is not a constant"
         weight, bias = (np.repeat(array, channels // groups) for array in (scale, shift))  # type: ignore[assignment]
-    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=_eps(s))
+    return s.one(K.GROUP_NORM, [s.input(0), weight, bias], groups=groups, eps=norm_eps(s))
 
 
 def _instance_norm(s: Site) -> Reading:
-    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=_eps(s))
+    return s.one(K.INSTANCE_NORM, s.inputs(3), eps=norm_eps(s))
 
 
 def _lrn(s: Site) -> Reading:
@@ -356,7 +394,7 @@ NN_READERS: dict[str, Reader] = {
     "Upsample": _resize,
     "Resize": _resize,
     "MatMul": _matmul,
-    "Gemm": _gemm,
+    "Gemm": gemm,
     "Einsum": _einsum,
     "Attention": _attention,
     "LSTM": _recurrent,
@@ -365,8 +403,8 @@ NN_READERS: dict[str, Reader] = {
     "DFT": _dft,
     "BatchNormalization": _batch_norm,
     "LayerNormalization": _layer_norm,
-    "RMSNormalization": _rms_norm,
-    "SimplifiedLayerNormalization": _rms_norm,
+    "RMSNormalization": rms_norm,
+    "SimplifiedLayerNormalization": rms_norm,
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LRN": _lrn,

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from rescompile.graph import Shape
+from rescompile.graph import Attrs, Shape, ValueType
 from rescompile.kinds import OpKind
 from rescompile.onnx_ops import Reading, Step
 from rescompile.onnx_shapes import Facts
@@ -106,6 +106,24 @@ class Site:
     def one(self, kind: OpKind, inputs: Sequence[Any], **attrs: Any) -> Step:
         """The one operation that the node's first output is."""
         return Step(kind, inputs, attrs, (0,))
+
+
+class Steps(list[Step]):
+    """The operations that one node is read as, in order; the last ones produce the node's outputs."""
+
+    def add(
+        self, kind: OpKind, inputs: Sequence[Any], attrs: Attrs | None = None, type: ValueType | None = None
+    ) -> Step:
+        """One more operation. `type` of its result, where that does not follow from the operands'."""
+        self.append(Step(kind, inputs, dict(attrs or {})))
+        if type is not None:
+            self[-1].type = type
+        return self[-1]
+
+    def ending(self, *outputs: int) -> list[Step]:
+        """The steps, of which the last one produces these outputs of the node."""
+        self[-1].outputs = outputs
+        return self
 
 
 def shortest(value: float) -> float:

@@ -1,4 +1,7 @@
-"""The order of an ONNX model's nodes: whether there is one (what they read exists, nothing reads what comes of it)."""
+"""The order of an ONNX model's nodes: whether there is one (what they read exists, nothing reads what comes of it).
+
+Of a model in memory, a copy that holds all that its nodes read.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,46 @@ def put_in_order(model: ir.Model, where: str) -> None:
             raise RescompileError(
                 f"{where} has a cycle{_through(graph)}: no order of its nodes computes it; export it again."
             ) from error
+
+
+def copied(model: ir.Model, where: str) -> ir.Model:
+    """A copy of a model, in which each constant that a node reads is an initializer.
+
+    The optimiser behind torch.onnx.export (onnxscript 0.7) makes one of equal constants, and leaves some of them out.
+    RescompileError for an operand that nothing produces.
+    """
+    strays = {
+        value: None
+        for node in nodes_within(model.graph)
+        for value in node.inputs
+        if value is not None and value.producer() is None and value.graph is None and value.const_value is not None
+    }
+    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for part in parts:
+        _check(part, set(strays), where)
+    if not strays:
+        return model.clone()
+    graph = model.graph.clone(allow_outer_scope_values=True)
+    own = set(nodes_within(graph))
+    for value in strays:
+        twin = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+        while twin.name in graph.initializers:
+            twin.name = f"{twin.name}_"
+        for node, index in list(value.uses()):
+            if node in own:
+                node.replace_input_with(index, twin)
+        graph.register_initializer(twin)
+    return ir.Model(
+        graph,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        domain=model.domain,
+        model_version=model.model_version,
+        doc_string=model.doc_string,
+        functions=[function.clone() for function in model.functions.values()],
+        metadata_props=dict(model.metadata_props),
+    )
 
 
 def sort(graph: ir.Graph) -> None:

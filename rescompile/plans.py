@@ -166,16 +166,22 @@ class Fuse(msgspec.Struct, frozen=True, tag="fuse", tag_field="edit"):
 
 
 class Unfuse(msgspec.Struct, frozen=True, tag="unfuse", tag_field="edit"):
-    """The operations that a fused one stands for, in its place."""
+    """The operations that a fused one stands for, in its place.
+
+    Where only one runtime has the operators that an operation is written in, it is written in standard ones.
+    """
 
     op: str
 
     def apply(self, graph: Graph, provenance: str) -> None:
         """Edit `graph`."""
         op = graph.op(self.op)
-        if not op.has(Trait.FUSED):
+        if op.has(Trait.FUSED):
+            graph.unfuse(op, provenance=provenance)
+        elif graph.foreign(op):
+            graph.respell(op, provenance=provenance)
+        else:
             raise RescompileError(f"'{self.op}' is a {op.kind.value}, which is not a fused operation.")
-        graph.unfuse(op, provenance=provenance)
 
 
 Edit: TypeAlias = (

@@ -159,6 +159,48 @@ def test_u_net_has_one_long_skip_a_level() -> None:
     assert [block.parent for block in report] == [1, None]
 
 
+def fusing(b: Builder, resize: bool = True, work: bool = True, streams: int = 3) -> Value:
+    """Streams of one fork, a block in each, and the sum of all of them at the resolution of the first."""
+    x = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
+    ends = []
+    for level in range(streams):
+        y = b.relu(b.conv(x, 8))
+        for _ in range(level if resize else 0):
+            y = b.relu(b.conv(y, 8, stride=2 if resize else 1))
+        if work:
+            y = b.relu(b.add(y, b.conv(b.relu(b.conv(y, 8)), 8)))
+        if level:
+            y = b.batch_norm(b.conv(y, 8, 1))
+            if resize:
+                y = b.op(K.INTERPOLATE, y, shape=(1, 8, 16, 16))
+        ends.append(y)
+    total = ends[0]
+    for index, end in enumerate(ends[1:]):
+        total = b.add(total, end, name=f"fuse_{index}")
+    return b.conv(b.relu(total), 4)
+
+
+@pytest.mark.parametrize("streams", [2, 3])
+def test_streams_of_several_resolutions_are_added_up_as_branches(streams: int) -> None:
+    b = Builder()
+    report = inspect_graph(b.output(fusing(b, streams=streams)))
+    assert [block.kind for block in report] == ["add"] * streams + ["branches"]
+    block = report.blocks[-1]
+    assert (block.join, block.branch_count) == (f"fuse_{streams - 2}", streams)
+    assert [op.name for op in block.join_ops] == [f"fuse_{index}" for index in range(streams - 1)]
+    assert all(other.parent is None for other in report)
+    assert not report.not_residual
+    assert ("F3(x)" if streams == 3 else "F(x)") in str(report)
+
+
+@pytest.mark.parametrize(("resize", "work"), [(False, True), (True, False)])
+def test_streams_of_one_resolution_and_maps_without_streams_are_two_working_branches(resize: bool, work: bool) -> None:
+    b = Builder()
+    report = inspect_graph(b.output(fusing(b, resize, work, streams=2)))
+    assert "fuse_0" not in {block.join for block in report}
+    assert [entry.reason.split(":")[0] for entry in report.not_residual] == ["two working branches"]
+
+
 def test_feature_pyramid_is_long_skips_with_projections() -> None:
     b = Builder()
     c2 = b.relu(b.conv(b.input(1, 3, 16, 16), 8))

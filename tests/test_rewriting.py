@@ -200,3 +200,9 @@ def test_an_outline_has_no_data() -> None:
     graph = NumpyGraph("one")
     graph.add_constant("w", SHAPE, "float32", np.ones(SHAPE))
     assert graph.outline().value("w").native is None
+
+
+def test_denormal_numbers_are_measured_by_the_smallest_normal_one() -> None:
+    expected = np.array([1e-40, 0.0], "float32")
+    assert relative_difference(expected, expected + np.float32(3e-45)) < 1e-6, "the last place of 1e-40 is 1.4e-45"
+    assert relative_difference(expected, expected * 2) > 1e-3
