@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import corpus
-from benchmarks.fusion_tools import PEERS, Outcome, compare, fused_joins, joins_of, run_peer
+from benchmarks.fusion_tools import PEERS, Outcome, compare, fused_joins, joins_of, run_peer, stands
 from benchmarks.ground_truth import CACHE, Case, build, export
 from rescompile import api
 from rescompile.cli_files import write_text
@@ -155,7 +155,7 @@ def measure(model: Model, spec: str, *, verify: bool = False) -> Row:
         reasons = {refusal.where: f"{refusal.pass_name}: {refusal.reason}" for refusal in result.refused}
         remainders = []
         for block in after.blocks:
-            if not block.fused:
+            if stands(block):
                 where = f"{block.path}/{block.join}" if block.path else block.join
                 reason = reasons.get(where) or "no reason was given"
                 remainders.append({"join": where, "kind": block.kind, "reason": reason})

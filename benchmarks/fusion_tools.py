@@ -110,11 +110,19 @@ def plain_joins(model: ir.Model) -> frozenset[str]:
     return frozenset(found)
 
 
+def stands(block: Block) -> bool:
+    """Whether an operation of its own makes the block's join: no fused one, and no node that does more than that."""
+    if block.fused:
+        return False
+    plain = any(node.op_type in _JOINS and node.domain == "" for node in block.join_op.native)
+    return plain or block.join_op.group is None
+
+
 def fused_joins(before: Joins, after: Joins) -> int:
     """How many of the joins no longer stand alone."""
     total = len(before.blocks)
     standing = len(before.names & after.plain)
-    unfused = sum(not block.fused for block in after.blocks)
+    unfused = sum(stands(block) for block in after.blocks)
     return max(0, min(total - max(standing, min(unfused, total)), len(before.plain) - len(after.plain)))
 
 
