@@ -11,7 +11,6 @@ from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
 from rescompile.values import numpy_dtype
 
-
 _NORMS = {OpKind.LAYER_NORM: "layer", OpKind.RMS_NORM: "rms"}
 
 

@@ -98,9 +98,7 @@ def _end(graph: Graph, op: Op | None, value: Value) -> str:
     if _is_shared(graph, value):
         return f"'{value.name}' ({op.kind.value}) is read by {readers_of(graph, value)}"
     if op.has(Trait.ELEMENTWISE) or op.has(Trait.FREE):
-        return (
-            unable(graph, op) or f"'{op.name}' ({op.kind.value}) mixes types that the model does not cast"
-        )
+        return unable(graph, op) or f"'{op.name}' ({op.kind.value}) mixes types that the model does not cast"
     what = op.kind.value if op.kind is not OpKind.OPAQUE else str(op.attr("target")) or "an unknown operation"
     return f"the branch ends in '{op.name}' ({what}), which keeps its kernel"
 
