@@ -33,19 +33,22 @@ class FoldBatchNorm:
     1. The norm is in evaluation mode, and its statistics, scale and shift are parameters or literals.
     2. It reads a conv, transposed conv or linear, through views that keep channels apart; nothing else reads these.
     3. The channels that it normalises are the contraction's output channels.
+    4. The weights have more than 16 bits, or `half` says that they may be rounded once more.
     """
 
     name: ClassVar[str] = "fold-batch-norm"
     preserves: ClassVar[Preserves] = "values"
 
+    half: bool = False
+
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each batch norm."""
         fresh = FreshNames(graph)
         norms = (op for op in graph if op.kind is OpKind.BATCH_NORM and not op.output.constant)
-        return gather(self.name, self.preserves, graph, (_fold(graph, norm, fresh) for norm in norms))
+        return gather(self.name, self.preserves, graph, (_fold(graph, norm, fresh, self.half) for norm in norms))
 
 
-def _fold(graph: Graph, norm: Op, fresh: FreshNames) -> Rewrite | Refusal:
+def _fold(graph: Graph, norm: Op, fresh: FreshNames, half: bool) -> Rewrite | Refusal:
     where = norm.name
     if graph.training or norm.attr("training"):
         return Refusal(where, "in training the statistics are the batch's own, so no constant weight stands for them")
@@ -54,6 +57,11 @@ def _fold(graph: Graph, norm: Op, fresh: FreshNames) -> Rewrite | Refusal:
     if x is None or maker is None or not (maker.kind in _CONTRACTIONS or maker.has(Trait.FREE)):
         kind = "a graph input" if maker is None else f"'{maker.name}' ({maker.kind.value})"
         return Refusal(where, f"it reads {kind}, and only a conv or a linear can carry its scale")
+    if x.dtype in ("float16", "bfloat16") and not half:
+        why = (
+            f"weights of {x.dtype} would be rounded once more: fold in float32 and cast then, or allow it by half=true"
+        )
+        return Refusal(where, why)
     if mean is None or variance is None:
         return Refusal(where, "it has no running statistics")
     if any(value is not None and value.producer is not None for value in norm.inputs[1:]):

@@ -21,8 +21,8 @@ from rescompile.plans import Pass, Preserves
 class Fuse:
     """merge-branches, fold-batch-norm, fold-scale, merge-projections, merge-parallel, fuse-joins, fuse-activations
 
-    Those that the options name: `merge` (with its `growth`), `batch_norm`, `scale`, `projections`, `parallel`
-    (docs/fusion.md says where these two pay), `activations`: contractions with an activation and no join, too.
+    Those that the options name: `merge` (with its `growth`), `batch_norm` (with its `half`), `scale`, `projections` and
+    `parallel` (docs/fusion.md says where these two pay), `activations`: contractions with an activation and no join, too.
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `trainable`: nothing is folded, and
     no fusion takes along what training does otherwise (a batch norm, a dropout that evaluation switches off), so that
     the result trains as the original does.
@@ -35,6 +35,7 @@ class Fuse:
     merge: bool = True
     growth: float = 1.0
     batch_norm: bool = True
+    half: bool = False
     scale: bool = True
     norm: bool = True
     epilogue: bool = True
@@ -53,7 +54,7 @@ class Fuse:
         if self.merge:
             stages.append(MergeBranches(growth=self.growth))
         if self.batch_norm:
-            stages.append(FoldBatchNorm())
+            stages.append(FoldBatchNorm(half=self.half))
         if self.scale:
             stages.append(FoldScale())
         if self.projections:

@@ -120,6 +120,16 @@ def test_norm_in_training_is_refused() -> None:
     assert "training" in plan.refusals[0].reason
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_of_16_bits_are_rounded_once_more_only_where_that_is_asked_for(half: bool) -> None:
+    graph = block("relu")
+    for value in graph.values:
+        value.dtype = "float16"
+    plan, _, kinds = planned(graph, FoldBatchNorm(half=half))
+    assert ("batch_norm" in kinds) != half
+    assert half or "rounded once more" in plan.refusals[0].reason
+
+
 def test_norm_of_a_conv_that_is_read_twice_is_refused() -> None:
     b = Build(IMAGE)
     conv = b.conv("conv", b.x)
