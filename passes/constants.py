@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +52,8 @@ def constants_of(graph: Graph, op: Op) -> list[Constant]:
         return [Constant(op, x, "scale", number=-1.0)]
     if op.kind is K.BATCH_NORM:
         stored = all(value is None or (value.constant and held(value) is not None) for value in op.inputs[1:])
-        return [Constant(op, x, "norm", axis=1)] if stored and not op.attr("training") else []
+        known = op.inputs[3] is not None and op.inputs[4] is not None
+        return [Constant(op, x, "norm", axis=1)] if stored and known and not op.attr("training") else []
     if op.kind not in (K.MUL, K.DIV, K.ADD) or len(op.operands) != 2 or (op.kind is K.DIV and op.inputs[0] is not x):
         return []
     index = op.inputs.index(x)
@@ -103,3 +105,20 @@ def positive(graph: Graph, constant: Constant) -> bool:
     if constant.do not in ("scale", "term") or constant.number <= 0:
         return False
     return constant.held is None or bool((graph.data(constant.held) > 0).all())
+
+
+def makers(graph: Graph, ops: Iterable[Op]) -> list[Op]:
+    """What makes the constants that these operations alone read, the readers first."""
+    gone = dict.fromkeys(ops)
+    pending, found = list(gone), list[Op]()
+    while pending:
+        for value in pending.pop().operands:
+            maker = value.producer
+            if maker is None or maker in gone or not value.constant:
+                continue
+            read = [user for output in maker.outputs for user in output.users]
+            if all(user in gone for user in read) and not any(map(graph.is_output, maker.outputs)):
+                gone[maker] = None
+                found.append(maker)
+                pending.append(maker)
+    return found

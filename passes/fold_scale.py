@@ -11,7 +11,7 @@ import numpy as np
 from rescompile.costs import tensor_size
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind as K
-from rescompile.passes.constants import Constant, constants_of, positive
+from rescompile.passes.constants import Constant, constants_of, makers, positive
 from rescompile.passes.contents import Contents
 from rescompile.passes.features import held
 from rescompile.passes.scale_paths import Asked, Site, ahead, behind
@@ -106,7 +106,7 @@ class _State:
 
     def forth(self, constant: Constant) -> Rewrite | str:
         """Into everything that reads the value."""
-        if any(self.contents.changed(op) for op in (constant.op, *_makers(constant.op))):
+        if any(self.contents.changed(op) for op in (constant.op, *makers(self.graph, [constant.op]))):
             return "it holds other factors by now"
         sites = ahead(self._asked(constant), constant.op.output, constant.axis)
         if isinstance(sites, str):
@@ -189,19 +189,9 @@ class _State:
             self.gone[op] = constant.x
             self.contents.stands[op.output.name] = constant.x.name
             edits += [ReplaceUses(op.output.name, self.contents.now(constant.x)), Erase(op.name)]
-            edits += [Erase(maker.name) for maker in _makers(op)]
+            edits += [Erase(maker.name) for maker in makers(self.graph, [op])]
         return Rewrite(op.name, equation, f"into {where}", tuple(edits))
 
 
 def _attrs(constant: Constant) -> dict[str, Any]:
     return {"number": constant.number, "divide": constant.divide}
-
-
-def _makers(op: Op) -> list[Op]:
-    """What makes the constants that the operation alone reads, the readers first."""
-    found: list[Op] = []
-    for value in op.operands:
-        maker = value.producer
-        if maker is not None and value.constant and value.users == [op] and maker not in found:
-            found += [maker, *_makers(maker)]
-    return found

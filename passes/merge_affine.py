@@ -9,9 +9,10 @@ from typing import ClassVar
 
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind as K
+from rescompile.passes.constants import makers
 from rescompile.passes.merge_branches import Replacement, change, merge_branches
 from rescompile.passes.tracing import Layout, Trace, is_affine, layout_of
-from rescompile.plans import FreshNames, Plan, Preserves, Refusal, Rewrite, gather
+from rescompile.plans import Erase, FreshNames, Plan, Preserves, Refusal, Rewrite, gather
 
 _HALF = ("float16", "bfloat16")
 _TYPICAL = 64  # what an extent that is not known counts as, where costs are compared
@@ -85,6 +86,7 @@ class MergeBranches:
             if made.flops > self.growth * before:
                 reason = f"one map takes more: {change(graph, made)} (growth={made.flops / max(before, 1):.2f})"
                 continue
+            made.edits += [Erase(op.name) for op in makers(graph, made.replaced(graph))]
             return made
         return Refusal(join.name, reason)
 

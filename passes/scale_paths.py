@@ -223,13 +223,14 @@ def _carried_back(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites
     blocked = _passed(asked, op, 0, None, value)
     if isinstance(blocked, str):
         return blocked
+    place = None
+    if axis is not None:
+        places = carriers(value, axis)
+        if places is None or len(places) != 1 or places[0][0] != 0:
+            return f"'{op.name}' ({op.kind.value}) mixes or cuts the features"
+        place = places[0][1]
     operand = op.operands[0]
-    if axis is None:
-        return behind(asked, operand, None)
-    places = carriers(value, axis)
-    if places is None or len(places) != 1 or places[0][0] != 0:
-        return f"'{op.name}' ({op.kind.value}) mixes or cuts the features"
-    return behind(asked, operand, places[0][1])
+    return _into(asked, op, 0, place, place or 0) if operand.constant else behind(asked, operand, place)
 
 
 def _reader(asked: Asked, op: Op, value: Value, axis: int | None) -> Sites:

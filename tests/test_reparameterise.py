@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rescompile as rc
-from rescompile.graph import Graph, Value
+from rescompile.graph import Graph, Value, ValueType
 from rescompile.kinds import OpKind as K
 from rescompile.passes.bias import hoisted_bias
 from rescompile.passes.fold_batch_norm import FoldBatchNorm
@@ -474,6 +474,28 @@ def test_shared_weight_stays_or_is_copied() -> None:
     _, after, kinds = planned(b.done(out), FoldScale(copy=True))
     assert kinds == ["conv", "relu", "conv", "add"]
     np.testing.assert_array_equal(after.data(after.op("conv").inputs[1]), b.graph.data(b.graph.value("conv.weight")))
+
+
+def test_factor_goes_into_weights_that_are_a_view_of_stored_ones() -> None:
+    b = Net(IMAGE)
+    flat, factor = b.weight("flat", C, C * 9), b.constant(C, 1, 1)
+    view = b.graph.add_op(K.RESHAPE, [flat], [("view", ValueType((C, C, 3, 3), "float32"))]).output
+    work = b.op("conv", K.CONV, b.x, view, None, pads=(1, 1, 1, 1))
+    _, after, kinds = planned(b.done(b.op("out", K.ADD, b.op("mul", K.MUL, work, factor), b.x)), FoldScale())
+    assert kinds == ["reshape", "conv", "add"]
+    expected = b.graph.data(flat) * b.graph.data(factor).reshape(C, 1)
+    np.testing.assert_allclose(after.data(after.value("flat_folded")), expected, rtol=1e-6)
+
+
+def test_constants_that_only_a_folded_factor_read_go_with_it() -> None:
+    b = Net(TOKENS)
+    view = b.graph.add_op(K.RESHAPE, [b.constant(C, 1)], [("view", ValueType((C,), "float32"))]).output
+    scaled = b.op("mul", K.MUL, b.linear("fc", b.x), view)
+    assert planned(b.done(b.op("out", K.ADD, scaled, b.x)), FoldScale())[2] == ["linear", "add"]
+    b = Net(TOKENS)
+    view = b.graph.add_op(K.RESHAPE, [b.constant(C, 1)], [("view", ValueType((C,), "float32"))]).output
+    scaled = b.op("mul", K.MUL, b.linear("fc", b.x), view)
+    assert planned(b.done(b.op("out", K.ADD, scaled, b.x)), MergeBranches())[2] == ["linear"]
 
 
 def test_factor_that_leaves_half_precision_stays() -> None:
