@@ -17,7 +17,7 @@ def side_by_side(graph: Graph, split: Op) -> tuple[Op, ...]:
     and nothing else reads the whole; nothing for any other split."""
     ops: list[Op] = []
     made, value = split.provenance, split.operands[0] if split.operands else None
-    if split.kind is not OpKind.SPLIT or not made or value is None:
+    if split.kind is not OpKind.SPLIT or not made or len(split.attr("sizes")) != len(split.outputs):
         return ()
     features = len(value.shape or ()) - 1
     while value is not None and value.producer is not None:
@@ -54,7 +54,7 @@ def sums(region: Region, operands: Sequence[Value | None], shapes: Sequence[Shap
         if axis != (1 if step.kind is OpKind.CONV else len(shape) - 1):
             continue
         parts = [None if part is None else shapes[part] for part in concat.inputs]
-        if all(part is not None and isinstance(part[axis], int) for part in parts):
+        if all(part is not None and len(part) == len(shape) and isinstance(part[axis], int) for part in parts):
             found[made] = whole
     return found
 
