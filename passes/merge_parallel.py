@@ -41,8 +41,8 @@ class MergeParallel:
     and that of its shortcut; 1×1 convolutions side by side (TVM's CombineParallelConv2D and CombineParallelDense).
     1. All read one value as what they contract: linears, or convolutions of one group whose kernel, stride, padding
        and dilation are the same. Their numbers of outputs may differ. A missing bias is a bias of zeros.
-    2. Weights and biases are stored, of one dtype and layout, and nothing else reads the weights; with `copy` the
-       merged weight is a copy of those that something else reads, or an exporter found equal.
+    2. Weights and biases are stored, of one dtype and layout, and nothing else reads the weights. One that something
+       else reads is copied where `copy` says so, or where an exporter may have made one tensor of equal ones.
     3. The first residual join that each leads to is the same: the parts of what runs blocks later would be held in
        memory all that time.
     4. An activation that alone reads each part, the same for all, goes before the split.
@@ -78,7 +78,7 @@ class MergeParallel:
     ) -> Iterator[Rewrite | Refusal]:
         groups: dict[_Key, list[Op]] = {}
         for op in ops:
-            reason = _obstacle(op, self.copy)
+            reason = _obstacle(graph, op, self.copy)
             if reason:
                 yield Refusal(op.name, reason)
             else:
@@ -114,7 +114,7 @@ def _first_joins(graph: Graph) -> dict[Op, int]:
     return first
 
 
-def _obstacle(op: Op, copy: bool) -> str:
+def _obstacle(graph: Graph, op: Op, copy: bool) -> str:
     """Why one contraction merges with no other, whatever that is; empty where it may."""
     if op.kind in _FUSED:
         return "an activation or a sum went into it already: merge before fusing"
@@ -131,10 +131,17 @@ def _obstacle(op: Op, copy: bool) -> str:
         return f"its bias '{bias.name}' is not one number for each output"
     if any(value is not None and value.dtype != op.output.dtype for value in (op.inputs[0], weight, bias)):
         return "its operands have several dtypes"
-    other = next((user for user, index in weight.uses if user is not op or index != 1), None)
-    if other is not None and not copy:
+    other = _other_reader(op)
+    if other is not None and not copy and not graph.may_share(weight):
         return f"'{other.name}' also reads its weight '{weight.name}', which a copy would untie (copy=true)"
     return ""
+
+
+def _other_reader(op: Op) -> Op | None:
+    """What else reads the weight of a contraction."""
+    weight = op.operand("weight")
+    uses = weight.uses if weight is not None else ()
+    return next((user for user, index in uses if user is not op or index != 1), None)
 
 
 def _key(op: Op) -> _Key:
@@ -222,4 +229,6 @@ def _merged(graph: Graph, value: Value, ops: list[Op], fresh: FreshNames) -> Rew
     zeros = [op for op, each in zip(ops, biases, strict=True) if each is None] if bias else []
     filled = f"; zeros as the bias of {', '.join(repr(op.module or op.name) for op in zeros)}" if zeros else ""
     reason = f"with {others}: '{value.name}' is read once instead of {count} times{cost}, multiplications as before"
-    return Rewrite(first.name, equation, reason + filled, tuple(edits))
+    tied = [repr(other.name) for op in ops if (other := _other_reader(op)) is not None]
+    copied = f"; a copy of what {', '.join(tied)} also reads" if tied else ""
+    return Rewrite(first.name, equation, reason + filled + copied, tuple(edits))

@@ -306,8 +306,8 @@ def test_training_form_keeps_its_parameters() -> None:
 class Build:
     """Linears and convolutions of one input, one call each."""
 
-    def __init__(self, shape: tuple[int | str, ...]) -> None:
-        self.graph = Graph("built")
+    def __init__(self, shape: tuple[int | str, ...], graph: Graph | None = None) -> None:
+        self.graph = Graph("built") if graph is None else graph
         self.x = self.graph.add_input("x", shape, "float32")
         self.random = np.random.default_rng(0)
 
@@ -402,9 +402,20 @@ def test_copy_merges_a_weight_that_something_else_reads_too() -> None:
     b = Build(ROWS)
     shared_weight(b)
     plan, after = make_plan(b.done(), [MergeParallel(copy=True)])
-    assert len(plan.rewrites) == 1
+    assert [rewrite.reason.endswith("; a copy of what 'c' also reads") for rewrite in plan.rewrites] == [True]
     assert after.op("c").inputs[1] is after.value("a.weight")
     np.testing.assert_array_equal(after.data(after.value("a.weight_merged"))[:4], after.data(after.value("a.weight")))
+
+
+def test_a_weight_that_an_exporter_may_have_shared_is_copied_unasked() -> None:
+    class Exported(Graph):
+        def may_share(self, value: Value) -> bool:
+            return value.name == "a.weight"
+
+    b = Build(ROWS, Exported("built"))
+    shared_weight(b)
+    plan, _ = make_plan(b.done(), [MergeParallel()])
+    assert len(plan.rewrites) == 1
 
 
 def test_parts_that_are_outputs_keep_their_names() -> None:

@@ -105,8 +105,9 @@ def test_both_contractions_the_join_and_its_activation_become_one_region(ir: str
     assert regions(result.graph) == [("slice_" if stride == 2 else "") + "concat_conv_relu"]
     count = Counter(op.kind.value for op in result.graph)
     assert (count["conv"], count["add"], count["batch_norm"]) == (2, 0, 0)
-    (block,) = rc.inspect(result.graph).blocks
-    assert block.fused
+    report = rc.inspect(result.graph)
+    assert report.blocks[0].fused
+    assert "R(x) = relu(P(x) + F(x))" in str(report)
     costs = result.costs
     assert costs[1].bytes < costs[0].bytes
     assert costs[1].parameters <= costs[0].parameters

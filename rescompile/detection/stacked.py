@@ -15,11 +15,12 @@ _CONTRACTIONS = (OpKind.CONV, OpKind.LINEAR)
 def side_by_side(graph: Graph, split: Op) -> tuple[Op, ...]:
     """The contraction, and the activation if there is one, of split(f([W₁; W₂; …]·x)), where one pass made all of them
     and nothing else reads the whole; nothing for any other split."""
-    ops: list[Op] = []
-    made, value = split.provenance, split.operands[0] if split.operands else None
-    if split.kind is not OpKind.SPLIT or not made or value is None:
+    made = split.provenance
+    if split.kind is not OpKind.SPLIT or not made or len(split.attr("sizes")) != len(split.outputs):
         return ()
-    features = len(value.shape or ()) - 1
+    ops: list[Op] = []
+    value: Value | None = split.operands[0]
+    features = (split.operands[0].rank or 0) - 1
     while value is not None and value.producer is not None:
         op = value.producer
         if op.provenance != made or len(value.uses) != 1 or graph.is_output(value):
@@ -54,7 +55,7 @@ def sums(region: Region, operands: Sequence[Value | None], shapes: Sequence[Shap
         if axis != (1 if step.kind is OpKind.CONV else len(shape) - 1):
             continue
         parts = [None if part is None else shapes[part] for part in concat.inputs]
-        if all(part is not None and isinstance(part[axis], int) for part in parts):
+        if all(part is not None and len(part) == len(shape) and isinstance(part[axis], int) for part in parts):
             found[made] = whole
     return found
 

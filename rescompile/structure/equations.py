@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rescompile.detection.paths import works
+from rescompile.fused_region import parse
 from rescompile.graph import Graph, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.structure.members import NORM, Members
@@ -111,6 +112,11 @@ def _activation(block: Block) -> str:
         for user, _ in operand.uses
     ):
         return ""  # the features go on as they are, in the next concatenation
+    if value is None and block.join_op.kind is OpKind.FUSED_REGION:
+        region = parse(block.join_op.attr("steps"))
+        last = region.made_by(0)
+        kind = OpKind.IDENTITY if last is None else region.steps[last].kind
+        return str(kind.value) if kind.has(Trait.ACTIVATION) else ""
     if value is None:
         outer = block.join_op.attrs.get("outer", "none")
         return "" if outer == "none" else str(outer)
