@@ -280,11 +280,11 @@ class _Kernel:
         now = sum(op_cost(op, extents).bytes for op in self.ops)
         if self.rule == "concat in place":
             return now, 0
-        inside = {value for op in self.ops for value in op.outputs}
+        known = {value for op in self.ops for value in op.outputs}
         if self._work is not None and self._work not in self.ops:
             now += tensor_size(self._work.output, extents)[1]
-            inside.add(self._work.output)
-        read = {value for op in self.ops for value in op.operands if value not in inside}
+            known |= {self._work.output, *self._work.operands}  # what it reads, it reads either way
+        read = {value for op in self.ops for value in op.operands if value not in known}
         written = {
             value
             for op in self.ops

@@ -12,8 +12,9 @@ across positions or is not known. Everything else rides in the kernel before or 
 itself: elementwise operations, a batch norm in evaluation, moves of elements, and a concat, which its operands are
 written into. C: parameters and literals, each once. A value that crosses from one kernel to another counts with the
 smallest of the values on its way (a slice, a narrow cast). A riding operation that brings k streams together, for the
-first time, reads all but the largest of them: r(j). So a residual stage costs, in tensors of the stream: one write and
-one read by each reader of the sum, and one read for the skip.
+first time, reads all but the largest of them, r(j), but for what the kernel that it rides in reads anyway. So a
+residual stage costs, in tensors of the stream: one write and one read by each reader of the sum, and one read for the
+skip.
 
 A fused operation counts as what it is made of where that is less, and B₁ ≤ B₂ ≤ T always.
 """
@@ -31,6 +32,7 @@ from rescompile.kinds import OpKind, Trait
 
 _K = OpKind
 _LOOKUPS = (_K.EMBEDDING, _K.GATHER)  # read of their first operand what they return
+_HOSTS = 8
 _RIDES = Trait.ELEMENTWISE, Trait.FREE, Trait.SOURCE
 
 
@@ -108,6 +110,7 @@ class _Bounds:
         """B₂, before it is compared with B₁ and T."""
         streams = _Streams()
         least: dict[Value, int] = {value: self._size(value) for value in self._graph.inputs}
+        hosts: dict[Value, tuple[Op, ...]] = {}  # the latest anchors whose kernels a value may be made in
         total = self._read_once(constants=True, inputs=False)
         wanted = self._wanted()
         for op in self._live:
@@ -120,12 +123,17 @@ class _Bounds:
                 for value in op.outputs:
                     streams.join(op.outputs[0], value)
                     least[value] = self._size(value)
+                    hosts[value] = (op,)
                 continue
             sizes = streams.largest(reads)
-            if op.kind is not _K.CONCAT:
-                total += sum(sizes) - max(sizes, default=0)
+            near = sorted({host for value in computed for host in hosts.get(value, ())}, key=lambda host: -host.order)
+            if op.kind is not _K.CONCAT and len(sizes) > 1:
+                read = {streams.of(value) for host in near for value in host.operands if not value.constant}
+                rest = [size for stream, size in sizes.items() if stream not in read]
+                total += sum(rest) - max(rest, default=0)
             combined = sum(reads.values()) if op.kind is _K.CONCAT else max(reads.values(), default=0)
             for value in op.outputs:
+                hosts[value] = tuple(near[:_HOSTS])
                 least[value] = min(self._size(value), combined)
                 for operand in computed:
                     streams.join(value, operand)
@@ -202,17 +210,18 @@ class _Streams:
 
     def join(self, one: Value, other: Value) -> None:
         """Let two values be of one stream."""
-        self._parent[self._of(one)] = self._of(other)
+        self._parent[self.of(one)] = self.of(other)
 
-    def largest(self, sizes: Mapping[Value, int]) -> list[int]:
+    def largest(self, sizes: Mapping[Value, int]) -> dict[Value, int]:
         """The largest size in each of the streams."""
         found: dict[Value, int] = {}
         for value, size in sizes.items():
-            stream = self._of(value)
+            stream = self.of(value)
             found[stream] = max(found.get(stream, 0), size)
-        return list(found.values())
+        return found
 
-    def _of(self, value: Value) -> Value:
+    def of(self, value: Value) -> Value:
+        """The value that stands for the stream."""
         while (parent := self._parent.get(value, value)) is not value:
             self._parent[value] = value = self._parent.get(parent, parent)
         return value

@@ -16,11 +16,13 @@ from rescompile.detection import inspect_graph
 from rescompile.fusion_audit import Audit, Unfused, audit
 from rescompile.graph import Graph, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
+from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.plans import Plan
 from rescompile.traffic import graph_traffic
 from tests.residual_grammar import programs
 from tests.residual_program import Program
 from tests.residual_realisers import in_memory
+from tests.test_structure_bodies import conditional
 
 K = OpKind
 F = "float32"
@@ -49,6 +51,10 @@ class Build:
         weight = self.weight(f"{name}.weight", width, int(x.shape[-1]))
         return self.op(name, K.LINEAR, x, weight, shape=(*x.shape[:-1], width))
 
+    def branch(self, name: str = "fc", width: int = 16) -> Value:
+        """A linear of something else than the input."""
+        return self.linear(name, self.op("softmax", K.SOFTMAX, self.x, axis=2), width)
+
     def norm(self, name: str, x: Value) -> Value:
         return self.op(name, K.LAYER_NORM, x, axis=2)
 
@@ -75,15 +81,39 @@ def only(graph: Graph) -> Unfused:
 
 def test_tail_of_a_block_costs_four_passes_and_two_as_an_epilogue() -> None:
     b = Build()
-    found = only(b.done(b.add("add", b.x, b.linear("fc", b.x))))
+    found = only(b.done(b.add("add", b.x, b.branch())))
     assert found.passes == (4.0, 2.0)
     assert found.cost == 2 * TENSOR
     assert found.rule == "epilogue of linear 'fc'"
 
 
+def test_skip_that_the_contraction_reads_anyway_costs_nothing_as_an_epilogue() -> None:
+    b = Build()
+    assert only(b.done(b.add("add", b.x, b.linear("fc", b.x)))).passes == (4.0, 1.0)
+
+
+def test_cost_of_a_join_is_what_fusing_it_saves() -> None:
+    def epilogue(b: Build) -> list[Value]:
+        return [b.op("relu", K.RELU, b.add("add", b.x, b.branch()))]
+
+    def norm(b: Build) -> list[Value]:
+        total = b.add("add", b.x, b.branch())
+        return [total, b.norm("norm", total)]
+
+    def concat(b: Build) -> list[Value]:
+        return [b.op("relu", K.RELU, b.op("cat", K.CONCAT, b.x, b.branch(), axis=2, shape=(2, 5, 32)))]
+
+    for make in (epilogue, norm, concat):
+        b = Build()
+        graph = b.done(*make(b))
+        after = api.rewrite(graph, "fuse", verify=False).graph
+        assert not audited(after).unfused
+        assert only(graph).cost == graph_costs(graph).bytes - graph_costs(after).bytes, make
+
+
 def test_scale_and_activation_of_the_join_each_cost_two_more() -> None:
     b = Build()
-    scaled = b.op("scaled", K.MUL, b.linear("fc", b.x), b.weight("gamma", 16))
+    scaled = b.op("scaled", K.MUL, b.branch(), b.weight("gamma", 16))
     found = only(b.done(b.op("relu", K.RELU, b.add("add", b.x, scaled))))
     assert found.bytes == 8 * TENSOR + 64
     assert found.fused_bytes == 2 * TENSOR + 64, "the scale's vector is read either way"
@@ -92,7 +122,7 @@ def test_scale_and_activation_of_the_join_each_cost_two_more() -> None:
 @pytest.mark.parametrize(("read_again", "fused"), [(True, 4.0), (False, 3.0)])
 def test_sum_and_its_norm_cost_five_passes_and_fewer_as_one(read_again: bool, fused: float) -> None:
     b = Build()
-    total = b.add("add", b.x, b.linear("fc", b.x))
+    total = b.add("add", b.x, b.branch())
     normed = b.norm("norm", total)
     found = only(b.done(normed, total) if read_again else b.done(normed))
     assert found.passes == (5.0, fused)
@@ -101,7 +131,7 @@ def test_sum_and_its_norm_cost_five_passes_and_fewer_as_one(read_again: bool, fu
 
 def test_norm_at_the_branchs_end_takes_the_join() -> None:
     b = Build()
-    found = only(b.done(b.add("add", b.x, b.norm("norm", b.linear("fc", b.x)))))
+    found = only(b.done(b.add("add", b.x, b.norm("norm", b.branch()))))
     assert found.passes == (5.0, 3.0)
     assert found.rule == "layer_norm 'norm' + add"
 
@@ -116,7 +146,7 @@ def test_batch_norm_in_evaluation_rides_and_one_in_training_does_not() -> None:
 
 def test_branch_that_is_read_elsewhere_is_written_anyway() -> None:
     b = Build()
-    branch = b.linear("fc", b.x)
+    branch = b.branch()
     found = only(b.done(b.add("add", b.x, branch), branch))
     assert found.passes == (3.0, 3.0)
     assert found.cost == 0
@@ -125,7 +155,7 @@ def test_branch_that_is_read_elsewhere_is_written_anyway() -> None:
 
 def test_concat_costs_two_copies_and_nothing_in_place() -> None:
     b = Build()
-    branch = b.linear("fc", b.x, 8)
+    branch = b.branch(width=8)
     joined = b.op("cat", K.CONCAT, b.x, branch, axis=2, shape=(2, 5, 24))
     found = only(b.done(joined, branch))
     assert found.passes == (2.0, 0.0)
@@ -134,7 +164,7 @@ def test_concat_costs_two_copies_and_nothing_in_place() -> None:
 
 def test_concat_is_one_kernel_with_what_writes_a_part_of_it_and_what_reads_it_alone() -> None:
     b = Build()
-    joined = b.op("cat", K.CONCAT, b.x, b.linear("fc", b.x), axis=2, shape=(2, 5, 32))
+    joined = b.op("cat", K.CONCAT, b.x, b.branch(), axis=2, shape=(2, 5, 32))
     found = only(b.done(b.op("relu", K.RELU, joined)))
     # In halves: the linear's write, the concat's four, the relu's four; as one the skip, and the write of both.
     assert (found.bytes, found.fused_bytes) == (9 * TENSOR, 3 * TENSOR)
@@ -143,7 +173,7 @@ def test_concat_is_one_kernel_with_what_writes_a_part_of_it_and_what_reads_it_al
 
 def test_sum_of_a_part_of_the_channels_is_one_kernel_with_the_concat_behind_it() -> None:
     b = Build()
-    work = b.linear("fc", b.x, 32)
+    work = b.branch(width=32)
     ends = [("head", (0,), (16,)), ("tail", (16,), (32,))]
     head, tail = (
         b.op(name, K.SLICE, work, shape=TOKENS, axes=(2,), starts=starts, stops=stops, steps=(1,))
@@ -157,7 +187,7 @@ def test_sum_of_a_part_of_the_channels_is_one_kernel_with_the_concat_behind_it()
 
 def test_gated_mix_counts_its_factors() -> None:
     b = Build()
-    gate = b.op("gate", K.SIGMOID, b.linear("t", b.x))
+    gate = b.op("gate", K.SIGMOID, b.branch("t"))
     carry = b.op(
         "carry",
         K.ADD,
@@ -166,7 +196,8 @@ def test_gated_mix_counts_its_factors() -> None:
         shape=TOKENS,
         scales=(1.0, -1.0),
     )
-    fresh, kept = b.op("fresh", K.MUL, gate, b.linear("h", b.x)), b.op("kept", K.MUL, carry, b.x)
+    work = b.linear("h", b.op("softmax2", K.SOFTMAX, b.x, axis=2))
+    fresh, kept = b.op("fresh", K.MUL, gate, work), b.op("kept", K.MUL, carry, b.x)
     found = only(b.done(b.add("add", fresh, kept)))
     assert found.block.kind == "gated"
     # One of the linears writes; sigmoid 2, carry 2, two products 6, sum 3; as one: the other linear's, x, and the sum.
@@ -176,7 +207,7 @@ def test_gated_mix_counts_its_factors() -> None:
 
 def test_dynamic_extents_count_as_told_and_otherwise_as_one() -> None:
     b = Build(("N", 5, 16))
-    graph = b.done(b.add("add", b.x, b.linear("fc", b.x)))
+    graph = b.done(b.add("add", b.x, b.branch()))
     assert audited(graph).cost == 2 * 4 * 5 * 16
     eight = audited(graph, {"N": 8})
     assert eight.cost == 8 * 2 * 4 * 5 * 16
@@ -212,6 +243,16 @@ def test_join_that_fuse_leaves_has_the_refusals_reason() -> None:
     found = only(graph)
     assert found.verdict == "refused"
     assert found.reason == refusals["add"]
+
+
+def test_join_of_a_body_is_listed_with_its_path_and_counts_in_the_traffic() -> None:
+    graph = conditional()
+    found = audit(inspect_graph(graph), FuseJoins().plan(graph))
+    inside = [each for each in found.unfused if each.block.path]
+    assert [each.where for each in inside] == ["choose/then/join_0", "choose/then/join_1"]
+    assert all(each.verdict == "refused" and "holds a graph of its own" in each.reason for each in inside)
+    assert all(each.passes == (4.0, 2.0) for each in inside)
+    assert found.traffic > graph_costs(graph).bytes
 
 
 def test_fused_joins_are_not_listed_and_count() -> None:
@@ -268,8 +309,13 @@ def test_residual_stage_costs_write_reads_and_the_skip() -> None:
     b = Build()
     total = b.add("add", b.x, b.linear("fc", b.x))
     _, _, kernels = bounds(b.done(b.linear("head", total)))
-    # fc reads x and, for the sum, x again; it writes the sum; head reads that and writes the output.
-    assert kernels == 2 * 4 * 256 + 5 * TENSOR
+    # fc reads x, once for itself and the sum; it writes the sum; head reads that and writes the output.
+    assert kernels == 2 * 4 * 256 + 4 * TENSOR
+    b = Build()
+    total = b.add("add", b.x, b.branch())
+    _, _, kernels = bounds(b.done(b.linear("head", total)))
+    # softmax reads and writes, fc reads; then as above, and the skip.
+    assert kernels == 2 * 4 * 256 + 3 * TENSOR + 4 * TENSOR
 
 
 def test_slice_of_a_result_is_all_that_has_to_be_kept() -> None:
@@ -357,10 +403,10 @@ def test_inspect_unfused_prints_the_table_and_the_total(run: Run) -> None:
     code, out, err = run("inspect", "m.onnx", "--unfused", "--extent", "N=4")
     assert (code, err) == (0, "")
     assert "0 of 1 residual joins are fused" in out
-    assert "4 → 2" in out
+    assert "4 → 1" in out
     assert "epilogue of linear 'fc'" in out
     assert "fuse would take it: W·x + b + r" in out
-    assert "would save 2.56 kB, 34.5%, of the 7.42 kB that one call moves with N = 4" in out
+    assert "would save 3.84 kB, 51.7%, of the 7.42 kB that one call moves with N = 4" in out
 
 
 @pytest.mark.usefixtures("loaded")
@@ -371,8 +417,8 @@ def test_inspect_unfused_as_json_is_the_report_and_the_audit(run: Run) -> None:
     assert (data["schema"], len(data["blocks"])) == (1, 1)
     assert (data["audit"]["joins"], data["audit"]["fused"], data["audit"]["symbols"]) == (1, 0, {"N": 1})
     (entry,) = data["audit"]["unfused"]
-    assert (entry["join"], entry["verdict"], entry["passes"]) == ("add", "taken", {"unfused": 4.0, "fused": 2.0})
-    assert data["audit"]["cost"] == entry["bytes"]["cost"] == 2 * 4 * 80
+    assert (entry["join"], entry["verdict"], entry["passes"]) == ("add", "taken", {"unfused": 4.0, "fused": 1.0})
+    assert data["audit"]["cost"] == entry["bytes"]["cost"] == 3 * 4 * 80
 
 
 @pytest.mark.parametrize(
