@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from rescompile.detection import inspect_graph
@@ -46,26 +47,28 @@ class FuseJoins:
         """One rewrite or refusal for each join."""
         return gather(self.name, self.preserves, graph, self._decisions(graph))
 
-    def _rules(self) -> dict[OpKind, list[Decide]]:
-        """By the kind of operation that brings the paths together: the rules, in order."""
+    def _rules(self, closed: dict[str, str]) -> dict[OpKind, list[Decide]]:
+        """By the kind of operation that brings the paths together: the rules, in order.
+
+        `closed`: operations that no fusion may take any more, each with the reason.
+        """
         sums: list[Decide] = []
         if self.norm:
             sums += [norm_region, add_norm]
         if self.epilogue:
-            sums += [epilogue_region, elementwise_region]
+            sums += [partial(rule, closed=closed) for rule in (epilogue_region, elementwise_region)]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
         blocks = inspect_graph(graph).blocks
         own = [block for block in blocks if not block.path]
         skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in own}
-        rules = self._rules()
-        taken: set[str] = set()
-        modal = {op.name for op in graph if self.trainable and _follows_mode(op)}
+        closed = {op.name: _modal(op) for op in graph if self.trainable and _follows_mode(op)}
+        rules = self._rules(closed)
         for join in graph:
             if join not in skips and (self.joins == "residual" or join.kind is not OpKind.ADD):
                 continue
-            if join.has(Trait.FUSED) or join.name in taken:
+            if join.has(Trait.FUSED) or join.name in closed:
                 continue  # a fusion holds it already
             if join.kind not in rules:
                 if join.kind is not OpKind.OPAQUE:
@@ -73,9 +76,9 @@ class FuseJoins:
                         join.name, f"a {join.kind.value} brings the paths together, which no fused kernel does"
                     )
                 continue
-            decision = _first(graph, join, skips.get(join), rules[join.kind], taken, modal)
+            decision = _first(graph, join, skips.get(join), rules[join.kind], closed)
             if isinstance(decision, Rewrite):
-                taken.update(_consumed(decision))
+                closed.update((name, f"'{name}' already went into another fusion") for name in _consumed(decision))
             yield decision
         for block in blocks:
             if block.path or block.join_op.kind is OpKind.OPAQUE:
@@ -89,22 +92,22 @@ def _follows_mode(op: Op) -> bool:
     return op.kind is OpKind.BATCH_NORM or (op.kind is OpKind.IDENTITY and bool(op.attr("dropout")))
 
 
+def _modal(op: Op) -> str:
+    return f"'{op.name}' does something else in training: trainable=false lets it go into the fusion"
+
+
 def _first(
-    graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str], modal: set[str]
+    graph: Graph, join: Op, skip: Value | None, rules: list[Decide], closed: dict[str, str]
 ) -> Rewrite | Refusal:
     """The first rule's rewrite, of what neither another fusion nor training wants; or all reasons."""
     reasons = []
     for rule in rules:
         decision = rule(graph, join, skip)
         if isinstance(decision, Rewrite):
-            clash = next((name for name in _consumed(decision) if name in taken or name in modal), None)
+            clash = next((name for name in _consumed(decision) if name in closed), None)
             if clash is None:
                 return decision
-            reasons.append(
-                f"'{clash}' already went into another fusion"
-                if clash in taken
-                else f"'{clash}' does something else in training: trainable=false lets it go into the fusion"
-            )
+            reasons.append(closed[clash])
         else:
             reasons.append(decision.reason)
     rounded = quantised_side(join)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.one_pass import Kernel, carries, computed, edit_of, unable
+from rescompile.passes.one_pass import Kernel, Place, carries, computed, edit_of, unable
 from rescompile.plans import Refusal, Rewrite, same_shape
 
 _INTEGERS = ("int", "uint", "bool")
@@ -42,9 +42,9 @@ def unsuited(join: Op, skip: Value | None) -> Refusal | None:
     return None
 
 
-def rewrite_of(graph: Graph, join: Op, kernel: Kernel, reason: str) -> Rewrite | Refusal:
+def rewrite_of(place: Place, join: Op, kernel: Kernel, reason: str) -> Rewrite | Refusal:
     """The rewrite that makes one operation of the kernel; the refusal where the graph cannot hold it."""
-    edit = edit_of(graph, kernel)
+    edit = edit_of(place, kernel)
     if isinstance(edit, str):
         return Refusal(join.name, edit)
     dropout = next((op.attr("dropout") for op in kernel.ops if op.kind is OpKind.IDENTITY and op.attr("dropout")), None)
@@ -53,21 +53,21 @@ def rewrite_of(graph: Graph, join: Op, kernel: Kernel, reason: str) -> Rewrite |
     others = [f"'{value.name}'" for value in kernel.outputs[1:]]
     if others:
         reason += f"; returns {' and '.join(others)} too"
-    return Rewrite(join.name, f"{_equation(graph, kernel)}  →  fused_region(...)", reason, (edit,))
+    return Rewrite(join.name, f"{_equation(place.graph, kernel)}  →  fused_region(...)", reason, (edit,))
 
 
-def branch_end(graph: Graph, join: Op, skip: Value | None) -> str:
+def branch_end(place: Place, join: Op, skip: Value | None) -> str:
     """What the branch ends in, as the reason why no kernel computes it up to the sum."""
     told = []
     for value in computed(join):
         if value is skip and len(computed(join)) > 1:
             continue
         op, readers = value.producer, value
-        while op is not None and carries(graph, op) and not _is_shared(graph, readers):
+        while op is not None and carries(place, op) and not _is_shared(place.graph, readers):
             moving = computed(op)
             readers = next((inner for inner in moving if same_shape(inner, op.output)), moving[0])
             op = readers.producer
-        told.append(_end(graph, op, readers))
+        told.append(_end(place, op, readers))
     return "; ".join(dict.fromkeys(told))
 
 
@@ -86,19 +86,21 @@ def _is_shared(graph: Graph, value: Value) -> bool:
     return len(value.users) > 1 or graph.is_output(value)
 
 
-def _end(graph: Graph, op: Op | None, value: Value) -> str:
+def _end(place: Place, op: Op | None, value: Value) -> str:
     if op is None:
         return f"'{value.name}' is an input of the model, and nothing computes on it before the sum"
+    if op.name in place.closed:
+        return place.closed[op.name]
     if op.kind is OpKind.RECURRENT:
         return "the branch ends in a recurrent operation, which keeps its kernel"
     if op.kind is OpKind.DROPOUT:
         return f"the dropout '{op.name}' draws anew on each call"
     if op.kind in (OpKind.QUANTIZE, OpKind.DEQUANTIZE):
         return f"the branch ends in '{op.name}' ({op.kind.value}): quantised neighbours keep their kernels"
-    if _is_shared(graph, value):
-        return f"'{value.name}' ({op.kind.value}) is read by {readers_of(graph, value)}"
+    if _is_shared(place.graph, value):
+        return f"'{value.name}' ({op.kind.value}) is read by {readers_of(place.graph, value)}"
     if op.has(Trait.ELEMENTWISE) or op.has(Trait.FREE):
-        return unable(graph, op) or f"'{op.name}' ({op.kind.value}) mixes types that the model does not cast"
+        return unable(place, op) or f"'{op.name}' ({op.kind.value}) mixes types that the model does not cast"
     what = op.kind.value if op.kind is not OpKind.OPAQUE else str(op.attr("target")) or "an unknown operation"
     return f"the branch ends in '{op.name}' ({what}), which keeps its kernel"
 

@@ -406,8 +406,8 @@ def test_addition_alone_is_refused_with_what_the_branch_ends_in() -> None:
     b = Tails(IMAGE)
     h = b.op("h", K.INSTANCE_NORM, b.conv("conv", b.x), b.weight("w", C), b.weight("b", C))
     reason = refused(b.done(b.conv("next", b.op("add", K.ADD, b.x, h))), FuseJoins(norm=False))
-    assert "an addition alone is one kernel already: the branch ends in 'h' (instance_norm)" in reason
-    assert "the sum goes to 'next' as it is" in reason
+    assert "the branch ends in 'h' (instance_norm), which keeps its kernel" in reason
+    assert "an addition alone is one kernel already, and the sum goes to 'next' as it is" in reason
 
 
 def test_one_side_quantised_is_told() -> None:
