@@ -127,7 +127,11 @@ def _program(source: str, name: str) -> Any:
 
 def _findings(program: Any, ir: str, path: Path | None) -> dict[str, Any]:
     try:
-        return describe(inspect(program, ir, path))
+        report = inspect(program, ir, path)
+        with _stage("inspect"):
+            json.dumps(report.to_dict())
+            str(report)
+        return describe(report)
     except StageError as error:
         return {"stage": error.stage, "error": str(error)}
 
@@ -153,7 +157,7 @@ def inspect(program: Any, ir: str, path: Path | None = None, verbose: bool = Fal
         optimize = sum(value.numel() for value in program.state_dict.values()) < _LARGEST_FOLDED
         # A fused attention is taken apart for some devices only: without, the exporter has no rule for it.
         with _stage("export", verbose), sdpa_kernel(SDPBackend.MATH):
-            exported = torch.onnx.export(program, dynamo=True, verbose=False, optimize=optimize)
+            exported = torch.onnx.export(_with_plain_attention(program), dynamo=True, verbose=False, optimize=optimize)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 exported.save(str(path))
@@ -161,6 +165,18 @@ def inspect(program: Any, ir: str, path: Path | None = None, verbose: bool = Fal
             graph = onnx_files.capture(exported)
     with _stage("inspect", verbose):
         return inspect_graph(graph)
+
+
+def _with_plain_attention(program: Any) -> Any:
+    """The program; where an attention has groups besides heads, which the exporter has no rule for, taken apart."""
+    import torch
+
+    fused = torch.ops.aten.scaled_dot_product_attention
+    calls = (node for node in program.graph.nodes if node.target is fused.default)
+    if all(node.args[0].meta["val"].ndim == 4 for node in calls):
+        return program
+    rules = torch.export.default_decompositions()
+    return program.run_decompositions({op: rule for op, rule in rules.items() if "scaled_dot_product" in str(op)})
 
 
 def describe(report: Any) -> dict[str, Any]:

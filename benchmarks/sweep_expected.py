@@ -102,6 +102,12 @@ _TIMM: dict[str, Expected] = {
     "pvt_v2_b2_li": _of(identity=32),
     "twins_svt_small": _of("18 layers of two, and four position-encoding convolutions x + conv(x)", identity=40),
     "twins_pcpvt_small": _of("16 layers of two, and four position-encoding convolutions x + conv(x)", identity=36),
+    "nasnetalarge": Expected(
+        None,
+        {"identity": 18, "pool": 4, "projection": 2, "dense": 18},
+        "each of 18 normal cells adds two average pools of one value, branches that are merged where an exporter makes "
+        "one of the two: what is left is x + x",
+    ),
     "mvitv2_small_cls": _of(
         "the shortcuts that change the stage pool the tokens behind the class token", identity=45, projection=3
     ),
@@ -323,10 +329,16 @@ _TIMM: dict[str, Expected] = {
         "22 dual paths: a sum in some channels, a concatenation of the others", projection=4, view=18, dense=18
     ),
     "hrnet_w18_small": _of(
-        "the fusing sums join streams that each worked on their own: refused", identity=18, projection=5
+        "branches: streams of 2, 3 and 4 resolutions, fused at each; three sums in the head",
+        identity=18,
+        projection=5,
+        branches=12,
     ),
     "hrnet_w18_ssld": _of(
-        "the fusing sums join streams that each worked on their own: refused", identity=107, projection=5
+        "branches: streams of 2, 3 and 4 resolutions, fused at each; three sums in the head",
+        identity=107,
+        projection=5,
+        branches=29,
     ),
     "iformer_t": _of(identity=26),
     "lcnetv2_small": _of("6 depthwise layers of several kernels", identity=1, branches=6),

@@ -168,6 +168,19 @@ _OTHERS: dict[str, Expected] = {
         "between: of these equal sums an exporter makes one",
         {"identity": 16},
     ),
+    "timesformer": Expected(
+        {"identity": 2, "view": 4},
+        "pre",
+        "view: attention over time goes around the tokens behind the class token, attention over space around these "
+        "with the class token put back; the exporter merges equal slices, so in ONNX the first fork is the slice",
+        {"identity": 4, "view": 2},
+    ),
+    "xcodec": Expected(
+        {"identity": 41, "parallel": 1},
+        None,
+        "each of eight quantisers subtracts from the rest; the exporter drops the last rest, which nothing reads",
+        {"identity": 40, "parallel": 1},
+    ),
     "higgs_audio_v2": Expected(
         {"identity": 2},
         None,

@@ -6,11 +6,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from rescompile.graph import Graph, Op
-from rescompile.kinds import OpKind
-from rescompile.plans import AddParameter, FreshNames, Plan, Preserves, Refusal, Rewrite, fuse_edit, gather, names
+from rescompile.kinds import OpKind, Trait
+from rescompile.passes.scale_paths import Asked, behind
+from rescompile.plans import (
+    AddParameter,
+    Edit,
+    Erase,
+    FreshNames,
+    Plan,
+    Preserves,
+    Refusal,
+    ReplaceUses,
+    Rewrite,
+    fuse_edit,
+    gather,
+    names,
+)
 
-# The weight's axis that holds output channels.
-_OUTPUT_AXIS = {OpKind.CONV: 0, OpKind.CONV_TRANSPOSE: 1, OpKind.LINEAR: 0}
+_CONTRACTIONS = (OpKind.CONV, OpKind.CONV_TRANSPOSE, OpKind.LINEAR)
 
 
 @dataclass(frozen=True)
@@ -18,7 +31,7 @@ class FoldBatchNorm:
     """γ·(Wx + b − μ)/√(σ²+ε) + β  →  W'x + b',  W' = W·γ/√(σ²+ε),  b' = (b − μ)·γ/√(σ²+ε) + β
 
     1. The norm is in evaluation mode, and its statistics, scale and shift are parameters or literals.
-    2. It reads a conv, transposed conv or linear, whose output nothing else reads.
+    2. It reads a conv, transposed conv or linear, through views that keep channels apart; nothing else reads these.
     3. The channels that it normalises are the contraction's output channels.
     """
 
@@ -28,7 +41,7 @@ class FoldBatchNorm:
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each batch norm."""
         fresh = FreshNames(graph)
-        norms = (op for op in graph if op.kind is OpKind.BATCH_NORM)
+        norms = (op for op in graph if op.kind is OpKind.BATCH_NORM and not op.output.constant)
         return gather(self.name, self.preserves, graph, (_fold(graph, norm, fresh) for norm in norms))
 
 
@@ -37,36 +50,37 @@ def _fold(graph: Graph, norm: Op, fresh: FreshNames) -> Rewrite | Refusal:
     if graph.training or norm.attr("training"):
         return Refusal(where, "in training the statistics are the batch's own, so no constant weight stands for them")
     x, gamma, beta, mean, variance = norm.inputs
-    work = x.producer if x is not None else None
-    if x is None or work is None or work.kind not in _OUTPUT_AXIS:
-        kind = "a graph input" if work is None else f"'{work.name}' ({work.kind.value})"
+    maker = x.producer if x is not None else None
+    if x is None or maker is None or not (maker.kind in _CONTRACTIONS or maker.has(Trait.FREE)):
+        kind = "a graph input" if maker is None else f"'{maker.name}' ({maker.kind.value})"
         return Refusal(where, f"it reads {kind}, and only a conv or a linear can carry its scale")
     if mean is None or variance is None:
         return Refusal(where, "it has no running statistics")
     if any(value is not None and value.producer is not None for value in norm.inputs[1:]):
         return Refusal(where, "its scale, shift or statistics are computed in the graph")
-    if len(x.uses) > 1 or graph.is_output(x):
-        return Refusal(where, f"the output of '{work.name}' is also read elsewhere, which needs it un-normalised")
+    sites = behind(Asked(graph, shifts=True, positive=False), x, 1)
+    if isinstance(sites, str):
+        return Refusal(where, sites)
+    site, work = sites[0], sites[0].op
     weight, bias = work.operand("weight"), work.operand("bias")
-    if weight is None or weight.producer is not None or (bias is not None and bias.producer is not None):
-        return Refusal(where, f"the weights of '{work.name}' are computed in the graph")
-    axis = _OUTPUT_AXIS[work.kind]
-    if work.kind is OpKind.LINEAR:
-        if x.rank != 2:
-            return Refusal(where, "the norm's channel axis is not the linear's feature axis: the value has not rank 2")
-        axis = 0 if work.attr("transpose_weight") else 1
-    if work.kind is OpKind.CONV_TRANSPOSE and work.attr("groups") != 1:
-        return Refusal(where, "a grouped transposed conv spreads its output channels over two weight axes")
+    assert weight is not None  # a site has contents
     new_weight = fresh(f"{weight.name}_folded")
     new_bias = fresh(f"{bias.name}_folded" if bias is not None else _bias_name(weight.name))
     eps = norm.attr("eps")
-    scaled = AddParameter(new_weight, "batch_norm_weight", names([weight, gamma, variance]), {"axis": axis, "eps": eps})
+    attrs = {"axis": site.axis, "groups": site.groups, "eps": eps}
+    scaled = AddParameter(new_weight, "folded_weight", names([weight, gamma, variance]), attrs)
     shifted = AddParameter(
         new_bias, "batch_norm_bias", names([weight, bias, gamma, beta, mean, variance]), {"eps": eps}
     )
-    folded = fuse_edit([work, norm], work.kind, [work.inputs[0], new_weight, new_bias], norm.outputs, **work.attrs)
+    edits: list[Edit] = [scaled, shifted]
+    operands = [work.inputs[0], new_weight, new_bias]
+    if work is maker:
+        edits.append(fuse_edit([work, norm], work.kind, operands, norm.outputs, **work.attrs))
+    else:
+        edits.append(fuse_edit([work], work.kind, operands, work.outputs, **work.attrs))
+        edits += [ReplaceUses(norm.output.name, x.name), Erase(norm.name)]
     equation = "BN(W·x + b)  →  W'·x + b'"
-    return Rewrite(where, equation, f"the scale and shift go into '{work.name}'", (scaled, shifted, folded))
+    return Rewrite(where, equation, f"the scale and shift go into '{work.name}'", tuple(edits))
 
 
 def _bias_name(weight: str) -> str:

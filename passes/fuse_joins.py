@@ -11,8 +11,10 @@ from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
 from rescompile.passes.concat_region import concat_region
-from rescompile.passes.epilogue import residual_epilogue
+from rescompile.passes.elementwise_region import elementwise_region
+from rescompile.passes.epilogue_region import epilogue_region
 from rescompile.passes.joins import Scope, quantised_side
+from rescompile.passes.norm_region import norm_region
 from rescompile.plans import Decide, Plan, Preserves, Refusal, Rewrite, gather
 
 _HOLDER = "an operation that holds a graph of its own"
@@ -22,11 +24,13 @@ _HOLDER = "an operation that holds a graph of its own"
 class FuseJoins:
     """s = x + F(x)  →  one operation, by the first rule that fits
 
-    1. `add_norm`: a layer or RMS norm reads the sum; both outputs survive.
-    2. `residual_epilogue`: a conv or linear, with its activation, ends in the sum.
-    3. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
+    1. `norm_region`, `add_norm`: a norm reads the sum, or ends a branch; both outputs survive.
+    2. `epilogue_region`: a contraction, with what is elementwise or index arithmetic behind it, ends in the sum.
+    3. `elementwise_region`: the sum and the elementwise operations around it.
+    4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
-    `joins`: the residual joins only, or all sums of two computed values.
+    `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
+    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
     """
 
     name: ClassVar[str] = "fuse-joins"
@@ -36,6 +40,7 @@ class FuseJoins:
     norm: bool = True
     epilogue: bool = True
     concat: bool = True
+    trainable: bool = False
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
@@ -45,9 +50,9 @@ class FuseJoins:
         """By the kind of operation that brings the paths together: the rules, in order."""
         sums: list[Decide] = []
         if self.norm:
-            sums += [add_norm]
+            sums += [norm_region, add_norm]
         if self.epilogue:
-            sums += [residual_epilogue]
+            sums += [epilogue_region, elementwise_region]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}
 
     def _decisions(self, graph: Graph) -> Iterator[Rewrite | Refusal]:
@@ -56,6 +61,7 @@ class FuseJoins:
         skips = {block.join_op: block.join_op.inputs[block.skip_index] for block in own}
         rules = self._rules()
         taken: set[str] = set()
+        modal = {op.name for op in graph if self.trainable and _follows_mode(op)}
         for join in graph:
             if join not in skips and (self.joins == "residual" or join.kind is not OpKind.ADD):
                 continue
@@ -67,7 +73,7 @@ class FuseJoins:
                         join.name, f"a {join.kind.value} brings the paths together, which no fused kernel does"
                     )
                 continue
-            decision = _first(graph, join, skips.get(join), rules[join.kind], taken)
+            decision = _first(graph, join, skips.get(join), rules[join.kind], taken, modal)
             if isinstance(decision, Rewrite):
                 taken.update(_consumed(decision))
             yield decision
@@ -78,15 +84,27 @@ class FuseJoins:
                 yield Refusal(where, why or f"it is inside {_HOLDER}, where no pass rewrites")
 
 
-def _first(graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str]) -> Rewrite | Refusal:
+def _follows_mode(op: Op) -> bool:
+    """Whether training does something else than evaluation."""
+    return op.kind is OpKind.BATCH_NORM or (op.kind is OpKind.IDENTITY and bool(op.attr("dropout")))
+
+
+def _first(
+    graph: Graph, join: Op, skip: Value | None, rules: list[Decide], taken: set[str], modal: set[str]
+) -> Rewrite | Refusal:
+    """The first rule's rewrite, of what neither another fusion nor training wants; or all reasons."""
     reasons = []
     for rule in rules:
         decision = rule(graph, join, skip)
         if isinstance(decision, Rewrite):
-            clash = next((name for name in _consumed(decision) if name in taken), None)
+            clash = next((name for name in _consumed(decision) if name in taken or name in modal), None)
             if clash is None:
                 return decision
-            reasons.append(f"'{clash}' already went into another fusion")
+            reasons.append(
+                f"'{clash}' already went into another fusion"
+                if clash in taken
+                else f"'{clash}' does something else in training: trainable=false lets it go into the fusion"
+            )
         else:
             reasons.append(decision.reason)
     rounded = quantised_side(join)

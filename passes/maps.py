@@ -84,6 +84,15 @@ class Program:
         """The program whose result is `last`."""
         return self.steps[: last.step + 1]
 
+    def adds_input(self) -> bool:
+        """Whether a sum has x itself as a term."""
+
+        def plain(index: int) -> bool:
+            step = self.steps[index]
+            return step["do"] == "input" or (step["do"] == "place" and plain(step["of"][0]))
+
+        return any(step["do"] == "sum" and any(plain(index) for index in step["of"]) for step in self.steps)
+
     def placed(self, map_: Map, like: Map) -> Map:
         """The same map with the kernel, border and dilation of `like`, which reads all positions that it reads."""
         if (map_.kernel, map_.begin, map_.dilation) == (like.kernel, like.begin, like.dilation):

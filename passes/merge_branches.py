@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rescompile.costs import tensor_size
-from rescompile.graph import Op, Value
+from rescompile.costs import op_cost, tensor_size
+from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind
 from rescompile.passes.maps import Map
 from rescompile.passes.tracing import Layout, Trace, escapes
-from rescompile.plans import AddParameter, Edit, FreshNames, Refusal, fuse_edit
+from rescompile.plans import AddParameter, Edit, FreshNames, Fuse, Refusal, fuse_edit
 
 
 @dataclass(slots=True)
 class Replacement:
-    """Edits, and what the operations that they make cost: elements of parameters, floating-point operations a call."""
+    """Edits, and what the operations that they make cost: elements of parameters, floating-point operations a call.
+
+    `extents`: what symbolic extents count as, 1 otherwise.
+    """
 
     edits: list[Edit] = field(default_factory=list)
     parameters: int = 0
     flops: int = 0
+    extents: Mapping[str, int] = field(default_factory=dict)
 
     def count(self, map_: Map, value: Value, layout: Layout) -> None:
         """A convolution or linear that makes as many positions as `value` has."""
         channels = (value.shape or ())[layout.channel]
-        positions = tensor_size(value)[0] // channels if isinstance(channels, int) and channels else 0
+        positions = tensor_size(value, self.extents)[0] // channels if isinstance(channels, int) and channels else 0
         bias = map_.outputs if map_.shifted else 0
         self.parameters += map_.weights() + bias
         self.flops += positions * (2 * map_.weights() + bias)
+
+    def replaced(self, graph: Graph) -> list[Op]:
+        """The operations that the edits take away."""
+        names = (name for edit in self.edits if isinstance(edit, Fuse) for name in edit.ops)
+        return [graph.op(name) for name in dict.fromkeys(names)]
+
+    def flops_before(self, graph: Graph) -> int:
+        """What those cost a call."""
+        return sum(op_cost(op, self.extents).flops for op in self.replaced(graph))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,24 @@ class Contraction:
     edits: list[Edit]
 
 
-def merge_branches(trace: Trace, join: Value, fork: Value, whole: Map, fresh: FreshNames) -> Replacement | Refusal:
+def change(graph: Graph, replacement: Replacement) -> str:
+    """Parameters and floating-point operations, before and after, as text."""
+    ops = set(replacement.replaced(graph))
+    read = {value for op in ops for value in op.operands if value.role is Role.PARAMETER and not _is_statistic(value)}
+    shared = sorted(value.name for value in read if any(user not in ops for user in value.users))
+    before = sum(tensor_size(value)[0] for value in read if value.name not in shared)
+    flops = f"FLOPs {replacement.flops_before(graph):,} → {replacement.flops:,}"
+    text = f"parameters {before:,} → {replacement.parameters:,}, {flops}"
+    return f"{text}; '{shared[0]}', which is read elsewhere too, stays beside its copy" if shared else text
+
+
+def _is_statistic(value: Value) -> bool:
+    return all(op.kind is OpKind.BATCH_NORM and index >= 3 for op, index in value.uses)
+
+
+def merge_branches(
+    trace: Trace, join: Value, fork: Value, whole: Map, fresh: FreshNames, extents: Mapping[str, int] | None = None
+) -> Replacement | Refusal:
     """y = W·x + b + P·x + BN(x) + a·x  →  y = W'·x + b',  W' = W + pad(P) + diag(γ/√(σ²+ε) + a)
 
     RepVGG (Ding et al. 2021, section 3.3), MobileOne, DiracNet. `whole`: the join as a map of the fork alone.
@@ -58,7 +89,7 @@ def merge_branches(trace: Trace, join: Value, fork: Value, whole: Map, fresh: Fr
     made = contraction(trace, whole, "merged", fresh)
     ops = sorted(trace.ops, key=lambda op: op.order)
     fused = fuse_edit(ops, made.kind, [fork, made.weight, made.bias], [join], **made.attrs)
-    replacement = Replacement([*made.edits, fused])
+    replacement = Replacement([*made.edits, fused], extents=extents or {})
     replacement.count(whole, join, trace.layout)
     return replacement
 

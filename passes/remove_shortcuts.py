@@ -9,13 +9,12 @@ from typing import ClassVar, Literal
 from msgspec.structs import replace
 
 from rescompile.blocks import Block, Report
-from rescompile.costs import op_cost, tensor_size
 from rescompile.detection import inspect_graph
 from rescompile.errors import RescompileError, nearest
-from rescompile.graph import Graph, Op, Role, Value
+from rescompile.graph import Graph, Op
 from rescompile.kinds import OpKind
 from rescompile.passes.drop_skip import drop_skip, drop_zero
-from rescompile.passes.merge_branches import Replacement, merge_branches
+from rescompile.passes.merge_branches import Replacement, change, merge_branches
 from rescompile.passes.reserve import reserve
 from rescompile.passes.tracing import Trace, layout_of
 from rescompile.plans import (
@@ -125,7 +124,7 @@ def _exact(report: Report, graph: Graph, block: Block, fresh: FreshNames) -> Rew
         what = "the skip in reserved channels"
     if isinstance(made, Refusal):
         return Refusal(block.join, made.reason)
-    return Rewrite(block.join, equation, f"{what}; {_change(graph, made)}", tuple(made.edits))
+    return Rewrite(block.join, equation, f"{what}; {change(graph, made)}", tuple(made.edits))
 
 
 def _chosen(report: Report, wanted: Sequence[str]) -> list[Block]:
@@ -176,18 +175,3 @@ def _standing(rewrite: Rewrite, stands: dict[str, str]) -> Rewrite:
             edit = replace(edit, inputs=tuple(now(name) for name in edit.inputs))
         edits.append(edit)
     return replace(rewrite, edits=tuple(edits))
-
-
-def _change(graph: Graph, replacement: Replacement) -> str:
-    """Parameters and floating-point operations, before and after."""
-    ops = {graph.op(name) for edit in replacement.edits if isinstance(edit, Fuse) for name in edit.ops}
-    flops = sum(op_cost(op).flops for op in ops)
-    read = {value for op in ops for value in op.operands if value.role is Role.PARAMETER and not _is_statistic(value)}
-    shared = sorted(value.name for value in read if any(user not in ops for user in value.users))
-    before = sum(tensor_size(value)[0] for value in read if value.name not in shared)
-    text = f"parameters {before:,} → {replacement.parameters:,}, FLOPs {flops:,} → {replacement.flops:,}"
-    return f"{text}; '{shared[0]}', which is read elsewhere too, stays beside its copy" if shared else text
-
-
-def _is_statistic(value: Value) -> bool:
-    return all(op.kind is OpKind.BATCH_NORM and index >= 3 for op, index in value.uses)

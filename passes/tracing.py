@@ -19,6 +19,7 @@ from rescompile.passes.maps import Map, Program, composed
 from rescompile.plans import Refusal
 
 _CONTRACTIONS = (K.CONV, K.LINEAR)
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,24 @@ class Trace:
     layout: Layout
     ops: dict[Op, None] = field(default_factory=dict)
     program: Program = field(init=False)
+    known: dict[Value, dict[Value, Map] | Refusal] = field(default_factory=dict)
+    depth: int = 0
 
     def __post_init__(self) -> None:
         self.program = Program(self.layout.spatial)
 
     def maps(self, value: Value) -> dict[Value, Map] | Refusal:
         """`value` as a sum of one map for each value that it starts from."""
+        if value not in self.known:
+            self.depth += 1
+            self.known[value] = self._maps(value)
+            self.depth -= 1
+        return self.known[value]
+
+    def _maps(self, value: Value) -> dict[Value, Map] | Refusal:
         op = value.producer
+        if self.depth > _DEEPEST:
+            return Refusal(value.name, f"more than {_DEEPEST} operations in a row")
         if value is self.start or (op is not None and op.has(Trait.ACTIVATION)):
             channels = None if value.shape is None else value.shape[self.layout.channel]
             if not isinstance(channels, int) or len(value.shape or ()) != self.layout.rank:
@@ -97,6 +109,14 @@ class Trace:
 
 
 _Reader: TypeAlias = Callable[[Trace, Op], dict[Value, Map] | Refusal]
+
+
+def is_affine(op: Op) -> bool:
+    """Whether the operation may be an affine map of one value: of a kind that is read here, the others constants."""
+    if op.kind is K.ADD:
+        return True
+    computed = [index for index, value in enumerate(op.inputs) if value is not None and not value.constant]
+    return op.kind in _READERS and (computed == [0] or (op.kind is K.MUL and len(computed) == 1))
 
 
 def is_stored(value: Value | None) -> bool:

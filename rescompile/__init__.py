@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rescompile.api import (
         Tuning,
         apply,
+        audit,
         capture,
         compare_gradients,
         compile,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Tuning": "rescompile.api",
     "apply": "rescompile.api",
+    "audit": "rescompile.api",
     "capture": "rescompile.api",
     "compare_gradients": "rescompile.api",
     "compile": "rescompile.api",
@@ -60,6 +62,7 @@ __all__ = [
     "UnsupportedOps",
     "VerificationError",
     "apply",
+    "audit",
     "capture",
     "compare_gradients",
     "compile",

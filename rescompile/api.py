@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +11,7 @@ import msgspec
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
 from rescompile.plans import Pass, Pipeline, Plan
-from rescompile.rewriting import Result, apply_plan, make_plan, run_passes
+from rescompile.rewriting import Result, apply_plan, make_plan, rewrite_in_place, run_passes
 
 if TYPE_CHECKING:
     from rescompile.backends.program import Program
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rescompile.detection import Explanation
     from rescompile.differences import GraphDiff
     from rescompile.exploring import Exploration, Training
+    from rescompile.fusion_audit import Audit
     from rescompile.gradient_comparison import GradientComparison
     from rescompile.gradients import GradientFlow
 
@@ -77,6 +78,22 @@ def inspect(model: Any, example_inputs: Any = None) -> Report:
     from rescompile.detection import inspect_graph
 
     return inspect_graph(capture(model, example_inputs))
+
+
+def audit(model: Any, example_inputs: Any = None, *, extents: Mapping[str, int] | None = None) -> Audit:
+    """The residual joins that are in no fused operation, why `fuse` would leave or take each, and the bytes it costs.
+
+    `extents`: what symbolic extents count as (1 otherwise). See `rescompile.fusion_audit`.
+    """
+    graph = capture(model, example_inputs)
+    return audit_report(graph, inspect(graph), extents)
+
+
+def audit_report(graph: Graph, report: Report, extents: Mapping[str, int] | None = None) -> Audit:
+    """As `audit`, for a graph whose report is there."""
+    from rescompile.fusion_audit import audit as audit_joins
+
+    return audit_joins(report, plan(graph, "fuse"), extents)
 
 
 def gradient_flow(model: Any, example_inputs: Any = None, *, inputs: Any = None, seed: int = 0) -> GradientFlow:
@@ -138,15 +155,21 @@ def rewrite(
     *,
     verify: bool = True,
     all_or_nothing: bool = False,
+    in_place: bool = False,
     dialect: str | None = None,
 ) -> Result:
     """Run passes over a graph or model; the result holds the rewritten model, and what was done, refused and proven.
 
-    With `all_or_nothing` a place that a pass refuses raises RescompileError. `dialect`, for ONNX models: how fused
-    operations are written, as "functions" of the model, which every runtime reads, or as ONNX Runtime's own operators,
-    "ort", where it has one.
+    With `all_or_nothing` a place that a pass refuses raises RescompileError. With `in_place` a Graph is edited itself,
+    which saves a copy of a large one and leaves nothing to compare with or to go back to: `verify` has to be off.
+    `dialect`, for ONNX models: how fused operations are written, as "functions" of the model, which every runtime
+    reads, or as ONNX Runtime's own operators, "ort", where it has one.
     """
     graph = capture(model, example_inputs)
+    if in_place:
+        if verify or all_or_nothing:
+            raise RescompileError("A rewrite in place keeps no original: leave out verify and all_or_nothing.")
+        return rewrite_in_place(graph, resolve(passes), dialect)
     return run_passes(graph, resolve(passes), check=verify, all_or_nothing=all_or_nothing, dialect=dialect)
 
 

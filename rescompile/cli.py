@@ -73,6 +73,13 @@ def inspect(
         str | None, typer.Option("--why", metavar="NODE", help="explain what was decided about one operation")
     ] = None,
     costs: Annotated[bool, typer.Option("--costs", help="show what every branch and shortcut costs")] = False,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="list the joins that are not fused: why, and the bytes each costs")
+    ] = False,
+    extents: Annotated[
+        list[str] | None,
+        typer.Option("--extent", metavar="N=8", help="what a dynamic extent counts as in bytes; 1 otherwise; repeats"),
+    ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients", help="run the model forwards and backwards: variance and gradient by block")
     ] = False,
@@ -86,7 +93,10 @@ def inspect(
     """Show the residual structure of MODEL."""
     from rescompile.cli_files import check_writable, write_text
 
+    sizes = _extents(extents, unfused)
     flow = None
+    if unfused and (gradients or why is not None):
+        raise _usage("--unfused is a report of its own: leave out --gradients and --why")
     if gradients or input_file is not None or plot is not None:
         from rescompile.cli_gradients import Flow
 
@@ -98,6 +108,16 @@ def inspect(
 
     with stage("Looking for residual blocks"):
         report = replace(api.inspect(graph), show_costs=costs)
+    if unfused:
+        with stage("Planning the fusion"):
+            audit = api.audit_report(graph, report, sizes)
+        if html is not None:
+            write_text(html, html_page(audit, model))
+        if as_json:
+            say_json({**report.to_dict(), "audit": audit.to_dict()})
+        else:
+            show(audit)
+        return
     if flow is not None:
         with stage("Following the gradient"):
             flow.measure(graph, report)
@@ -175,7 +195,9 @@ def rewrite(
         _print_result(plan, as_json)
         return
     with stage("Rewriting"):
-        result = api.rewrite(graph, specs, verify=not no_verify, all_or_nothing=all_or_nothing, dialect=dialect)
+        in_place = no_verify and not all_or_nothing and comparison is None
+        options: dict[str, Any] = {"all_or_nothing": all_or_nothing, "in_place": in_place, "dialect": dialect}
+        result = api.rewrite(graph, specs, verify=not no_verify, **options)
     _save(result, output)
     if plan_out is not None:
         write_text(plan_out, result.plan.to_json())
@@ -449,6 +471,19 @@ def _read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise RescompileError(f"Cannot read '{path}': {reason}.") from error
+
+
+def _extents(given: list[str] | None, unfused: bool) -> dict[str, int]:
+    """What `N=8` says of dynamic extents."""
+    if given and not unfused:
+        raise _usage("--extent says what bytes are counted for: give --unfused too")
+    found: dict[str, int] = {}
+    for text in given or []:
+        name, _, number = text.partition("=")
+        if not name or not number.isdecimal():
+            raise _usage(f"Cannot read the extent '{text}': write NAME=NUMBER, as N=8")
+        found[name] = int(number)
+    return found
 
 
 def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileError:

@@ -12,7 +12,8 @@ activation               1 an output element   elementwise              1 an out
 fused                    the sum over its expansion
 ```
 
-Bytes: every operand read once and every output written once, at the width of its dtype; a view moves nothing.
+Bytes: every operand read once and every output written once, at the width of its dtype; a view moves nothing, a lookup
+(embedding, gather) reads of its table what it returns, and what a fused operation makes inside counts nothing.
 A symbolic extent counts as what `extents` says, otherwise as 1, and is listed in `Costs.symbols`. Parameters are the
 trained tensors of floating dtype: statistics of a batch norm are state, not parameters, in every IR. What depends on
 constants only is computed once, not on each call, and costs nothing.
@@ -33,7 +34,8 @@ from rescompile.graph import Attrs, Body, Dim, Graph, Op, Shape, Value, ValueTyp
 from rescompile.kinds import OpKind, Trait
 
 _K = OpKind
-_VIEWS = {_K.IDENTITY, _K.RESHAPE, _K.EXPAND, _K.SLICE, _K.SPLIT, _K.PERMUTE, _K.SHAPE}
+VIEWS = {_K.IDENTITY, _K.RESHAPE, _K.EXPAND, _K.SLICE, _K.SPLIT, _K.PERMUTE, _K.SHAPE}
+_LOOKUPS = {_K.EMBEDDING, _K.GATHER}  # the table is their first operand
 _WIDTHS = {"float64": 8, "int64": 8, "float16": 2, "bfloat16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 _WIDTHS |= {"complex64": 8, "complex128": 16, "uint16": 2, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 _DEFAULT_WIDTH = 4
@@ -89,7 +91,7 @@ def graph_costs(graph: Graph, extents: Mapping[str, int] | None = None) -> Costs
         bytes=moved,
         ops=len(graph),
         uncounted=uncounted,
-        symbols=tuple((name, extents.get(name, 1)) for name in _symbols(graph)),
+        symbols=symbol_extents(graph, extents),
     )
 
 
@@ -167,10 +169,14 @@ def kind_cost(
     extents = extents or {}
     operands = [None if term is None else _Term(term.shape) for term in inputs]
     flops = _flops(kind, operands, [term.shape for term in outputs], attrs, extents)
-    if kind in _VIEWS:
+    if kind in VIEWS:
         return Cost(flops, 0)
     read = dict.fromkeys(term for term in inputs if term is not None)
-    return Cost(flops, sum(_nbytes(term, extents) for term in [*read, *outputs]))
+    written = sum(_nbytes(term, extents) for term in outputs)
+    moved = written + sum(_nbytes(term, extents) for term in read)
+    if kind in _LOOKUPS and inputs[0] is not None:
+        moved -= max(0, _nbytes(inputs[0], extents) - written)
+    return Cost(flops, moved)
 
 
 def tensor_size(value: Value, extents: Mapping[str, int] | None = None) -> tuple[int, int]:
@@ -352,9 +358,9 @@ def _extent(dim: Dim, extents: Mapping[str, int]) -> int:
     return 1 if known is None else known
 
 
-def _symbols(graph: Graph) -> list[str]:
-    """The symbolic extents of the graph's inputs, in order."""
+def symbol_extents(graph: Graph, extents: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """The symbolic extents of the graph's inputs, in order, each with what it counts as: 1 unless `extents` says."""
     found: dict[str, None] = {}
     for value in graph.inputs:
         found.update(dict.fromkeys(dim for dim in value.shape or () if isinstance(dim, str)))
-    return list(found)
+    return tuple((name, extents.get(name, 1)) for name in found)

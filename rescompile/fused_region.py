@@ -24,7 +24,7 @@ K = OpKind
 # and attributes, and that every IR can spell.
 _MOVES = frozenset((K.CAST, K.RESHAPE, K.PERMUTE, K.SLICE, K.ROLL, K.FLIP, K.PAD, K.CONCAT))
 _WORKS = frozenset((K.CONV, K.CONV_TRANSPOSE, K.LINEAR, K.MATMUL))
-_NORMS = frozenset((K.BATCH_NORM, K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM))
+_NORMS = frozenset((K.BATCH_NORM, K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM, K.INSTANCE_NORM))
 _POOLS = frozenset((K.MAX_POOL, K.AVG_POOL))
 _NOT_FUSED = frozenset((K.IDENTITY, K.QUANTIZE, K.DEQUANTIZE, K.DROPOUT, K.MOD))
 FUSIBLE: frozenset[OpKind] = (
@@ -152,6 +152,8 @@ def _type(step: Step, operands: Sequence[ValueType | None]) -> ValueType:
 def _settings(op: Op) -> Attrs:
     if op.kind not in FUSIBLE or len(op.outputs) != 1:
         raise RescompileError(f"'{op.name}' ({op.kind.value}) is nothing that a fused operation can hold")
+    if op.kind is K.BATCH_NORM and op.attr("training"):
+        raise RescompileError(f"'{op.name}' is a batch norm in training, which also moves its running statistics")
     defaults = op.kind.spec.attrs
     unknown = [name for name in op.attrs if name not in defaults]
     if unknown:

@@ -126,7 +126,6 @@ class Builder:
         if len(inputs) < len(signature) and "*" not in signature[-1]:
             inputs.extend([None] * (len(signature) - len(inputs)))
         name = node.name
-        self._count_training(step)
         op = self.graph.add_op(
             step.kind,
             inputs,
@@ -137,6 +136,7 @@ class Builder:
             natives=(node,),
             module=self._path(node),
         )
+        self._count_training(step, op)
         op.provenance = made_by(node)
         return op.outputs[0]
 
@@ -171,8 +171,9 @@ class Builder:
     def _path(self, node: fx.Node) -> str:
         return module_path(node) or (str(node.target) if node.op == "call_module" else "")
 
-    def _count_training(self, step: Step) -> None:
-        if step.kind is K.DROPOUT or (step.kind is K.BATCH_NORM and step.attrs["training"]):
+    def _count_training(self, step: Step, op: Op) -> None:
+        # A norm of constants by their own statistics (weight standardisation) is the same in evaluation.
+        if step.kind is K.DROPOUT or (step.kind is K.BATCH_NORM and step.attrs["training"] and not op.output.constant):
             self.native.training_nodes += 1
 
     def _build_operands(self, step: Step, node: fx.Node, built: dict[Step, Op], ops: list[Op]) -> None:
@@ -215,5 +216,5 @@ class Builder:
             step.kind, inputs, outputs, step.attrs, name=name, native=(node,), natives=natives, module=self._path(node)
         )
         op.provenance = made_by(node)
-        self._count_training(step)
+        self._count_training(step, op)
         return op

@@ -29,6 +29,7 @@ from rescompile.fx_native import Nodes, NodeTorch, sort_nodes
 from rescompile.fx_ops import Attr
 from rescompile.fx_read import Reader
 from rescompile.fx_result import Origin, save, to_user
+from rescompile.fx_run import run_apart, run_nodes
 from rescompile.fx_tree import (
     add_tensor,
     copy_module,
@@ -42,7 +43,7 @@ from rescompile.fx_tree import (
 from rescompile.fx_types import Dims
 from rescompile.fx_view import Item, Native
 from rescompile.graph import Body, Graph, Op, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 
 
 class FxGraph(Graph):
@@ -240,12 +241,17 @@ class FxGraph(Graph):
         save(self, path)
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read."""
+        """Execute the module on named inputs; outputs under the names that the graph's outputs had when it was read.
+
+        A node draws the same random numbers on each call, and in each copy where it has its name.
+        """
         device = device_of(self.module)
         arguments = self.arguments({name: to_torch(array).to(device) for name, array in inputs.items()})
-        module = copy_module(self.module, {}, torch.Tensor.clone) if self.training else self.module
         with torch.no_grad():
-            result = fx.Interpreter(module).run(*arguments, enable_io_processing=False)
+            if self.training or any(op.has(Trait.RANDOM) for op in self):
+                result = run_apart(self.module, arguments)
+            else:
+                result = run_nodes(self.module, arguments)
         return dict(zip(self.output_names, map(to_numpy, self.results(result)), strict=True))
 
     def arguments(self, inputs: Mapping[str, torch.Tensor]) -> list[Any]:

@@ -187,7 +187,7 @@ def align(own: fx.Graph, other: fx.Graph, *, training: bool) -> Modes:
             modes.refusal = _branch(node if not training else twin, twin if not training else node)
             return modes
         twins[twin] = node
-        if differences:
+        if differences and not _drops_nothing(node):
             modes.nodes[node.name] = [[p, b, a] if training else [p, a, b] for p, a, b in differences]
     if len(ours) != len(theirs):
         longer = max(ours, theirs, key=len)
@@ -230,6 +230,11 @@ def _compare(node: fx.Node, twin: fx.Node, twins: Mapping[fx.Node, fx.Node]) -> 
             return None
         differences.append((place, a, b))
     return differences
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether a node is a dropout of rate 0, the same in both forms."""
+    return node.target is _DROPOUT and arguments_of(node)["p"] == 0
 
 
 def _branch(evaluating: fx.Node | None, learning: fx.Node | None) -> str:

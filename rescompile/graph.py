@@ -412,21 +412,30 @@ class Graph(Native):
     def clone(self) -> Self:
         """A copy that can be edited alone; tensors are shared until an edit replaces them."""
         copy = type(self)(self.name)
+        self._copy_to(copy)
+        for value, twin in zip(self.values, copy.values, strict=True):
+            twin.native = value.native
+        return copy
+
+    def outline(self) -> Graph:
+        """The view alone, as a graph in memory: what was there, its names, types and uses, but no data."""
+        copy = Graph(self.name)
+        self._copy_to(copy)
+        return copy
+
+    def _copy_to(self, copy: Graph) -> None:
         values: dict[Value, Value] = {}
         for value in self._values.values():
-            twin = Value(value.name, value.shape, value.dtype, value.role, value.native)
+            twin = Value(value.name, value.shape, value.dtype, value.role)
             twin.constant = value.constant
-            values[value] = twin
+            values[value] = copy._values[twin.name] = twin
         for op in self:
             inputs = [None if value is None else values[value] for value in op.inputs]
             twin_op = Op(op.kind, op.name, inputs, [values[out] for out in op.outputs], dict(op.attrs), (), op.module)
             twin_op.provenance, twin_op.order = op.provenance, op.order
             copy._link(twin_op)
-        for twin in values.values():
-            copy._values.setdefault(twin.name, twin)
         copy.inputs = [values[value] for value in self.inputs]
         copy.outputs = [values[value] for value in self.outputs]
-        return copy
 
     def unique_name(self, stem: str) -> str:
         """`stem`, or `stem_1`, `stem_2`, ...: the first that neither a value nor an operation has."""

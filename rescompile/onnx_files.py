@@ -14,12 +14,13 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from rescompile.errors import RescompileError
+from rescompile.garbage import uncollected
 from rescompile.onnx_graph import OnnxGraph
 from rescompile.onnx_ops import FUNCTION_DOMAIN, OLDEST_OPSET, expanded_size, is_runtimes_own, nodes_within
-from rescompile.onnx_serial import uncollected
-from rescompile.onnx_wiring import put_in_order
+from rescompile.onnx_wiring import copied, put_in_order
 
 
+@uncollected()
 def load(path: str | os.PathLike[str]) -> OnnxGraph:
     """Read an ONNX file. Tensors stay on disk, memory-mapped, until they are asked for.
 
@@ -50,6 +51,7 @@ def load(path: str | os.PathLike[str]) -> OnnxGraph:
     return graph
 
 
+@uncollected()
 def capture(model: Any) -> OnnxGraph:
     """The graph of an `onnx.ModelProto`, an `onnx_ir.Model` or an ONNXProgram of torch.onnx.export; the object itself
     stays as it is, and `to_user` gives back one of its kind."""
@@ -57,9 +59,9 @@ def capture(model: Any) -> OnnxGraph:
         _check_proto(model, "The model")
         native, source = _deserialise(model, "The model"), "proto"
     elif isinstance(model, ir.Model):
-        native, source = model.clone(), "ir"
+        native, source = copied(model, "The model"), "ir"
     elif isinstance(getattr(model, "model", None), ir.Model):
-        native, source = model.model.clone(), "program"
+        native, source = copied(model.model, "The model"), "program"
     else:
         raise RescompileError(
             f"{type(model).__name__} is not an ONNX model: give a path, an onnx.ModelProto, an onnx_ir.Model or what "
@@ -109,8 +111,7 @@ def _check_sparse(proto: onnx.ModelProto, where: str) -> None:
 
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
     try:
-        with uncollected():
-            return ir.from_proto(proto)
+        return ir.from_proto(proto)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError) as error:
         cause = error.__cause__ or error
         raise RescompileError(f"{where} is not a well-formed ONNX model: {str(cause).splitlines()[0]}") from error

@@ -8,7 +8,8 @@ where an operator of the model's opset cannot refer to one, as part of the funct
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 
@@ -36,18 +37,25 @@ _OUTPUTS = {OpKind.ADD_NORM: ("y", "sum")}
 # Attributes that decide what the body looks like; all others are numbers that the body refers to.
 _STRUCTURE = ("inner", "outer", "norm", "transpose_weight", "label", "steps")
 
+# Which function a request of this kind, operand types and attributes got: a network asks for few, and for each often.
+Known: TypeAlias = dict[tuple[OpKind, tuple[ValueType | None, ...], tuple[ValueType, ...], str], ir.OperatorIdentifier]
 
-def call(model: ir.Model, b: Builder, r: Request) -> list[ir.Value]:
+
+def call(model: ir.Model, b: Builder, r: Request, known: Known) -> list[ir.Value]:
     """A call of the function for this request, which is made where the model does not have it yet."""
     attrs = {name: r.attr(name) for name in r.kind.spec.attrs}
-    function = _function(b.opset, r, attrs)
-    key = function.identifier()
-    if key not in model.functions:
-        model.functions[key] = function
+    operands = tuple(None if arg is None else ValueType(arg.shape, arg.dtype) for arg in r.args)
+    request = (r.kind, operands, tuple(r.outputs), repr(attrs))
+    key = known.get(request)
+    if key is None or key not in model.functions:
+        function = _function(b.opset, r, attrs)
+        key = known[request] = function.identifier()
+        if key not in model.functions:
+            model.functions[key] = function
     model.opset_imports[FUNCTION_DOMAIN] = 1
     model.ir_version = max(model.ir_version, OLDEST_IR)
     present = [arg for arg in r.args if arg is not None]
-    return b.many(function.name, present, len(r.outputs), FUNCTION_DOMAIN, **attrs)
+    return b.many(key[1], present, len(r.outputs), FUNCTION_DOMAIN, **attrs)
 
 
 def _function(opset: int, r: Request, attrs: Attrs) -> ir.Function:
@@ -79,10 +87,11 @@ def _function(opset: int, r: Request, attrs: Attrs) -> ir.Function:
     for index, value in enumerate(results):
         if value in (*inputs, *results[:index]):  # ONNX returns neither an input nor a value twice
             results[index] = body.node("Identity", [value])
+    digest = _digest(body, results)
     for name, value in zip(_output_names(r.kind, len(results)), results, strict=True):
         value.name = name
     graph = ir.Graph(inputs, results, nodes=body.nodes, opset_imports={"": opset}, name="body")
-    label = "_".join(_label(r, attrs, body, r.arg(0)))
+    label = "_".join(_label(r, attrs, body, r.arg(0), digest))
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in attrs]
     return ir.Function(FUNCTION_DOMAIN, label, graph=graph, attributes=declared)
 
@@ -103,14 +112,16 @@ def _output_names(kind: OpKind, count: int) -> list[str]:
     return list(named) if count == len(named) else [f"y{index}" for index in range(count)]
 
 
-def _digest(body: Builder) -> str:
-    """A few characters that tell two bodies apart: their nodes, with what each reads by the node that made it."""
+def _digest(body: Builder, results: Sequence[ir.Value]) -> str:
+    """A few characters that tell two bodies apart: their nodes, with what each reads, and what is returned, by the node
+    that made it."""
     places: dict[ir.Value, str] = {}
     lines = []
     for number, node in enumerate(body.nodes):
         read = [None if value is None else places.get(value, value.name) for value in node.inputs]
         lines.append(f"{node.domain}.{node.op_type}{read}{sorted(map(_told, node.attributes.values()))}")
         places.update((value, f"{number}.{index}") for index, value in enumerate(node.outputs))
+    lines.append(f"{[places[value] for value in results]}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 
@@ -121,9 +132,9 @@ def _told(attribute: ir.Attr) -> str:
     return f"{attribute.name}={value}"
 
 
-def _label(r: Request, attrs: Attrs, body: Builder, first: Arg) -> list[str]:
+def _label(r: Request, attrs: Attrs, body: Builder, first: Arg, digest: str) -> list[str]:
     if r.kind is OpKind.FUSED_REGION:
-        return [_STEMS[r.kind], attrs["label"], _digest(body)]
+        return [_STEMS[r.kind], attrs["label"], digest]
     parts = [_STEMS[r.kind]]
     if r.kind is OpKind.ADD_NORM:
         parts += [attrs["norm"], *(name for name, arg in zip(("weight", "bias"), r.args[2:], strict=False) if arg)]

@@ -12,12 +12,13 @@ import onnx_ir
 from rescompile import onnx_blocked, onnx_ort
 from rescompile.composites import recognise
 from rescompile.errors import GraphError, nearest
+from rescompile.garbage import uncollected
 from rescompile.graph import Body, Evaluator, Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.onnx_bodies import read_bodies
 from rescompile.onnx_build import Builder, Request
 from rescompile.onnx_emit import obstacle, write
-from rescompile.onnx_functions import call
+from rescompile.onnx_functions import Known, call
 from rescompile.onnx_import import read
 from rescompile.onnx_literals import evaluate
 from rescompile.onnx_native import Native, set_type
@@ -32,7 +33,7 @@ from rescompile.onnx_ops import (
     nodes_within,
 )
 from rescompile.onnx_run import Optimiser, Session, node_runner
-from rescompile.onnx_serial import in_memory_proto, save, uncollected
+from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.values import numpy_dtype
 
 Dialect: TypeAlias = Literal["functions", "ort"]
@@ -56,6 +57,7 @@ class OnnxGraph(Graph):
         self.origin: Any = None
         self.dialect: Dialect = "functions"
         self._session: Session | None = None
+        self._functions: Known = {}
         self._optimiser = Optimiser()
 
     @classmethod
@@ -326,7 +328,7 @@ class OnnxGraph(Graph):
     def _write_fused(self, builder: Builder, request: Request) -> list[onnx_ir.Value]:
         written = onnx_ort.write(builder, request) if self.dialect == "ort" else None
         if not written:
-            return call(self.model, builder, request)
+            return call(self.model, builder, request, self._functions)
         self.model.opset_imports[CONTRIB_DOMAIN] = 1
         return written
 

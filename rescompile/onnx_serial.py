@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import tempfile
@@ -14,21 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from rescompile.errors import RescompileError
+from rescompile.garbage import uncollected
 
 # Protocol buffers end at 2 GiB; the rest is for nodes and names.
 PROTO_LIMIT = 2**31 - 2**27
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Reading or copying a graph makes millions of objects and no garbage: looking for some takes a third of it."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def tensor_bytes(model: ir.Model) -> int:
@@ -84,10 +72,11 @@ def save(model: ir.Model, path: str | os.PathLike[str]) -> None:
         raise RescompileError(f"'{path}' cannot be written: {error.strerror}.") from error
     try:
         ready = Path(folder) / path.name
-        if external:
-            save_external(model, ready, data)
-        else:
-            ir.save(model, ready, format="protobuf")
+        with uncollected():
+            if external:
+                save_external(model, ready, data)
+            else:
+                ir.save(model, ready, format="protobuf")
         if external and (Path(folder) / data).exists():
             os.replace(Path(folder) / data, path.parent / data)
         os.replace(ready, path)

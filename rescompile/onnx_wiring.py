@@ -1,4 +1,7 @@
-"""Whether the nodes of an ONNX model can be put in order: what they read exists, and nothing reads what comes of it."""
+"""The order of an ONNX model's nodes: whether there is one (what they read exists, nothing reads what comes of it).
+
+Of a model in memory, a copy that holds all that its nodes read.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from rescompile.errors import RescompileError
-from rescompile.onnx_ops import own_graphs
+from rescompile.errors import GraphError, RescompileError
+from rescompile.onnx_ops import nodes_within, own_graphs
 
 
 def put_in_order(model: ir.Model, where: str) -> None:
@@ -29,6 +32,99 @@ def put_in_order(model: ir.Model, where: str) -> None:
             raise RescompileError(
                 f"{where} has a cycle{_through(graph)}: no order of its nodes computes it; export it again."
             ) from error
+
+
+def copied(model: ir.Model, where: str) -> ir.Model:
+    """A copy of a model, in which each constant that a node reads is an initializer.
+
+    The optimiser behind torch.onnx.export (onnxscript 0.7) makes one of equal constants, and leaves some of them out.
+    RescompileError for an operand that nothing produces.
+    """
+    strays = {
+        value: None
+        for node in nodes_within(model.graph)
+        for value in node.inputs
+        if value is not None and value.producer() is None and value.graph is None and value.const_value is not None
+    }
+    _check(model.graph, set(strays), where)
+    for function in model.functions.values():
+        _check(function, set(), f"{where}'s function {function.domain}::{function.name}")
+    if not strays:
+        return model.clone()
+    graph = model.graph.clone(allow_outer_scope_values=True)
+    own = set(nodes_within(graph))
+    for value in strays:
+        twin = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=value.const_value)
+        while twin.name in graph.initializers:
+            twin.name = f"{twin.name}_"
+        for node, index in list(value.uses()):
+            if node in own:
+                node.replace_input_with(index, twin)
+        graph.register_initializer(twin)
+    return ir.Model(
+        graph,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        producer_version=model.producer_version,
+        domain=model.domain,
+        model_version=model.model_version,
+        doc_string=model.doc_string,
+        functions=[function.clone() for function in model.functions.values()],
+        metadata_props=dict(model.metadata_props),
+    )
+
+
+def sort(graph: ir.Graph) -> None:
+    """Put every node behind what it and the graphs inside it read; a node keeps its place unless that comes later.
+
+    GraphError for a cycle, and for an operand that nothing produces.
+    """
+    done: set[ir.Node] = set()
+    for root in graph:
+        producers = _producers(root, graph)
+        if not done.issuperset(producers):
+            graph.insert_before(root, _late(root, producers, graph, done))
+        done.add(root)
+
+
+def _late(root: ir.Node, producers: list[ir.Node], graph: ir.Graph, done: set[ir.Node]) -> list[ir.Node]:
+    """What must come before `root` and is not `done`, in order; it is done from then on."""
+    late: list[ir.Node] = []
+    entered = {root}
+    stack = [(root, iter(producers))]
+    while stack:
+        node, pending = stack[-1]
+        producer = next((each for each in pending if each not in done), None)
+        if producer is None:
+            stack.pop()
+            done.add(node)
+            late.append(node)
+        elif producer in entered:
+            raise GraphError(f"The model's nodes cannot be put in order: there is a cycle through {_label(producer)}.")
+        else:
+            entered.add(producer)
+            stack.append((producer, iter(_producers(producer, graph))))
+    return late[:-1]
+
+
+def _producers(node: ir.Node, graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of `graph` whose results the node, and the graphs inside it, read."""
+    found: list[ir.Node] = []
+    for value in node.inputs:
+        if value is None:
+            continue
+        producer = value.producer()
+        if producer is not None:
+            found.append(producer)
+        elif value.graph is not graph:
+            raise GraphError(f"'{node.name}' reads '{value.name}', which nothing in the model produces.")
+    if node.attributes:
+        for inner in own_graphs(node):
+            within = (value.producer() for each in nodes_within(inner) for value in each.inputs if value is not None)
+            found += [producer for producer in within if producer is not None and producer.graph is graph]
+            results = (value.producer() for value in inner.outputs)
+            found += [producer for producer in results if producer is not None and producer.graph is graph]
+    return found
 
 
 def _check(graph: ir.Graph | ir.Function, known: set[ir.Value], where: str) -> bool:

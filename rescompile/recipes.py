@@ -17,17 +17,6 @@ from rescompile.values import numpy_dtype
 Array: TypeAlias = np.ndarray[Any, Any]
 
 
-def batch_norm_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
-    """W' = W · γ / √(σ² + ε) along `axis` of the weight. Operands: weight, gamma, variance."""
-    weight, gamma, variance = operands
-    assert weight is not None
-    factor = _norm_factor(gamma, variance, attrs["eps"])
-    shape = [1] * weight.ndim
-    shape[attrs["axis"]] = -1
-    scaled: Array = weight.astype(np.float64) * factor.reshape(shape)
-    return scaled.astype(weight.dtype)
-
-
 def batch_norm_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
     """b' = (b − μ) · γ / √(σ² + ε) + β. Operands: weight (for its dtype), bias, gamma, beta, mean, variance."""
     weight, bias, gamma, beta, mean, variance = operands
@@ -86,6 +75,25 @@ def affine_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Arra
     return affine.run(attrs["steps"], operands).bias.astype(numpy_dtype(attrs["dtype"]))
 
 
+def concatenated(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """[A; B; …] along `axis`; zeros in the place of an operand that is absent. `sizes`: the extent of each along it."""
+    like = next(operand for operand in operands if operand is not None)
+    axis = attrs["axis"]
+    parts = []
+    for operand, size in zip(operands, attrs["sizes"], strict=True):
+        shape = (*like.shape[:axis], size, *like.shape[axis + 1 :])
+        parts.append(np.zeros(shape, like.dtype) if operand is None else operand.reshape(shape))
+    joined: Array = np.concatenate(parts, axis)
+    return joined
+
+
+def summed(operands: Sequence[Array | None], _: dict[str, Any]) -> Array:
+    """a + b + …, of those operands that are present."""
+    present = [operand for operand in operands if operand is not None]
+    total: Array = np.sum([operand.astype(np.float64) for operand in present], axis=0)
+    return total.astype(present[0].dtype)
+
+
 def centred(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
     """W − E W along `axis`; of γ ⊙ W with a second operand γ, one number for each place along it."""
     weight, factor = operands
@@ -111,18 +119,48 @@ def folded_weight(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Ar
 
 
 def folded_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
-    """b + W·(β − μ·γ/√(σ² + ε)). Operands: weight, bias, gamma, beta, mean, variance."""
+    """b + W·(number·β − μ·γ/√(σ² + ε)). Operands: weight, bias, gamma, beta, mean, variance."""
     weight, bias, gamma, beta, mean, variance = operands
     assert weight is not None
-    shift: Any = 0.0 if beta is None else beta.reshape(-1).astype(np.float64)
+    shift: Any = 0.0 if beta is None else beta.reshape(-1).astype(np.float64) * attrs.get("number", 1.0)
     if mean is not None:
         shift = shift - mean.astype(np.float64) * _gain(gamma, variance, attrs)
-    spread = weight.astype(np.float64) * _over_inputs(shift, weight, attrs)
+    spread = weight.astype(np.float64) * _spread(shift, weight, attrs)
     kept = 1 - attrs["axis"]  # the weight's outputs are the other one of its first two axes
     total: Array = spread.sum(axis=tuple(axis for axis in range(weight.ndim) if axis != kept))
     if bias is not None:
         total = total + bias.astype(np.float64)
     return total.astype(weight.dtype)
+
+
+def scaled_by(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """number·γ ⊙ W, or number·W/γ where `divide`; γ is one number, or one for each feature of `axis` in `groups`.
+
+    Operands: weight, γ where there is one.
+    """
+    weight, *rest = operands
+    assert weight is not None
+    factor: Any = 1.0
+    if rest and rest[0] is not None:
+        factor = _spread(rest[0].reshape(-1).astype(np.float64), weight, attrs)
+        factor = 1.0 / factor if attrs["divide"] else factor
+    product: Array = weight.astype(np.float64) * (attrs["number"] * factor)
+    return product.astype(weight.dtype)
+
+
+def moved_bias(operands: Sequence[Array | None], attrs: dict[str, Any]) -> Array:
+    """b + number·c, c one number or one for each output (`axis`, `groups`). Operands: weight, bias, c."""
+    weight, bias, moved = operands
+    assert weight is not None
+    assert moved is not None
+    start = np.zeros(weight.shape[attrs["axis"]] * attrs["groups"]) if bias is None else bias.astype(np.float64)
+    total: Array = start + attrs["number"] * moved.reshape(-1).astype(np.float64)
+    return total.astype(weight.dtype)
+
+
+def _spread(numbers: Array, weight: Array, attrs: dict[str, Any]) -> Any:
+    """As `_over_inputs`, or the number itself where it is one."""
+    return float(numbers[0]) if numbers.size == 1 else _over_inputs(numbers, weight, attrs)
 
 
 def _gain(gamma: Array | None, variance: Array | None, attrs: dict[str, Any]) -> Any:
@@ -143,7 +181,6 @@ def _over_inputs(numbers: Array, weight: Array, attrs: dict[str, Any]) -> Array:
 
 
 RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = {
-    "batch_norm_weight": batch_norm_weight,
     "batch_norm_bias": batch_norm_bias,
     "scaled": scaled,
     "constant": constant,
@@ -151,7 +188,11 @@ RECIPES: dict[str, Callable[[Sequence[Array | None], dict[str, Any]], Array]] = 
     "select_last": select_last,
     "affine_weight": affine_weight,
     "affine_bias": affine_bias,
+    "concatenated": concatenated,
+    "summed": summed,
     "centred": centred,
     "folded_weight": folded_weight,
     "folded_bias": folded_bias,
+    "scaled_by": scaled_by,
+    "moved_bias": moved_bias,
 }

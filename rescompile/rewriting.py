@@ -1,7 +1,8 @@
 """Plan, apply, verify, report: the driver that runs passes over a graph as one transaction.
 
-The user's graph is never edited. Passes are planned one after the other on a clone; the result is verified against the
-original; a failure is bisected to the guilty rewrite, which is rolled back together with those that build on it.
+The user's graph is edited by `rewrite_in_place` only. Passes are planned one after the other on a clone; the result is
+verified against the original; a failure is bisected to the guilty rewrite, which is rolled back together with those
+that build on it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import msgspec
 
 from rescompile.costs import Costs, cost_lines, graph_costs
 from rescompile.errors import RescompileError, VerificationError
+from rescompile.garbage import uncollected
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
+from rescompile.traffic import Traffic, graph_traffic, traffic_lines
 from rescompile.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -51,21 +54,26 @@ class Result(msgspec.Struct):
         """For each original parameter, the parameters of the result that hold it or were computed from it."""
         present = {value.name for value in self.graph.parameters}
         heirs: dict[str, list[str]] = {value.name: [] for value in self.original.parameters}
-        for name, found in heirs.items():
-            if name in present:
-                found.append(name)
+        origins: dict[str, dict[str, None]] = {name: {name: None} for name in heirs}
         for rewrite in self.applied:
             for edit in rewrite.edits:
-                if isinstance(edit, AddParameter | SetParameter) and edit.name in present:
-                    for operand in edit.operands:
-                        if operand in heirs and edit.name not in heirs[operand]:
-                            heirs[operand].append(edit.name)
+                if isinstance(edit, AddParameter | SetParameter):
+                    read = [origins[operand] for operand in edit.operands if operand in origins]
+                    origins.setdefault(edit.name, {}).update(dict.fromkeys(name for each in read for name in each))
+        for name in sorted(origins, key=lambda name: name not in heirs):
+            for origin in origins[name] if name in present else ():
+                heirs[origin].insert(0 if origin == name else len(heirs[origin]), name)
         return heirs
 
     @property
     def costs(self) -> tuple[Costs, Costs]:
         """Parameters, floating-point operations and bytes moved, before and after."""
         return graph_costs(self.original), graph_costs(self.graph)
+
+    @property
+    def traffic(self) -> tuple[Traffic, Traffic]:
+        """Memory traffic beside the least that there could be, before and after."""
+        return graph_traffic(self.original), graph_traffic(self.graph)
 
     def compare_gradients(self, inputs: Any = None, *, seed: int = 0, init: str = "given") -> GradientComparison:
         """Gradient norm and E[x²] by block, before and after: see `rescompile.compare_gradients`."""
@@ -95,12 +103,12 @@ class Result(msgspec.Struct):
             "key_map": self.key_map,
             "unspelled": self.graph.unspelled(),
             "costs": {name: costs.to_dict() for name, costs in zip(("before", "after"), self.costs, strict=True)},
+            "traffic": {name: each.to_dict() for name, each in zip(("before", "after"), self.traffic, strict=True)},
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            [str(self.plan), *_unspelled_lines(self.graph), *cost_lines(*self.costs), str(self.verification)]
-        )
+        lines = [str(self.plan), *_unspelled_lines(self.graph), *cost_lines(*self.costs), *traffic_lines(*self.traffic)]
+        return "\n".join([*lines, str(self.verification)])
 
 
 def _unspelled_lines(graph: Graph) -> list[str]:
@@ -122,14 +130,33 @@ def stages(passes: Iterable[Pass | Pipeline]) -> list[Pass]:
     return flat
 
 
+@uncollected()
 def make_plan(graph: Graph, passes: Sequence[Pass | Pipeline], dialect: str | None = None) -> tuple[Plan, Graph]:
     """The plan of all passes in order, and the graph as it leaves it. `graph` stays as it was."""
-    working, plan = _copy(graph, dialect), Plan(graph.name, graph.ir)
+    working = _copy(graph, dialect)
+    return _planned(working, passes), working
+
+
+@uncollected()
+def rewrite_in_place(graph: Graph, passes: Sequence[Pass | Pipeline], dialect: str | None = None) -> Result:
+    """Plan and apply `passes` to the graph itself, without a copy to compare with: for who has no use for the original.
+
+    The result's `original` is the outline of what went in. After an error the graph is unusable.
+    """
+    original = graph.outline()
+    if dialect is not None:
+        graph.use_dialect(dialect)
+    plan = _planned(graph, passes)
+    return Result(original, graph, plan, Verification(_preserves(plan), skipped="switched off"), [])
+
+
+def _planned(working: Graph, passes: Sequence[Pass | Pipeline]) -> Plan:
+    plan = Plan(working.name, working.ir)
     for item in stages(passes):
         step = item.plan(working)
         step.apply(working)
         plan.extend(step)
-    return plan, working
+    return plan
 
 
 def run_passes(

@@ -170,6 +170,39 @@ def test_shortcut_that_is_a_view() -> None:
     assert (block.shortcut, block.fork_value) == ("view", x)
 
 
+@pytest.mark.parametrize("step", [1, -1])
+def test_a_slice_of_all_elements_in_order_is_no_view(step: int) -> None:
+    b = Builder()
+    x = b.input(2, 4, 8)
+    attrs = {"axes": (1,), "starts": (0,), "stops": (4,), "steps": (step,)}
+    whole = b.op(K.SLICE, x, shape=(2, 4, 8), **attrs)
+    assert only(b.output(b.add(whole, mlp(b, x)))).shortcut == ("identity" if step == 1 else "view")
+
+
+@pytest.mark.parametrize(("shape", "shortcut"), [((2, 4, 8), "identity"), ((2, 8, 4), "view")])
+def test_a_reshape_to_the_shape_that_was_there_is_no_view(shape: tuple[int, ...], shortcut: str) -> None:
+    b = Builder()
+    x = b.input(2, 4, 8)
+    assert only(b.output(b.add(b.reshape(x, *shape), b.reshape(mlp(b, x), *shape)))).shortcut == shortcut
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_parts_that_the_branch_read_one_by_one_are_put_together_for_the_sum(late: bool, whole: bool) -> None:
+    b = Builder()
+    x = b.linear(b.input(1, 9, 8), 8)
+    early = None if late else b.slice(x, 1, 0, 1)
+    patches = b.slice(x, 1, 1, 9)
+    patches = b.add(patches, b.linear(patches, 8), name="first")
+    token = early or b.slice(x, 1, 0, 1)
+    tokens = b.op(K.EXPAND, token, shape=(2, 1, 8)) if whole else b.param(2, 1, 8)
+    y = attention(b, b.concat(tokens, b.reshape(patches, 2, 4, 8), axis=1))
+    token_part = b.op(K.MEAN, b.slice(y, 1, 0, 1), shape=(1, 1, 8), axes=(0,), keepdims=True)
+    y = b.concat(token_part, b.reshape(b.slice(y, 1, 1, 5), 1, 8, 8), axis=1)
+    report = inspect_graph(b.output(b.layer_norm(b.add(b.concat(token, patches, axis=1), y, name="second"))))
+    assert [(block.fork, block.join, block.shortcut) for block in report][1:] == [("first", "second", "view")] * whole
+
+
 def test_slices_of_one_split_are_views_of_its_input() -> None:
     b = Builder()
     x = b.input(1, 8, 8, 8, name="x")
@@ -434,6 +467,24 @@ def test_global_skip_encloses_the_blocks_inside() -> None:
     assert len(report.all_branch_ops(report.blocks[3])) == 3 * 5 + 1
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_block_in_a_shortcut_is_nested_where_that_shortcut_is(inside: bool) -> None:
+    b = Builder()
+    fork = b.conv(b.input(1, 4, 16, 16), 4)
+
+    def level(x: Value, depth: int) -> Value:
+        skip = b.add(x, b.conv(x, 4), name=f"skip_{depth}")
+        down = b.op(K.AVG_POOL, x, shape=(1, 4, *(int(extent) // 2 for extent in (x.shape or ())[2:])))
+        down = level(down, depth - 1) if depth > 1 else b.conv(down, 4)
+        return b.add(skip, b.op(K.INTERPOLATE, down, shape=x.shape), name=f"level_{depth}")
+
+    report = inspect_graph(b.output(level(fork, 2 if inside else 1)))
+    parents = {block.join: None if block.parent is None else report.blocks[block.parent].join for block in report}
+    nested = {"skip_1": "level_2", "level_1": "level_2", "skip_2": None, "level_2": None}
+    assert parents == (nested if inside else {"skip_1": None, "level_1": None})
+    assert "R(x) = " in str(report)
+
+
 def test_one_fork_that_feeds_every_join() -> None:
     b = Builder()
     x = b.input(2, 8, name="x")
@@ -476,6 +527,16 @@ def test_parallel_branches_may_share_one_linear_and_no_more(linears: int) -> Non
     a = b.linear(b.op(K.ATTENTION, q, k, v, None, shape=q.shape), 8)
     block = only(b.output(b.add(x, b.add(a, b.linear(b.op(K.GELU, f), 8)))))
     assert block.kind == ("parallel" if linears == 1 else "add")
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+def test_parallel_branches_may_share_a_norm_and_an_activation_but_no_convolution(convolved: bool) -> None:
+    b = Builder()
+    x = b.input(1, 4, 8, 8)
+    both = b.relu(b.batch_norm(b.conv(x, 4) if convolved else x))
+    one, two = (b.conv(b.relu(b.conv(both, 4)), 4) for _ in range(2))
+    block = only(b.output(b.add(x, b.add(one, two))))
+    assert (block.kind, block.shortcut) == ("add" if convolved else "parallel", "identity")
 
 
 def test_the_largest_of_a_router_beside_the_others_are_no_new_features() -> None:

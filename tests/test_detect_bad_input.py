@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -23,6 +24,7 @@ from rescompile.detection import explain, inspect_graph
 from rescompile.errors import RescompileError
 from rescompile.graph import Role
 from rescompile.onnx_files import capture as capture_onnx
+from rescompile.onnx_ops import nodes_within
 from tests.graphs import Builder
 from tests.graphs import K as Kind
 
@@ -116,6 +118,24 @@ def test_broken_model_is_refused_in_one_sentence(
     assert not said.out
     assert "Traceback" not in said.err
     assert said.err.strip()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_constants_that_an_optimiser_left_out_of_a_model_in_memory_are_taken_up(inside: bool) -> None:
+    text = IF.format(then="c = Mul(x, x)") if inside else "g (float[N, 4] x) => (float[N, 4] y) { y = Mul(x, x) }"
+    model = ir.from_proto(parse(text))
+    node = next(node for node in nodes_within(model.graph) if node.op_type == "Mul")
+    stray = ir.Value(name="w", const_value=ir.tensor(np.ones(4, np.float32), name="w"))
+    node.replace_input_with(1, stray)
+    native = capture_onnx(model).model.graph
+    kept = native.initializers["w"]
+    assert kept is not stray
+    assert kept.const_value is stray.const_value
+    assert [user for user, _ in kept.uses()] == [one for one in nodes_within(native) if one.op_type == "Mul"]
+    assert [user for user, _ in stray.uses()] == [node]
+    node.replace_input_with(1, ir.Value(name="no"))
+    with pytest.raises(RescompileError, match="reads 'no', which nothing produces"):
+        capture_onnx(model)
 
 
 def test_sparse_tensors_are_refused() -> None:

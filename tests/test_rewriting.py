@@ -13,7 +13,8 @@ from rescompile.errors import RescompileError, VerificationError
 from rescompile.graph import Graph, ValueType
 from rescompile.kinds import OpKind
 from rescompile.plans import Insert, Plan, Refusal, Rewrite, SetOperand, gather
-from rescompile.rewriting import apply_plan, run_passes
+from rescompile.printing import print_graph
+from rescompile.rewriting import apply_plan, rewrite_in_place, run_passes
 from rescompile.verify import make_inputs, relative_difference, verify
 
 SHAPE = (2, 3)
@@ -184,3 +185,24 @@ def test_integer_inputs_stay_inside_the_table_they_index() -> None:
 )
 def test_relative_difference(a: list[float], b: list[float], expected: float) -> None:
     assert relative_difference(np.array(a), np.array(b)) == expected
+
+
+def test_a_rewrite_in_place_edits_the_graph_and_keeps_the_outline_of_what_went_in() -> None:
+    graph, expected = chain(3), run_passes(chain(3), [WrapRelu()], check=False)
+    result = rewrite_in_place(graph, [WrapRelu()])
+    assert result.graph is graph
+    assert print_graph(result.graph) == print_graph(expected.graph)
+    assert print_graph(result.original) == print_graph(expected.original)
+    assert result.to_dict() == expected.to_dict()
+
+
+def test_an_outline_has_no_data() -> None:
+    graph = NumpyGraph("one")
+    graph.add_constant("w", SHAPE, "float32", np.ones(SHAPE))
+    assert graph.outline().value("w").native is None
+
+
+def test_denormal_numbers_are_measured_by_the_smallest_normal_one() -> None:
+    expected = np.array([1e-40, 0.0], "float32")
+    assert relative_difference(expected, expected + np.float32(3e-45)) < 1e-6, "the last place of 1e-40 is 1.4e-45"
+    assert relative_difference(expected, expected * 2) > 1e-3

@@ -231,6 +231,13 @@ def _blocks(judgement: Judgement, telling: _Telling, inner: Sequence[tuple[Op, S
             at = number.get(op, index)
             if op in held or (at != index and _lies_in(drafts[at], draft)):
                 parents.setdefault(op, index)
+    # A block in another's shortcut lies beside that one, in whatever branch that is; outer blocks end later.
+    for draft in reversed(drafts):
+        around_it = parents.get(draft.join_op)
+        if around_it is not None:
+            for op in draft.shortcut_ops:
+                if op in number:
+                    parents.setdefault(op, around_it)
     ids: list[int] = []
     offsets: list[int] = []
     count = 0

@@ -30,6 +30,7 @@ class Draft(msgspec.Struct, eq=False):
     outside: list[Value]
     join_ops: list[Op] = []  # all sums that make up the join, `join_op` last
     undecided: list[str] = []  # what could not be told, for want of shapes
+    streams: list[Value] = []  # that a sum of streams fuses: where each of them ends
     kinds: frozenset[OpKind] = frozenset()  # of the branch's operations, once the block is accepted
 
     @property
@@ -90,7 +91,8 @@ class Judgement:
             draft.join_ops.append(draft.join_op)
         draft.kinds = frozenset([op.kind for op in draft.branch_ops])
         self.drafts[draft.join_op] = draft
-        self.reach.contract(draft.join_value, draft.fork)
+        if not draft.streams:
+            self.reach.contract(draft.join_value, draft.fork)
         if draft.kind in ("add", "parallel") and draft.shortcut == "identity":
             self._streams[draft.join_value] = self._streams.get(draft.fork, draft.fork)
             if not draft.shortcut_ops and all(map(_is_plain, draft.join_ops)):

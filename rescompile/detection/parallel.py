@@ -117,7 +117,7 @@ def _tail(value: Value) -> Op | None:
 
 
 def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
-    """Whether a branch's parts meet at the fork, at its normalised form, or at one linear that both take parts of."""
+    """Whether a branch's parts meet at the fork, at what norms and activations make of it, or at one linear."""
     if meet is None or order(meet) < order(fork):
         return False
     if meet is fork:
@@ -126,4 +126,4 @@ def _starts_at(judgement: Judgement, fork: Value, meet: Value | None) -> bool:
     if way is None:
         return False
     rest = [op for op in way.ops if not (op.has(Trait.NORM) or op.has(Trait.FREE) or is_scale(op))]
-    return not rest or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)
+    return all(op.has(Trait.ACTIVATION) for op in rest) or (len(rest) == 1 and rest[0].kind is OpKind.LINEAR)

@@ -26,6 +26,9 @@ _NOTHING = (
 )
 
 
+# Free operations that move nothing where they leave the shape as it is.
+_KEEPING = (OpKind.RESHAPE, OpKind.EXPAND, OpKind.SLICE, OpKind.SPLIT)
+
 # Besides pools: over an axis that a reshape made of the elements of a window, a mean or a maximum is one.
 RESIZING = (OpKind.INTERPOLATE, OpKind.MEAN, OpKind.AMAX)
 
@@ -79,6 +82,16 @@ def _is_depthwise(op: Op) -> bool:
 
 def _is_strided(op: Op) -> bool:
     return op.kind is OpKind.CONV and any(step != 1 for step in op.attr("stride"))
+
+
+def keeps_all(op: Op) -> bool:
+    """Whether a free operation leaves every element where it is: an identity, a cast, x[:n] of n elements."""
+    if op.kind in (OpKind.IDENTITY, OpKind.CAST):
+        return True
+    shape = op.outputs[0].shape
+    if op.kind not in _KEEPING or shape is None or op.operands[0].shape != shape:
+        return False
+    return op.kind is not OpKind.SLICE or all(step == 1 for step in op.attr("steps"))
 
 
 def is_scale(op: Op) -> bool:
@@ -191,7 +204,7 @@ def chain(reach: Reach, fork: Value, top: Value) -> Chain | None:
         elif op.kind in _NOTHING or is_scale(op):
             pass
         elif op.has(Trait.FREE):
-            views += 1
+            views += not keeps_all(op)
         elif op.has(Trait.ACTIVATION):
             activations += 1
             bends += 1

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from rescompile.detection.chains import order
 from rescompile.detection.judgement import Judgement
-from rescompile.detection.paths import branch_works, is_scale
+from rescompile.detection.paths import branch_works, is_scale, keeps_all
 from rescompile.graph import Op, Value
-from rescompile.kinds import OpKind, Trait
+from rescompile.kinds import Trait
 
 _STEPS = 8  # free operations between the fork and the join, at most
 _VISITS = 1000  # values of one search
@@ -36,7 +36,7 @@ class Crossing:
     @property
     def shortcut(self) -> str:
         """The shortcut's kind."""
-        moved = any(op.has(Trait.FREE) and op.kind not in (OpKind.IDENTITY, OpKind.CAST) for op in self.shortcut_ops)
+        moved = any(op.has(Trait.FREE) and not keeps_all(op) for op in self.shortcut_ops)
         return "view" if moved else "identity"
 
 

@@ -15,10 +15,12 @@ y = B₀(x) + B₁(conv₃(x)) + B₂(conv₁(x)).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from rescompile.detection.chains import age
 from rescompile.detection.constants import constant_operand, is_broadcast, may_be_stream
 from rescompile.detection.flavours import comes_back
+from rescompile.detection.fusions import fused_streams
 from rescompile.detection.gates import only_measured, only_weighs, reached_by_gates_only
 from rescompile.detection.judgement import Draft, Judgement, Refusal
 from rescompile.detection.parallel import absorb, parallel_tail
@@ -31,6 +33,8 @@ from rescompile.kinds import OpKind, Trait
 
 INTEGERS = ("int", "uint", "bool")
 _TRIED = 16  # operands of a sum of many that are tried as the shortcut, oldest first: a skip is older than its branches
+_PUT_TOGETHER = 8  # parts of a concatenation that are looked for in a branch, at most
+_MOVES = 8  # free operations behind that concatenation, at most
 _IDENTITY = Chain((), "identity", affine=True, working=False)
 _PARTS = (OpKind.SLICE, OpKind.SPLIT, OpKind.GATHER)
 
@@ -122,7 +126,10 @@ def _contracted(
         if way is not None and way.shortcut is not None:
             ranked.append((way, skip, others))
     if not ranked:
-        branches = _branches(judgement, op, fork, (left, *rest))
+        whole = _put_together(judgement, op, sides)
+        if whole is not None:
+            return whole
+        branches = _branches(judgement, op, fork, (left, *rest)) or fused_streams(judgement, op, fork, (left, *rest))
         if branches is not None:
             return branches
         text = (
@@ -139,6 +146,40 @@ def _contracted(
         if refusal is None:
             refusal = found
     return refusal if refusal is not None else Refusal("no shortcut", fork)
+
+
+def _put_together(
+    judgement: Judgement, op: Op, sides: Sequence[tuple[tuple[int, Value], Sequence[tuple[int, Value]]]]
+) -> Draft | None:
+    """y = [a, b] + F(a, b): the branch took the parts one by one, which are put together for the sum (TimeSformer).
+
+    The fork is the part that is a stream, or the largest; what the branch makes of the others enters it from outside.
+    """
+    reach = judgement.reach
+    for skip, others in sides:
+        way: list[Op] = []
+        value = skip[1]
+        while (maker := value.producer) is not None and value not in reach.forks and len(way) < _MOVES:
+            way.append(maker)
+            if maker.kind is OpKind.CONCAT or not maker.has(Trait.FREE):
+                break
+            value = maker.operands[0]
+        parts = reach.sources(value)
+        if not way or way[-1].kind is not OpKind.CONCAT or not 2 <= len(parts) <= _PUT_TOGETHER:
+            continue
+        tops = [top for _, top in others]
+        if all(reach.meet(part, tops) is part for part in parts):
+            ways = Chain(tuple(way[::-1]), "view", affine=True, working=False)
+            fork = max(parts, key=lambda part: (part in reach.forks, _size(part)))
+            found = _block(judgement, op, fork, ways, skip, others)
+            if isinstance(found, Draft):
+                return found
+    return None
+
+
+def _size(value: Value) -> int:
+    """Number of elements, as far as it is known."""
+    return prod(extent for extent in value.shape or () if isinstance(extent, int))
 
 
 def _branches(judgement: Judgement, op: Op, fork: Value, operands: Sequence[tuple[int, Value]]) -> Draft | None:

@@ -256,12 +256,15 @@ def _age(stream: _Stream) -> int:
 
 
 def _sibling_before(streams: dict[Value, _Stream], members: Members, block: Block) -> Block | None:
-    """The block that the fork comes from, or the one around it that is as deeply nested as `block`."""
+    """The block that the fork comes from, or the one around it that is as deeply nested as `block`.
+
+    One that ends later is none before: of two streams, the fork may lie in a branch of the other.
+    """
     stream = streams.get(block.fork_value)
     previous = None if stream is None else stream.block
     while previous is not None and previous.parent != block.parent:
         previous = None if previous.parent is None else members.by_id[previous.parent]
-    return previous
+    return previous if previous is not None and previous.id < block.id else None
 
 
 def _start(streams: dict[Value, _Stream], members: Members, first: Block, previous: Block | None) -> dict[str, Any]:

@@ -357,26 +357,33 @@ CASES: dict[str, Case] = {
     "CIFAR ResNet, option C": Case(lambda: CifarResNet("C"), image(), {"projection": 3}, "branch", folded="none"),
     # ONNX export folds the batch norm behind a convolution only.
     "Wide ResNet": Case(WideResNet, image(), {"identity": 4, "projection": 2}, "pre"),
-    "ResNeXt": Case(bottlenecks, image(), {"identity": 2, "projection": 1}, "branch"),
-    "SENet": Case(lambda: bottlenecks(end=SE), image(), {"identity": 2, "projection": 1}, "inner"),
-    "ECA-Net": Case(lambda: bottlenecks(end=ECA), image(), {"identity": 2, "projection": 1}, "inner"),
-    "CBAM": Case(lambda: bottlenecks(end=CBAM), image(), {"identity": 2, "projection": 1}, "inner"),
-    "SK-Net": Case(lambda: bottlenecks(middle=SelectiveKernel), image(), {"identity": 2, "projection": 1}, "branch"),
+    "ResNeXt": Case(bottlenecks, image(), {"identity": 2, "projection": 1}, "branch", folded="none"),
+    "SENet": Case(lambda: bottlenecks(end=SE), image(), {"identity": 2, "projection": 1}, "inner", folded="none"),
+    "ECA-Net": Case(lambda: bottlenecks(end=ECA), image(), {"identity": 2, "projection": 1}, "inner", folded="none"),
+    "CBAM": Case(lambda: bottlenecks(end=CBAM), image(), {"identity": 2, "projection": 1}, "inner", folded="none"),
+    "SK-Net": Case(
+        lambda: bottlenecks(middle=SelectiveKernel), image(), {"identity": 2, "projection": 1}, "branch", folded="none"
+    ),
     "ResNeSt": Case(
-        lambda: bottlenecks(middle=SplitAttention), image(), {"identity": 2, "projection": 1}, "branch", traced=False
+        lambda: bottlenecks(middle=SplitAttention),
+        image(),
+        {"identity": 2, "projection": 1},
+        "branch",
+        folded="none",
+        traced=False,
     ),
-    "PyramidNet": Case(PyramidNet, image(), {"pad": 3}, "sandwich", traced=False),
+    "PyramidNet": Case(PyramidNet, image(), {"pad": 3}, "sandwich", folded="pre", traced=False),
     "Shake-Shake, training": Case(ShakeShake, image(), {"stochastic": 2}, training=True, traced=False),
-    "Shake-Shake": Case(ShakeShake, image(), {"parallel": 2}, "branch"),
+    "Shake-Shake": Case(ShakeShake, image(), {"parallel": 2}, "branch", folded="none"),
     "stochastic depth, training": Case(
-        lambda: Dropped(False), image(), {"stochastic": 3}, "branch", training=True, traced=False
+        lambda: Dropped(False), image(), {"stochastic": 3}, "branch", folded="none", training=True, traced=False
     ),
-    "stochastic depth": Case(lambda: Dropped(False), image(), {"identity": 3}, "branch", scales=3),
+    "stochastic depth": Case(lambda: Dropped(False), image(), {"identity": 3}, "branch", folded="none", scales=3),
     "ShakeDrop, training": Case(
-        lambda: Dropped(True), image(), {"stochastic": 3}, "branch", training=True, traced=False
+        lambda: Dropped(True), image(), {"stochastic": 3}, "branch", folded="none", training=True, traced=False
     ),
-    "Inception-ResNet": Case(InceptionResNet, image(), {"identity": 2}, "inner", scales=2),
-    "SqueezeNext": Case(SqueezeNext, image(), {"identity": 1, "projection": 1}, "inner"),
+    "Inception-ResNet": Case(InceptionResNet, image(), {"identity": 2}, "inner", folded="none", scales=2),
+    "SqueezeNext": Case(SqueezeNext, image(), {"identity": 1, "projection": 1}, "inner", folded="none"),
     "FractalNet": Case(Fractal, image(), {}),
     "GhostNet": Case(Ghost, image(), {"identity": 1, "dense": 2, "nested": 2}),
 }

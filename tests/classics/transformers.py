@@ -413,12 +413,14 @@ CASES: dict[str, Case] = {
     "DiT": Case(DiT, floats((N, T, D), (N, D)), {"identity": 4}, "pre", scales=0),
     "MMDiT": Case(MMDiT, floats((N, T, D), (N, 3, D)), {"identity": 8}, "pre"),
     "Perceiver IO": Case(Perceiver, X, {"identity": 6}, "pre"),
-    "set transformer": Case(SetTransformer, X, {"identity": 6}, "none"),
+    # An exporter computes the queries that are made of learned points alone, so that no branch starts from these.
+    "set transformer": Case(SetTransformer, X, {"identity": 6}, "none", onnx={"identity": 4}),
     "embeddings that are summed": Case(
         ClassConditional, lambda: (torch.randint(0, 11, (N, T)), torch.randint(0, 2, (N, T))), {"identity": 4}, "pre"
     ),
     # The second stream is x + F₁ + F₂, one sum of two branches; the streams merge as two norms of one fork.
-    "ResiDual": Case(lambda: two(ResiDual), X, {"identity": 4, "parallel": 2}),
+    # At its beginning both streams are one, x + F₁ twice: an exporter makes one sum of these.
+    "ResiDual": Case(lambda: two(ResiDual), X, {"identity": 4, "parallel": 2}, onnx={"identity": 6}),
     # The first average holds one layer's branch, the second and the third several.
     "DenseFormer": Case(DenseFormer, X, {"identity": 7, "parallel": 2}, "pre"),
     "hyper-connections": Case(HyperConnections, X, {"identity": 4}),

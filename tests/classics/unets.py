@@ -249,13 +249,15 @@ CASES: dict[str, Case] = {
     "Attention U-Net": Case(lambda: UNet(gated=True), image(), {"long": 2, "nested": 1}),
     "ResUNet": Case(lambda: UNet(residual=True), image(), {"long": 2, "projection": 5}),
     "U-Net++": Case(Nested, image(), {"long": 3}),
-    "V-Net": Case(VNet, floats((1, 1, 4, 4, 4)), {"long": 1, "identity": 3}, "inner"),
+    "V-Net": Case(VNet, floats((1, 1, 4, 4, 4)), {"long": 1, "identity": 3}, "inner", folded="none"),
     "LinkNet": Case(LinkNet, image(), {"long": 2, "identity": 2}, "branch", folded="none"),
     "SegNet": Case(SegNet, image(), {}),
-    "hourglass, plain skips": Case(lambda: Hourglass(2, plain=True), image(4), {"long": 2, "identity": 5}, "branch"),
+    "hourglass, plain skips": Case(
+        lambda: Hourglass(2, plain=True), image(4), {"long": 2, "identity": 5}, "branch", folded="none"
+    ),
     # The skips are residual blocks themselves: the stream that runs through them is what is joined.
-    "hourglass": Case(lambda: Hourglass(2), image(4), {"long": 2, "identity": 7}, "branch"),
-    "stacked hourglasses": Case(Stacked, image(), {"long": 2, "parallel": 1, "identity": 8}, "branch"),
+    "hourglass": Case(lambda: Hourglass(2), image(4), {"long": 2, "identity": 7}, "branch", folded="none"),
+    "stacked hourglasses": Case(Stacked, image(), {"long": 2, "parallel": 1, "identity": 8}, "branch", folded="none"),
     "Demucs": Case(Wave, floats((1, 2, 64)), {"long": 1, "recurrent": 1}),
     # No change of resolution: the concatenations append new features to old ones.
     # A trace holds each encoder layer of torch.nn as one operation, whose skips it does not show.
