@@ -24,7 +24,7 @@ def plain_sum(join: Op) -> Refusal | None:
     constant = next((value for value in operands if value.constant), None)
     if constant is not None:
         return Refusal(where, f"'{constant.name}' is a constant: a bias, not a skip")
-    if not same_shape(join.output, *operands):
+    if not same_shape(*operands):  # the sum has it too, whatever the model calls its extents
         shapes = " and ".join(_shape(value) for value in operands)
         return Refusal(where, f"the operands have shapes {shapes}: a broadcast or unknown extent cannot be fused")
     if len({value.dtype for value in (join.output, *operands)}) != 1:

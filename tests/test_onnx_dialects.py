@@ -114,6 +114,9 @@ CASES: dict[str, tuple[str, str, str]] = {
     "symbolic extents": (
         f"(float[N, S, 8] x) => (float[N, S, 8] y) {{ f = MatMul(x, W(8, 8)) s = Add(f, x) y = {NORM} }}",
         "SkipLayerNormalization", ""),
+    "extents that go by another name behind the sum": (
+        f"(float[N, 5, 8] x) => (float[M, L, 8] y, float[K, 5, 8] s) "
+        f"{{ f = MatMul(x, W(8, 8)) s = Add(f, x) y = {NORM} }}", "SkipLayerNormalization", ""),
     "two dimensions": (f"(float[5, 8] x) => (float[5, 8] y) {{ f = MatMul(x, W(8, 8)) s = Add(f, x) y = {NORM} }}",
                        "SkipLayerNormalization", ""),
     "no shift": (f"{TOKENS} {{ f = MatMul(x, W(8, 8)) s = Add(f, x) "
