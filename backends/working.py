@@ -12,6 +12,9 @@ from rescompile.kinds import OpKind, Trait
 from rescompile.values import numpy_dtype
 
 
+_NORMS = {OpKind.LAYER_NORM: "layer", OpKind.RMS_NORM: "rms"}
+
+
 class WorkingGraph(Graph):
     """A graph in memory whose constants are read from the graph that it was copied from, when they are needed."""
 
@@ -119,6 +122,7 @@ def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[V
     region = parse(op.attr("steps"))
     types = step_types(region, [None if x is None else x.type for x in op.inputs], [x.type for x in op.outputs])
     known = list(inputs)
+    norms: list[Op] = []
     for index, (step, type_) in enumerate(zip(region.steps, types, strict=True), region.operands):
         if step.kind is OpKind.FULL:
             number = np.asarray(step.attrs["value"], dtype=numpy_dtype(type_.dtype or "float32"))
@@ -130,7 +134,26 @@ def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[V
         made = copy.add_op(step.kind, operands, [(name, type_)], step.settings(type_), name=name, module=op.module)
         made.provenance = op.provenance
         known.append(made.output)
+        if step.kind in _NORMS:
+            norms.append(made)
+    for norm in norms:
+        _join_norm(copy, norm)
     return [value for place in region.outputs if (value := known[place]) is not None]
+
+
+def _join_norm(copy: WorkingGraph, norm: Op) -> None:
+    """A plain sum and the norm that reads it are one kernel, also where the region holds more."""
+    total = norm.operands[0]
+    join = total.producer
+    if join is None or join.kind is not OpKind.ADD or len(join.operands) != 2 or norm.output.type != total.type:
+        return
+    one, other = join.operands
+    if one is other or one.type != total.type or other.type != total.type or any(scale != 1 for scale in join.scales):
+        return
+    affine = [*norm.inputs[1:], None, None][:2]
+    attrs = {"norm": _NORMS[norm.kind], "axis": norm.attr("axis"), "eps": norm.attr("eps")}
+    outputs = [norm.output, total]
+    copy.fuse([join, norm], OpKind.ADD_NORM, [one, other, *affine], outputs, attrs, name=norm.name)
 
 
 def foldable(op: Op) -> bool:

@@ -10,6 +10,8 @@ from rescompile.costs import tensor_size
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind as K
+from rescompile.kinds import Trait
+from rescompile.passes.joins import only_reader
 from rescompile.passes.tracing import is_stored
 from rescompile.plans import (
     AddParameter,
@@ -43,7 +45,8 @@ class MergeParallel:
        merged weight is a copy of those that something else reads, or an exporter found equal.
     3. The first residual join that each leads to is the same: the parts of what runs blocks later would be held in
        memory all that time.
-    4. The graph is no training form: optimisers keep state, weight decay and clipping by parameter, and checkpoints
+    4. An activation that alone reads each part, the same for all, goes before the split.
+    5. The graph is no training form: optimisers keep state, weight decay and clipping by parameter, and checkpoints
        load by name. (Steps of plain SGD on the merged weight would be those on its parts, but for a bias of zeros.)
     """
 
@@ -68,10 +71,10 @@ class MergeParallel:
                 )
                 yield Refusal(ops[0].name, f"{reason}: optimisers and checkpoints go by them")
                 continue
-            yield from self._of_one_value(value, ops, joins, fresh)
+            yield from self._of_one_value(graph, value, ops, joins, fresh)
 
     def _of_one_value(
-        self, value: Value, ops: list[Op], joins: dict[Op, int], fresh: FreshNames
+        self, graph: Graph, value: Value, ops: list[Op], joins: dict[Op, int], fresh: FreshNames
     ) -> Iterator[Rewrite | Refusal]:
         groups: dict[_Key, list[Op]] = {}
         for op in ops:
@@ -83,7 +86,7 @@ class MergeParallel:
         largest = max(groups, key=lambda key: len(groups[key]), default=())
         for key, group in groups.items():
             if len(group) > 1:
-                yield _merged(value, group, fresh)
+                yield _merged(graph, value, group, fresh)
             elif len(groups) > 1:
                 other = largest if key != largest else next(found for found in groups if found != key)
                 yield Refusal(group[0].name, _difference(group[0], key, groups[other][0], other))
@@ -175,7 +178,15 @@ def _output_axis(op: Op) -> int:
     return 0 if op.kind is K.CONV or op.attr("transpose_weight") else 1
 
 
-def _merged(value: Value, ops: list[Op], fresh: FreshNames) -> Rewrite:
+def _activations(graph: Graph, ops: list[Op]) -> list[Op]:
+    """The activations that alone read the contractions, where all are alike; otherwise nothing."""
+    readers = [only_reader(graph, op.output) for op in ops]
+    found = [op for op in readers if op is not None and op.has(Trait.ACTIVATION) and len(op.operands) == 1]
+    alike = len(found) == len(ops) and all((op.kind, op.attrs) == (found[0].kind, found[0].attrs) for op in found)
+    return found if alike else []
+
+
+def _merged(graph: Graph, value: Value, ops: list[Op], fresh: FreshNames) -> Rewrite:
     first = ops[0]
     sizes = tuple(_outputs(op) for op in ops)
     weights, biases = [op.operand("weight") for op in ops], [op.operand("bias") for op in ops]
@@ -194,10 +205,15 @@ def _merged(value: Value, ops: list[Op], fresh: FreshNames) -> Rewrite:
     axis = 1 if first.kind is K.CONV else len(shape) - 1
     shape[axis] = sum(sizes)
     whole = fresh(f"{out.name}_merged")
-    edits.append(
-        Insert(first.kind.value, (value.name, weight, bias), ((whole, tuple(shape), out.dtype),), dict(first.attrs))
-    )
-    edits.append(fuse_edit(ops, K.SPLIT, [whole], [op.output for op in ops], axis=axis, sizes=sizes))
+    made = ((whole, tuple(shape), out.dtype),)
+    edits.append(Insert(first.kind.value, (value.name, weight, bias), made, dict(first.attrs)))
+    after = _activations(graph, ops)
+    if after:
+        active = fresh(f"{after[0].output.name}_merged")
+        edits.append(Insert(after[0].kind.value, (whole,), ((active, *made[0][1:]),), dict(after[0].attrs)))
+        whole = active
+    parts = [op.output for op in after or ops]
+    edits.append(fuse_edit([*ops, *after], K.SPLIT, [whole], parts, axis=axis, sizes=sizes))
     count = len(ops)
     equation = "Wᵢ·x + bᵢ  →  split([W₁; W₂; …]·x + [b₁; b₂; …])" if bias else "Wᵢ·x  →  split([W₁; W₂; …]·x)"
     others = ", ".join(f"'{op.module or op.name}'" for op in ops[1:])

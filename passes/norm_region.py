@@ -130,7 +130,8 @@ class _Region:
     def _path_to_norm(self, value: Value) -> list[Op]:
         """The operations from `value` to the first norm of it that a region can hold, empty without one."""
         for reader in sorted(value.users, key=lambda op: op.order):
-            path, at = [reader], tuple(range(value.rank or 0))
+            path = [reader]
+            at: Axes = tuple(range(value.rank or 0))
             while path[-1].kind in _PLACES and not self.graph.cannot_emit(path[-1].kind):
                 follower = only_reader(self.graph, path[-1].output)
                 if follower is None:

@@ -155,7 +155,7 @@ def _take_in(graph: Graph, inside: dict[Op, None], root: Op | None) -> str:
             continue
         frame = _frame(op, inside, frames)
         if op not in inside:
-            if frame is None or not _alone(graph, op, inside):
+            if frame is None or not _alone(graph, op, inside, root):
                 continue
             inside[op] = None
         elif frame is None:
@@ -191,10 +191,13 @@ def _disjoint(readers: Sequence[Op]) -> bool:
     return all(first[1] <= second[0] for first, second in pairwise(bounds))
 
 
-def _alone(graph: Graph, op: Op, inside: dict[Op, None]) -> bool:
-    """Whether an operation before the join is the kernel's own: nothing else reads it, each element is made once."""
+def _alone(graph: Graph, op: Op, inside: dict[Op, None], root: Op | None) -> bool:
+    """Whether an operation before the join is the kernel's own: nothing else reads it, each element is made once.
+
+    The root reads an element more than once, so what it reads is there before the kernel runs.
+    """
     value = op.output
-    if len(op.outputs) != 1 or _leaves(graph, value, inside) or is_sum(op):
+    if len(op.outputs) != 1 or _leaves(graph, value, inside) or is_sum(op) or root in value.users:
         return False
     if op.kind is K.CONCAT:
         if len(op.operands) > _PARTS or unable(graph, op):

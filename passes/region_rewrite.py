@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
-from rescompile.passes.one_pass import Kernel, computed, edit_of
+from rescompile.passes.one_pass import Kernel, carries, computed, edit_of, unable
 from rescompile.plans import Refusal, Rewrite, same_shape
 
 _INTEGERS = ("int", "uint", "bool")
@@ -63,11 +63,10 @@ def branch_end(graph: Graph, join: Op, skip: Value | None) -> str:
         if value is skip and len(computed(join)) > 1:
             continue
         op, readers = value.producer, value
-        while op is not None and (op.has(Trait.FREE) or op.has(Trait.ELEMENTWISE)) and not _is_shared(graph, readers):
-            inner = next((v for v in computed(op) if same_shape(v, op.output)), op.operands[0] if op.operands else None)
-            if op.kind in (OpKind.QUANTIZE, OpKind.DEQUANTIZE) or inner is None or op.has(Trait.RANDOM):
-                break
-            op, readers = inner.producer, inner
+        while op is not None and carries(graph, op) and not _is_shared(graph, readers):
+            moving = computed(op)
+            readers = next((inner for inner in moving if same_shape(inner, op.output)), moving[0])
+            op = readers.producer
         told.append(_end(graph, op, readers))
     return "; ".join(dict.fromkeys(told))
 
@@ -98,6 +97,10 @@ def _end(graph: Graph, op: Op | None, value: Value) -> str:
         return f"the branch ends in '{op.name}' ({op.kind.value}): quantised neighbours keep their kernels"
     if _is_shared(graph, value):
         return f"'{value.name}' ({op.kind.value}) is read by {readers_of(graph, value)}"
+    if op.has(Trait.ELEMENTWISE) or op.has(Trait.FREE):
+        return (
+            unable(graph, op) or f"'{op.name}' ({op.kind.value}) mixes types that the model does not cast"
+        )
     what = op.kind.value if op.kind is not OpKind.OPAQUE else str(op.attr("target")) or "an unknown operation"
     return f"the branch ends in '{op.name}' ({what}), which keeps its kernel"
 

@@ -156,7 +156,8 @@ def _rms_norm(c: Site) -> Step | None:
         dtype = getattr(torch, c.out.dtype or (weight.dtype if weight is not None else None) or "", None)
         if dtype is None:
             return None
-        eps = torch.finfo(dtype).eps
+        # That of the type that torch computes in, which is not the operand's own in 16 bits.
+        eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
     return Step(K.RMS_NORM, [c["input"], c.get("weight")], {"axis": _first_axis(c), "eps": float(eps)})
 
 

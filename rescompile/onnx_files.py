@@ -183,7 +183,7 @@ def _check_operators(model: ir.Model, where: str) -> None:
         if node.domain == FUNCTION_DOMAIN:
             raise RescompileError(f"{where} calls {node.domain}::{node.op_type} and does not contain that function.")
         if node.domain == "":
-            if not onnx.defs.has(node.op_type, opset, "") and not is_runtimes_own(node):
+            if not onnx.defs.has(node.op_type, opset, "") and not is_runtimes_own(node, opset):
                 raise RescompileError(
                     f"{where} has the operator {node.op_type} (node '{node.name}'), which opset {opset} does not have: "
                     "correct its opset import, or export it again."

@@ -32,7 +32,7 @@ from rescompile.onnx_ops import (
     literal,
     nodes_within,
 )
-from rescompile.onnx_run import Session, node_runner
+from rescompile.onnx_run import Optimiser, Session, node_runner
 from rescompile.onnx_serial import in_memory_proto, save
 from rescompile.values import numpy_dtype
 
@@ -58,6 +58,7 @@ class OnnxGraph(Graph):
         self.dialect: Dialect = "functions"
         self._session: Session | None = None
         self._functions: Known = {}
+        self._optimiser = Optimiser()
 
     @classmethod
     def read(cls, model: onnx_ir.Model) -> Self:
@@ -97,7 +98,7 @@ class OnnxGraph(Graph):
         """Outputs by name, computed by ONNX Runtime on the CPU, or by onnx's reference where that is not installed."""
         if self._session is None:
             self.native.sort()
-            self._session = Session(self.model)
+            self._session = Session(self.model, self._optimiser)
         return self._session.run(inputs)
 
     def to_user(self) -> Any:
@@ -138,7 +139,7 @@ class OnnxGraph(Graph):
 
     def foreign(self, op: Op) -> bool:
         """Whether ONNX Runtime's own operators are what the operation is written in."""
-        return op.kind is not OpKind.OPAQUE and any(is_runtimes_own(node) for node in op.native)
+        return op.kind is not OpKind.OPAQUE and any(is_runtimes_own(node, self.opset) for node in op.native)
 
     def unspelled(self) -> dict[str, str]:
         """In the dialect "ort", the fused operations that are functions of the model, and why."""
@@ -163,7 +164,7 @@ class OnnxGraph(Graph):
                     theirs.group = groups.setdefault(id(mine.group), [])
                     theirs.group.append(theirs)
             copy.source, copy.origin, copy.dialect = self.source, self.origin, self.dialect
-            copy.notes = list(self.notes)
+            copy.notes, copy._optimiser = list(self.notes), self._optimiser
         return copy
 
     # ---- tensors -------------------------------------------------------------------------------------------------

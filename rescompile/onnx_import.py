@@ -209,6 +209,9 @@ class _Import:
     def _hide(self, node: ir.Node) -> None:
         """Keep the node out of the view; the shape that it asks for must be had otherwise once the value is gone."""
         self.graph.native.hidden.add(node)
+        self._measure(node)
+
+    def _measure(self, node: ir.Node) -> None:
         slot = {"Shape": 0, "CastLike": 1}.get(node.op_type)
         source = None if slot is None else node.inputs[slot]
         if source is not None:
@@ -238,6 +241,8 @@ class _Import:
 
     def _present_item(self, item: Item, name: str) -> None:
         node = item.nodes[-1]
+        if node.op_type == "CastLike":
+            self._measure(node)
         module = module_path(node)
         results: dict[Step, Value] = {}
         group: list[Op] = []

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from rescompile.onnx_blocked import is_blocked, stand_in
-from rescompile.onnx_ops import SMALL, can_be_written_out, constant_tensor, dtype_name
+from rescompile.onnx_ops import SMALL, can_be_written_out, constant_tensor, dtype_name, is_runtimes_own
 from rescompile.onnx_quantised import float_attributes, float_inputs, quantised
 from rescompile.values import PartialShape
 
@@ -38,20 +38,20 @@ _STAND_INS: dict[str, _StandIn] = {
     "FusedGemm": _StandIn("Gemm", (0, 1, 2)),
     "GemmFastGelu": _StandIn("MatMul", (0, 1)),
     **dict.fromkeys(("Attention", "MultiHeadAttention", "NhwcConv", "NhwcFusedConv"), _NOTHING),
-    **dict.fromkeys(("SimplifiedLayerNormalization", "GroupNorm"), _SAME),
+    **dict.fromkeys(("LayerNormalization", "SimplifiedLayerNormalization", "GroupNorm"), _SAME),
     **dict.fromkeys(("FastGelu", "QuickGelu", "Gelu"), _SAME),
     **dict.fromkeys(("BiasAdd", "BiasDropout", "BiasSoftmax"), _SAME),
 }
 _PRODUCTS = ("FusedMatMul", "TransposeMatMul")
 
 
-def _stand_in(node: ir.Node) -> tuple[_StandIn, dict[str, str]] | None:
+def _stand_in(node: ir.Node, opset: int) -> tuple[_StandIn, dict[str, str]] | None:
     """The stand-in of an operator outside the standard, with an attribute of its own; None for any other."""
     name = node.op_type
     if is_blocked(node):
         op_type, count = stand_in(node)
         return _StandIn(op_type, tuple(range(count)), (0,) if op_type else ()), {}
-    if node.domain != "com.microsoft" and name != "SimplifiedLayerNormalization":
+    if not is_runtimes_own(node, opset):
         return None
     if name in _PRODUCTS:
         flags = {flag: bool(node.attributes.get_int(flag, 0)) for flag in ("transA", "transB")}
@@ -78,7 +78,7 @@ def infer(model: ir.Model) -> dict[str, tuple[PartialShape | None, str | None]]:
         if value.const_value is not None:
             _constant(graph, value, value.const_value, listed=value in listed)
     for node in model.graph:
-        _node(graph, node)
+        _node(graph, node, model.opset_imports.get("", 1))
         for value in node.outputs:
             if value.shape is not None and value.type is not None and value.name:
                 ir.serde.serialize_value_into(graph.value_info.add(), value)
@@ -113,7 +113,7 @@ def _constant(graph: onnx.GraphProto, value: ir.Value, tensor: ir.TensorProtocol
             info.type.tensor_type.shape.dim.add(dim_value=int(extent))
 
 
-def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
+def _node(graph: onnx.GraphProto, node: ir.Node, opset: int) -> None:
     if node.op_type == "Constant" and node.domain == "":
         tensor = constant_tensor(node)
         if tensor is not None and tensor.size > SMALL:
@@ -122,7 +122,7 @@ def _node(graph: onnx.GraphProto, node: ir.Node) -> None:
     op_type, domain, inputs = node.op_type, node.domain, list(node.inputs)
     outputs = [[value.name or "" for value in node.outputs]]
     attributes = list(node.attributes.values())
-    alike, row = _stand_in(node), quantised(node) if domain else None
+    alike, row = _stand_in(node, opset), quantised(node) if domain else None
     if alike is not None:
         standard, own = alike
         op_type, domain = standard.op_type, ""

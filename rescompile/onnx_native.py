@@ -26,7 +26,7 @@ class Native:
     """A model that is edited, with what must be remembered of the nodes that its view does not show.
 
     `hidden`: nodes that only serve operands which kinds do not list (a Reshape's target), or compute literals.
-    `measured`: types of the values that hidden Shape and CastLike nodes ask about, so that the answer can be had
+    `measured`: types of the values that hidden Shape nodes and CastLike nodes ask about, so that the answer can be had
     elsewhere once the value is gone. `optional`: outputs that their nodes go without, nameless, as long as nobody reads
     them. `stubs`: Identity nodes that give a graph output its name, and the value that had
     the name before.
@@ -174,6 +174,10 @@ class Native:
             if output is old:
                 outputs[position] = new
                 _declare(new, old)
+        for reader, _ in tuple(old.uses()):
+            # A literal that has the old value's shape or type, and that the new value's own node reads.
+            if reader in self.hidden and self._serves(reader, new.producer()):
+                self._ask_elsewhere(old, reader)
         old.replace_all_uses_with(new)
         if name:  # an output that its node went without had none
             old.name = self.fresh(f"{name}.old")
@@ -183,6 +187,18 @@ class Native:
         if old in self.measured:
             self.measured[new] = self.measured.pop(old)
         self.dirty = True
+
+    def _serves(self, node: ir.Node, reader: ir.Node | None) -> bool:
+        pending, seen = [node], {node}
+        while pending:
+            for value in pending.pop().outputs:
+                for user, _ in value.uses():
+                    if user is reader:
+                        return True
+                    if user in self.hidden and user not in seen:
+                        seen.add(user)
+                        pending.append(user)
+        return False
 
     def set_output(self, position: int, source: ir.Value, former: str) -> None:
         """Let a graph output be `source`, through an Identity that has the output's outward name and declared type.

@@ -7,6 +7,7 @@ opsets, have a reader in `onnx_read` and a writer in `onnx_emit`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -21,8 +22,14 @@ from rescompile.values import Dim, PartialShape
 
 FUNCTION_DOMAIN = "rescompile"  # the domain of the model-local functions that stand for fused kinds
 CONTRIB_DOMAIN = "com.microsoft"  # ONNX Runtime's own operators
-# Operators that ONNX Runtime writes into the standard domain of the models that it optimises.
-RUNTIME_OPS = frozenset(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "MemcpyToHost"))
+# Operators that ONNX Runtime writes into the standard domain of the models that it optimises, and the opset from which
+# the standard has them.
+RUNTIME_OPS: dict[str, float] = {
+    "LayerNormalization": 17,
+    "SimplifiedLayerNormalization": math.inf,
+    "SkipSimplifiedLayerNormalization": math.inf,
+    "MemcpyToHost": math.inf,
+}
 PROVENANCE_KEY = "rescompile.pass"
 PARAMETER_KEY = "rescompile.parameter"
 OLDEST_OPSET = 7  # broadcasting as numpy does it, and inference as the default, begin here
@@ -177,9 +184,9 @@ def constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
     return None
 
 
-def is_runtimes_own(node: ir.Node) -> bool:
-    """Whether the node is one of ONNX Runtime's own operators."""
-    return node.domain == CONTRIB_DOMAIN or (node.domain == "" and node.op_type in RUNTIME_OPS)
+def is_runtimes_own(node: ir.Node, opset: int) -> bool:
+    """Whether the node is one of ONNX Runtime's own operators, in a model of that opset."""
+    return node.domain == CONTRIB_DOMAIN or (node.domain == "" and opset < RUNTIME_OPS.get(node.op_type, 0))
 
 
 def own_graphs(node: ir.Node) -> list[ir.Graph]:

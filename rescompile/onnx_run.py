@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,25 @@ from rescompile.onnx_serial import PROTO_LIMIT, in_memory_proto, save_external, 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
+@dataclass(slots=True)
+class Optimiser:
+    """Whether ONNX Runtime's optimiser makes something that loads of a model and of what becomes of it.
+
+    Of a model that was optimised before it may not; the first session tells. Where it did, it has to with all others.
+    """
+
+    works: bool | None = None
+
+
 class Session:
     """A model made ready to run; the model may change afterwards without the session noticing."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, optimiser: Optimiser) -> None:
         self._types = {
             value.name or "": value for value in model.graph.inputs if value.name not in model.graph.initializers
         }
         self._outputs = [value.name or "" for value in model.graph.outputs]
-        self._run = _prepare(model)
+        self._run = _prepare(model, optimiser)
 
     def run(self, inputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """Outputs by name. GraphError for a missing, unknown or wrongly typed input, and for what the runtime says."""
@@ -81,25 +92,22 @@ def _alone(node: ir.Node, feeds: Arrays, opsets: Mapping[str, int]) -> ir.Model:
     return ir.from_proto(onnx.helper.make_model(body, opset_imports=imports, ir_version=8))
 
 
-def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
+def _prepare(model: ir.Model, optimiser: Optimiser | None = None) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
     try:
         onnxruntime: Any = importlib.import_module("onnxruntime")
     except ImportError:
         return _reference(model)
     failures: tuple[type[Exception], ...] = (RuntimeError, ValueError, NotImplementedError, *_own_errors(onnxruntime))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # The level above chooses layouts for the graph as a whole, and rounds a convolution differently beside a new sum.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    providers = ["CPUExecutionProvider"]
+    optimiser = optimiser or Optimiser()
     try:
-        if tensor_bytes(model) < PROTO_LIMIT:
-            session = onnxruntime.InferenceSession(in_memory_proto(model).SerializeToString(), options, providers)
-        else:
-            with tempfile.TemporaryDirectory(prefix="rescompile") as folder:
-                path = Path(folder) / "model.onnx"
-                save_external(model, path, "model.data")
-                session = onnxruntime.InferenceSession(str(path), options, providers)
+        try:
+            session = _session(onnxruntime, model, optimised=optimiser.works is not False)
+            optimiser.works = optimiser.works is not False
+        except failures:
+            if optimiser.works is not None:
+                raise
+            session = _session(onnxruntime, model, optimised=False)
+            optimiser.works = False
     except failures as error:
         raise GraphError(f"ONNX Runtime cannot load the model: {_first_line(error)}") from error
 
@@ -110,6 +118,21 @@ def _prepare(model: ir.Model) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
             raise GraphError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
 
     return run
+
+
+def _session(onnxruntime: Any, model: ir.Model, *, optimised: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # The level above chooses layouts for the graph as a whole, and rounds a convolution differently beside a new sum.
+    level = "ORT_ENABLE_EXTENDED" if optimised else "ORT_DISABLE_ALL"
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    providers = ["CPUExecutionProvider"]
+    if tensor_bytes(model) < PROTO_LIMIT:
+        return onnxruntime.InferenceSession(in_memory_proto(model).SerializeToString(), options, providers)
+    with tempfile.TemporaryDirectory(prefix="rescompile") as folder:
+        path = Path(folder) / "model.onnx"
+        save_external(model, path, "model.data")
+        return onnxruntime.InferenceSession(str(path), options, providers)
 
 
 def _own_errors(onnxruntime: Any) -> tuple[type[Exception], ...]:

@@ -46,9 +46,9 @@ def copied(model: ir.Model, where: str) -> ir.Model:
         for value in node.inputs
         if value is not None and value.producer() is None and value.graph is None and value.const_value is not None
     }
-    parts: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for part in parts:
-        _check(part, set(strays), where)
+    _check(model.graph, set(strays), where)
+    for function in model.functions.values():
+        _check(function, set(), f"{where}'s function {function.domain}::{function.name}")
     if not strays:
         return model.clone()
     graph = model.graph.clone(allow_outer_scope_values=True)

@@ -86,22 +86,26 @@ def exported(name: str) -> onnx.ModelProto:
 @functools.cache
 def optimised(name: str, how: str) -> onnx.ModelProto:
     """As ONNX Runtime's session saves it at a level ("extended", "all"), or as its transformers tool makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        after = Path(folder) / "after.onnx"
+        if how != "tool":
+            session(exported(name), how, after)
+            return onnx.load(after)
+        from onnxruntime.transformers import optimizer
+
+        before = Path(folder) / "before.onnx"
+        onnx.save(exported(name), before)
+        tool: Any = optimizer.optimize_model(str(before), model_type=TRANSFORMERS[name], num_heads=4, hidden_size=32)
+        tool.save_model_to_file(str(after))
+        return onnx.load(after)
+
+
+def session(proto: onnx.ModelProto, level: str, path: Path) -> Any:
+    """A session of ONNX Runtime on the CPU at an optimisation level, which saves what it made of the model."""
     import onnxruntime
 
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
-        onnx.save(exported(name), before)
-        if how == "tool":
-            from onnxruntime.transformers import optimizer
-
-            tool: Any = optimizer.optimize_model(
-                str(before), model_type=TRANSFORMERS[name], num_heads=4, hidden_size=32
-            )
-            tool.save_model_to_file(str(after))
-        else:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{how.upper()}")
-            options.optimized_model_filepath = str(after)
-            onnxruntime.InferenceSession(str(before), options, providers=["CPUExecutionProvider"])
-        return onnx.load(after)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_ENABLE_{level.upper()}")
+    options.optimized_model_filepath = str(path)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -259,8 +259,12 @@ def in_onnx(program: Program) -> OnnxGraph:
 
 def _dtype_of_number(program: Program, number: Term) -> str:
     """ONNX has no mixed arithmetic: a number has the dtype of what it meets."""
-    readers = (term for term in program.terms if any(program.terms[x] is number for x in term.operands))
-    return next((term.dtype for term in readers), number.dtype)
+    for term in program.terms:
+        operands = [program.terms[x] for x in term.operands]
+        if any(operand is number for operand in operands):
+            met = [operand.dtype for operand in operands if operand is not number]
+            return met[-1] if met else term.dtype
+    return number.dtype
 
 
 OnnxRule = Callable[[_Onnx, Term, list[str]], Any]

@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.bn = nn.BatchNorm2d(4)
 
     def forward(self, x):
-        return torch.relu(self.bn(self.conv(x)) + x)
+        return torch.relu(self.bn(self.conv(torch.relu(x))) + x)
 
 
 class Branching(nn.Module):
@@ -73,7 +73,7 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def residual_onnx(tmp_path: Path) -> Path:
-    """y = relu(bn(conv(x)) + x) as an ONNX file."""
+    """y = relu(bn(conv(relu(x))) + x) as an ONNX file."""
     path = tmp_path / "block.onnx"
     onnx.save(residual_model(), path)
     return path
@@ -89,7 +89,8 @@ def residual_model(operator: str = "Relu") -> onnx.ModelProto:
         "bn.var": random.uniform(0.7, 1.3, 4),
     }
     nodes = [
-        helper.make_node("Conv", ["x", "conv.weight"], ["conv"], pads=[1, 1, 1, 1], name="conv"),
+        helper.make_node("Relu", ["x"], ["inner"], name="inner"),
+        helper.make_node("Conv", ["inner", "conv.weight"], ["conv"], pads=[1, 1, 1, 1], name="conv"),
         helper.make_node(
             "BatchNormalization", ["conv", "bn.weight", "bn.bias", "bn.mean", "bn.var"], ["bn"], name="bn"
         ),

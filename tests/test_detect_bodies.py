@@ -454,7 +454,7 @@ def test_functions_that_double_at_every_level_stay_opaque() -> None:
 def test_fused_functions_of_rescompile_stay_what_they_are() -> None:
     text = """
     g (float[N, 3, 8, 8] x) => (float[N, 3, 8, 8] y) <float[3, 3, 1, 1] w = {1,2,3,4,5,6,7,8,9}>
-    { f = Conv(x, w)  y = Add(x, f) }"""
+    { t = Tanh(x)  f = Conv(t, w)  y = Add(x, f) }"""
     result = rc.rewrite(parsed(HEAD.format("") + text), ["fuse"])
     assert result.applied
     block = one(inspect_graph(result.graph))

@@ -159,6 +159,28 @@ def test_u_net_has_one_long_skip_a_level() -> None:
     assert [block.parent for block in report] == [1, None]
 
 
+@pytest.mark.parametrize("made", [True, False])
+def test_streams_that_a_matrix_of_each_position_mixes_are_gated(made: bool) -> None:
+    b = Builder()
+    x = b.reshape(b.linear(b.input(1, 6, 32), 32), 6, 4, 8)
+    flat = b.layer_norm(b.reshape(x, 6, 32))
+    matrix = b.op(K.SOFTMAX, b.reshape(b.linear(flat, 16), 6, 4, 4), axis=-1) if made else b.param(6, 4, 4)
+    branch = b.op(K.EXPAND, b.reshape(mlp(b, b.mean(x, 1, keepdims=False)), 6, 1, 8), shape=(6, 4, 8))
+    report = inspect_graph(b.output(b.add(b.matmul(matrix, x), branch, name="join")))
+    assert [(block.kind, block.shortcut) for block in report] == [("gated", "identity")] * made
+
+
+def test_scores_of_an_attention_with_a_bias_of_the_query_are_no_mix() -> None:
+    b = Builder()
+    packed = b.reshape(b.linear(b.input(1, 8, 24), 24), 3, 8, 8)
+    q, k, v = (b.reshape(b.slice(packed, 0, index, index + 1), 8, 8) for index in range(3))
+    scores = b.add(b.matmul(q, b.permute(k, 1, 0)), b.matmul(q, b.param(8, 8)))
+    masked = b.op(K.WHERE, b.op(K.EQUAL, scores, 0.0), 0.0, b.op(K.SOFTMAX, scores, axis=-1))
+    report = inspect_graph(b.output(b.linear(b.matmul(masked, v), 4)))
+    assert len(report) == 0
+    assert report.not_residual[0].reason.startswith("two working branches")
+
+
 def fusing(b: Builder, resize: bool = True, work: bool = True, streams: int = 3) -> Value:
     """Streams of one fork, a block in each, and the sum of all of them at the resolution of the first."""
     x = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
@@ -199,6 +221,19 @@ def test_streams_of_one_resolution_and_maps_without_streams_are_two_working_bran
     report = inspect_graph(b.output(fusing(b, resize, work, streams=2)))
     assert "fuse_0" not in {block.join for block in report}
     assert [entry.reason.split(":")[0] for entry in report.not_residual] == ["two working branches"]
+
+
+def test_levels_of_a_pyramid_that_are_added_up_once_more_are_two_working_branches() -> None:
+    b = Builder()
+    c2 = b.relu(b.conv(b.input(1, 3, 16, 16), 8))
+    c3 = b.relu(b.conv(c2, 8, stride=2))
+    c4 = b.relu(b.conv(c3, 8, stride=2))
+    p3 = b.add(b.conv(c3, 8, 1), b.op(K.INTERPOLATE, b.conv(c4, 8, 1), shape=(1, 8, 8, 8)), name="p3")
+    p2 = b.add(b.conv(c2, 8, 1), b.op(K.INTERPOLATE, p3, shape=(1, 8, 16, 16)), name="p2")
+    n3 = b.add(b.conv(p3, 8), b.conv(b.conv(p2, 8), 8, stride=2), name="n3")
+    report = inspect_graph(b.output(b.conv(n3, 4)))
+    assert [(block.join, block.kind) for block in report] == [("p3", "long"), ("p2", "long")]
+    assert [entry.join for entry in report.not_residual] == ["n3"]
 
 
 def test_feature_pyramid_is_long_skips_with_projections() -> None:

@@ -4,6 +4,7 @@ model which ONNX Runtime optimised has the blocks of the one it was made from.""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from onnx import helper, numpy_helper
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph
 from rescompile.kinds import OpKind as K
+from rescompile.onnx_files import load
+from rescompile.onnx_serial import in_memory_proto
 from rescompile.passes.fuse import Fuse
+from rescompile.passes.unfuse import UnfuseAll
 from rescompile.rewriting import run_passes
 from tests.onnx_models import Array, Const, Fed, fed, graph_of, kinds, rewritten, same
-from tests.optimised_models import MODELS, exported, optimised
+from tests.optimised_models import MODELS, exported, optimised, session
 
 CONTRIB = "com.microsoft"
 
@@ -270,3 +274,48 @@ def test_channels_blocked_for_one_processor_are_looked_through_and_not_rewritten
     assert not result.applied
     assert result.refused
     assert all("laid out for one processor" in refusal.reason for refusal in result.refused)
+
+
+@pytest.mark.parametrize(("name", "how"), OPTIMISED)
+def test_optimised_model_comes_apart_into_standard_operators(name: str, how: str) -> None:
+    plain, graph = graph_of(exported(name)), graph_of(optimised(name, how))
+    apart = run_passes(graph, [UnfuseAll()])
+    assert apart.verification.ok
+    assert {node.domain for node in apart.graph.model.graph} == {""}
+    assert blocks(apart.graph) == blocks(plain)
+    again = run_passes(apart.graph, [Fuse()], check=False, dialect="ort")
+    assert len(again.applied) == len(run_passes(plain, [Fuse()], check=False).applied)
+
+
+@pytest.mark.parametrize(("name", "how"), OPTIMISED)
+def test_joins_that_the_optimiser_left_are_fused_and_the_others_stay(name: str, how: str) -> None:
+    graph = graph_of(optimised(name, how))
+    result = run_passes(graph, [Fuse()], dialect="ort")
+    assert result.verification.ok
+    assert all(block.fused for block in inspect_graph(result.graph).blocks)
+    assert result.graph.unspelled() == {}
+
+
+# ---- opsets before the standard had the operator ---------------------------------------------------------------------
+
+CENTRED = "m = ReduceMean<axes = [-1]>(s) d = Sub(s, m)"
+SCALED = "two = Constant<value_float = 2.0>() q = Pow(d, two) v = ReduceMean<axes = [-1]>(q) "
+SCALED += "e = Constant<value_float = 1e-5>() p = Add(v, e) r = Sqrt(p) n = Div(d, r) z = Mul(n, w)"
+
+
+@pytest.mark.parametrize("norm", ["LayerNormalization", "SimplifiedLayerNormalization"])
+def test_norm_in_the_standard_domain_of_an_opset_without_it(norm: str, tmp_path: Path) -> None:
+    first = CENTRED if norm == "LayerNormalization" else "d = Identity(s)"
+    last = "t = Add(z, b) y = Add(t, x)" if norm == "LayerNormalization" else "y = Add(z, x)"
+    text = f"(float[2, 5, 8] x) => (float[2, 5, 8] y) {{ s = MatMul(x, g) {first} {SCALED} {last} }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 13]> g {text}')
+    arrays = {"g": Const.random(8, 8).data, "w": GAMMA.data, "b": BETA.data}
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    path = tmp_path / "optimised.onnx"
+    session(proto, "extended", path)
+    graph = load(path)
+    assert norm in [node.op_type for node in graph.model.graph if node.domain == ""]
+    assert blocks(graph) == blocks(graph_of(proto))
+    apart = run_passes(graph, [UnfuseAll()])
+    assert apart.verification.ok
+    onnx.checker.check_model(in_memory_proto(apart.graph.model))

@@ -1,6 +1,6 @@
 """Streams of several resolutions that are added up: y = Σ Mᵢ(sᵢ), M₁ the identity or a map to another size (HRNet).
 
-1. Every operand comes by one way from a stream: from the join of a block, or from another such sum.
+1. Every operand comes by one way from a stream: from the join of a block at its resolution, or from another such sum.
 2. The streams differ, and started from one value, the fork.
 3. What is on a way maps, resizes, normalises or activates; on one of them the size changes.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rescompile.detection.flavours import comes_back
 from rescompile.detection.judgement import Draft, Judgement
 from rescompile.detection.paths import RESIZING, step_back
 from rescompile.graph import Op, Value
@@ -46,6 +47,8 @@ def fused_streams(judgement: Judgement, op: Op, fork: Value, operands: Sequence[
         branches.append(value)
     if len(set(streams)) < len(streams) or not any(map(_resizes, region)):
         return None
+    if any(_comes_from_elsewhere(judgement, end) for end in streams):
+        return None
     return Draft(
         kind="branches",
         shortcut="projection",
@@ -60,6 +63,12 @@ def fused_streams(judgement: Judgement, op: Op, fork: Value, operands: Sequence[
         join_ops=joins,
         streams=streams,
     )
+
+
+def _comes_from_elsewhere(judgement: Judgement, end: Value) -> bool:
+    """Whether a join is a long one, as those of a pyramid: what is behind it is no stream of one resolution."""
+    draft = None if end.producer is None else judgement.drafts.get(end.producer)
+    return draft is not None and not draft.streams and any(comes_back(judgement, draft))
 
 
 def _fusion(judgement: Judgement, value: Value) -> Draft | None:

@@ -38,7 +38,8 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
 
     1. The sum mixes two values, x and H, by one gate, T and 1 − T; or by two, T and C, that are sigmoids.
     2. The way from the fork to x is free or a projection; the way to H, or to the one gate, works.
-    3. Gates of their own come from the fork too, and the way to x is free.
+    3. Gates of their own come from the fork too, and the way to x is free; a matrix is made behind the fork: two parts
+       of one linear, multiplied, are scores of an attention.
     4. It is no step of an unrolled recurrence.
     """
     if (nothing := cancelled(op)) is not None:
@@ -62,6 +63,7 @@ def gated_sum(judgement: Judgement, op: Op) -> Draft | Refusal | None:
             way.rank > 1
             or not all(reach.comes_from(fork, gate) for gate in gates)
             or not branch_works(reach, reach.between(fork, [mix.new])[0])
+            or (mix.carry is mix.gate and not branch_works(reach, reach.between(fork, [mix.gate])[0]))
         ):
             continue
         region, outside = reach.between(fork, [mix.new, *gates])

@@ -7,23 +7,29 @@ from collections.abc import Sequence
 
 from rescompile.fused_region import Region
 from rescompile.graph import Graph, Op, Role, Shape, Value
-from rescompile.kinds import OpKind
+from rescompile.kinds import OpKind, Trait
 
 _CONTRACTIONS = (OpKind.CONV, OpKind.LINEAR)
 
 
-def side_by_side(graph: Graph, split: Op) -> Op | None:
-    """The contraction of split([W₁; W₂; …]·x), where one pass made both and nothing else reads the whole."""
-    if split.kind is not OpKind.SPLIT or not split.provenance:
-        return None
-    whole = split.operands[0]
-    work = whole.producer
-    if work is None or work.kind not in _CONTRACTIONS or work.provenance != split.provenance:
-        return None
-    if len(whole.uses) != 1 or graph.is_output(whole) or not all(map(_is_stored, work.inputs[1:])):
-        return None
-    features = 1 if work.kind is OpKind.CONV else (whole.rank or 0) - 1
-    return work if split.attr("axis") == features else None
+def side_by_side(graph: Graph, split: Op) -> tuple[Op, ...]:
+    """The contraction, and the activation if there is one, of split(f([W₁; W₂; …]·x)), where one pass made all of them
+    and nothing else reads the whole; nothing for any other split."""
+    ops: list[Op] = []
+    made, value = split.provenance, split.operands[0] if split.operands else None
+    if split.kind is not OpKind.SPLIT or not made or value is None:
+        return ()
+    features = len(value.shape or ()) - 1
+    while value is not None and value.producer is not None:
+        op = value.producer
+        if op.provenance != made or len(value.uses) != 1 or graph.is_output(value):
+            return ()
+        ops.insert(0, op)
+        if op.kind in _CONTRACTIONS:
+            axis = 1 if op.kind is OpKind.CONV else features
+            return tuple(ops) if split.attr("axis") == axis and all(map(_is_stored, op.inputs[1:])) else ()
+        value = op.inputs[0] if op.has(Trait.ACTIVATION) and len(ops) == 1 else None
+    return ()
 
 
 def sums(region: Region, operands: Sequence[Value | None], shapes: Sequence[Shape | None]) -> dict[int, int]:

@@ -27,7 +27,7 @@ def written_out(graph: Graph) -> View | None:
     """The view; None where there is nothing to write out or to look into."""
     kinds = {op.kind for op in graph}
     bodies = _bodies(graph) if OpKind.OPAQUE in kinds else {}
-    stacked = OpKind.SPLIT in kinds and any(side_by_side(graph, op) is not None for op in graph)
+    stacked = OpKind.SPLIT in kinds and any(side_by_side(graph, op) for op in graph)
     if not bodies and not stacked and not any(kind.has(Trait.FUSED) for kind in kinds):
         return None
     view = View(graph)
@@ -68,17 +68,17 @@ class View(Graph):
                 name = self._free(path_of(calls, value.name))
                 twins[value] = self.add_constant(name, value.shape, value.dtype, (graph, value), value.role)
                 self.homes[twins[value]] = calls, value
-        stacked = {op: work for op in graph if (work := side_by_side(graph, op)) is not None}
-        parted = set(stacked.values())
+        stacked = {op: whole for op in graph if (whole := side_by_side(graph, op))}
+        parted = {op for whole in stacked.values() for op in whole}
         for op in graph:
             if op in parted:
                 continue
-            work = stacked.get(op)
-            inputs = [None if value is None else twins[value] for value in (work or op).inputs]
+            whole = stacked.get(op, ())
+            inputs = [None if value is None else twins[value] for value in (*whole, op)[0].inputs]
             held = bodies.get(op, ())
             results: Sequence[Value]
-            if work is not None:
-                results = self._take_apart(work, op, inputs, calls)
+            if whole:
+                results = self._take_apart(whole, op, inputs, calls)
             elif op.has(Trait.FUSED):
                 results = self._write_out(op, inputs, calls)
             elif len(held) == 1 and held[0].call and len(held[0].graph.outputs) == len(op.outputs):
@@ -183,9 +183,10 @@ class View(Graph):
         return total.output
 
     def _take_apart(
-        self, work: Op, split: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]
+        self, whole: tuple[Op, ...], split: Op, inputs: Sequence[Value | None], calls: tuple[Op, ...]
     ) -> Sequence[Value]:
-        """Contractions side by side; the values that stand for the parts of the split."""
+        """Contractions side by side, with their activations; the values that stand for the parts of the split."""
+        work = whole[0]
         axis = 1 if work.kind is OpKind.LINEAR and not work.attr("transpose_weight") else 0
         results, start = [], 0
         for number, (part, size) in enumerate(zip(split.outputs, split.attr("sizes"), strict=True)):
@@ -195,12 +196,14 @@ class View(Graph):
                 None if value is None else self._part(value, at, rows, number)
                 for value, at in zip(inputs[1:], (axis, 0), strict=False)
             ]
-            label = self._free(path_of(calls, f"{work.name}.{number}"))
-            operands = [inputs[0], *stored]
-            made = self.add_op(work.kind, operands, [(label, part.type)], dict(work.attrs), module=work.module)
-            self.levels[made] = (*calls, work)
+            operands: list[Value | None] = [inputs[0], *stored]
+            for op in whole:
+                label = self._free(path_of(calls, f"{op.name}.{number}"))
+                made = self.add_op(op.kind, operands, [(label, part.type)], dict(op.attrs), module=op.module)
+                self.levels[made] = (*calls, op)
+                operands = [made.output]
             name = self._free(path_of(calls, part.name))
-            end = self.add_op(OpKind.IDENTITY, made.outputs, [(name, part.type)], module=split.module)
+            end = self.add_op(OpKind.IDENTITY, operands, [(name, part.type)], module=split.module)
             self.levels[end] = (*calls, split)
             results.append(end.output)
         return results

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.classics.case import Case, image
-from tests.classics.parts import conv, conv_bn_relu
+from tests.classics.parts import conv, conv_bn, conv_bn_relu
 
 
 def cbs(inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> nn.Sequential:
@@ -126,6 +126,42 @@ class Fpn(nn.Module):
         return levels
 
 
+class HighResolution(nn.Module):
+    """Two modules of HRNet: residual blocks at each resolution, then every resolution mapped to every other and summed.
+
+    The second module begins a third resolution (Sun 2019).
+    """
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv_bn_relu(3, width), conv_bn_relu(width, width))
+        self.begin = nn.ModuleList(conv_bn_relu(width, width, 3, 1 + (i > 0)) for i in range(3))
+        self.blocks, self.maps = nn.ModuleList(), nn.ModuleList()
+        for levels in (2, 3):
+            blocks = (nn.Sequential(*conv_bn_relu(width, width), *conv_bn(width, width)) for _ in range(levels))
+            self.blocks.append(nn.ModuleList(blocks))
+            maps = (self._map(width, i, j) for i in range(levels) for j in range(levels))
+            self.maps.append(nn.ModuleList(maps))
+
+    def _map(self, width: int, to: int, of: int) -> nn.Module:
+        if of > to:
+            return nn.Sequential(*conv_bn(width, width, 1), nn.Upsample(scale_factor=2 ** (of - to)))
+        steps = [conv_bn_relu(width, width, 3, 2) for _ in range(to - of - 1)]
+        return nn.Sequential(*steps, *conv_bn(width, width, 3, 2)) if to > of else nn.Identity()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        levels = [self.begin[0](x), self.begin[1](x)]
+        for blocks, maps in zip(self.blocks, self.maps, strict=True):
+            if len(levels) < len(blocks):
+                levels.append(self.begin[2](levels[-1]))
+            levels = [F.relu(level + block(level)) for level, block in zip(levels, blocks, strict=True)]
+            count = len(levels)
+            fused = [[maps[i * count + j](levels[j]) for j in range(count)] for i in range(count)]
+            levels = [F.relu(sum(row[1:], start=row[0])) for row in fused]
+        return levels
+
+
 class BiFpn(nn.Module):
     """One BiFPN layer on three levels: normalised weighted sums, of three values in the middle (Tan 2020)."""
 
@@ -226,6 +262,8 @@ CASES: dict[str, Case] = {
     "FPN": Case(Fpn, image(), {"long": 2}),
     # The bottom-up sums join two 3×3 convolutions.
     "PANet": Case(lambda: Fpn(True), image(), {"long": 2}),
+    # A sum at each resolution of each module; one block in each.
+    "HRNet": Case(HighResolution, image(), {"identity": 5, "branches": 5}, "branch", folded="none"),
     # Each of the four weighted sums joins a level's value with a neighbouring level's; the third adds the level's own
     # earlier value to its later one besides.
     "BiFPN": Case(BiFpn, image(), {"long": 4, "identity": 1}),
