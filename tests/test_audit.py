@@ -273,6 +273,22 @@ def test_plan_that_says_nothing_leaves_no_join_without_a_reason() -> None:
     assert found.reason == "no rule is about an add join that ends in an add"
 
 
+def test_join_that_is_fused_but_for_an_earlier_sum_is_listed_with_that_sum() -> None:
+    b = Build()
+    normed = b.norm("pre", b.x)
+    one, other = (b.linear(f"down{i}", b.op(f"act{i}", K.GELU, b.linear(f"up{i}", normed))) for i in range(2))
+    branches = b.add("branches", one, other)
+    total = b.add("add", b.x, branches)
+    graph = b.done(b.norm("norm", total), total)
+    operands = [*graph.op("add").inputs, None, None]
+    outputs = [graph.value("norm"), graph.value("add")]
+    graph.fuse([graph.op("add"), graph.op("norm")], K.ADD_NORM, operands, outputs, {"axis": 2})
+    graph.commit()
+    (found,) = audit(inspect_graph(graph), Plan()).unfused
+    assert found.reason == "the join is fused but for its earlier sum 'branches', which no rule is about"
+    assert found.passes == (4.0, 2.0)
+
+
 def test_model_without_residual_joins_has_nothing_to_list() -> None:
     b = Build()
     found = audited(b.done(b.branch()))
