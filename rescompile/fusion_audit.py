@@ -17,7 +17,7 @@ Why a join is not fused is what the passes' plan says of it; that they would tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -149,7 +149,7 @@ def audit(report: Report, plan: Plan, extents: Mapping[str, int] | None = None) 
         sums = [op for op in block.join_ops if not op.has(Trait.FUSED)]
         if not sums or graph is None:
             continue
-        kernel = _Kernel(graph, block, [*sums, *report.members.mix.get(block.id, ())], counted, joins)
+        kernel = _Kernel(graph, block, sums, report.members.mix.get(block.id, ()), counted, joins)
         counted |= kernel.ops
         verdict, reason = verdicts.of(block)
         now, fused = kernel.moved(extents)
@@ -208,14 +208,20 @@ class _Kernel:
     """
 
     def __init__(
-        self, graph: Graph, block: Block, sums: Iterable[Op], counted: Mapping[Op, None], joins: AbstractSet[Op]
+        self,
+        graph: Graph,
+        block: Block,
+        sums: Sequence[Op],
+        mix: Sequence[Op],
+        counted: Mapping[Op, None],
+        joins: AbstractSet[Op],
     ) -> None:
         self._graph = graph
         self._counted = counted
         self._joins = joins
         self._work: Op | None = None  # the contraction that ends in the join, or a norm that does
-        join = block.join_op
-        self.ops: dict[Op, None] = dict.fromkeys(sums)
+        join = sums[-1]
+        self.ops: dict[Op, None] = dict.fromkeys((*sums, *mix))
         self.rule = f"one kernel of {_article(join.kind.value)}"
         if join.kind is _K.OPAQUE:
             return

@@ -398,7 +398,7 @@ def test_join_that_would_take_a_dropout_along_is_refused_where_training_wants_it
     plan = rc.plan(model.eval(), TRAINABLE, x)
     (refusal,) = plan.refusals
     assert "'dropout_1' does something else in training: trainable=false lets it go into the fusion" in refusal.reason
-    with pytest.raises(RescompileError, match="took away 'dropout_1', which training needs"):
+    with pytest.raises(RescompileError, match=r"took away .dropout.* which training needs"):
         rc.rewrite(model, ["fuse"], x).model.train()
 
 
