@@ -2,6 +2,7 @@
 #   make demo     the main job on three models        make test     the tests
 #   make lint     ruff: lint, format, import rules    make types    mypy --strict on the package
 #   make bench    benchmarks/results/*.json and the README's table
+#   make bench-fusion     what each tool fuses, and what the pass costs (FUSION_ARGS="models.json --only resnet")
 #   make sweep    detection over the families of torchvision, timm and transformers (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
@@ -10,9 +11,10 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do \
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 SWEEP_ARGS ?=
+FUSION_ARGS ?=
 READY = $(VENV)/.ready
 
-.PHONY: env demo test lint types bench sweep clean
+.PHONY: env demo test lint types bench bench-fusion sweep clean
 .DEFAULT_GOAL := env
 
 env: $(READY)
@@ -42,6 +44,11 @@ types: $(READY)
 
 bench: $(READY)
 	$(VENV)/bin/python -m benchmarks.run
+
+bench-fusion: $(READY)
+	$(VENV)/bin/python -m benchmarks.fusion $(FUSION_ARGS)
+	$(VENV)/bin/python -m benchmarks.fusion $(FUSION_ARGS) --verify
+	$(VENV)/bin/python -m benchmarks.fuse_scale
 
 sweep: $(READY)
 	$(VENV)/bin/python -m benchmarks.sweep $(SWEEP_ARGS)

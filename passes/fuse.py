@@ -22,7 +22,7 @@ class Fuse:
     """merge-branches, fold-batch-norm, fold-scale, merge-projections, merge-parallel, fuse-joins, fuse-activations
 
     Those that the options name: `merge` (with its `growth`), `batch_norm` (with its `half`), `scale`, `projections` and
-    `parallel` (docs/fusion.md says where these two pay), `activations`: contractions with an activation and no join, too.
+    `parallel` (docs/fusion.md says where they pay), `activations`: contractions with an activation and no join, too.
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `trainable`: nothing is folded, and
     no fusion takes along what training does otherwise (a batch norm, a dropout that evaluation switches off), so that
     the result trains as the original does.
