@@ -269,8 +269,6 @@ def _compare(
         tolerance = TOLERANCES.get("bfloat16" if a.dtype == ml_dtypes.bfloat16 else str(a.dtype), 1e-12)
         difference = relative_difference(a, b)
         ok, note = difference <= tolerance, ""
-        if not ok and _underflows(a, b):
-            ok, note = True, "below the smallest normal number, where the type has no relative precision"
         if not ok and np.isfinite(difference):
             noise = list(original.run(_perturbed(inputs, seed)).values()) if noise is None else noise
             own = relative_difference(a, noise[index])
@@ -278,15 +276,6 @@ def _compare(
                 ok, note = True, f"ill-conditioned: the original itself moves by {own:.1e} when its inputs are rounded"
         checks.append(Check(label, output.name, difference, tolerance, ok, note))
     return checks
-
-
-def _underflows(*arrays: Array) -> bool:
-    """Whether all elements are smaller than the smallest normal number of their type."""
-    return all(
-        _is_float(array.dtype)
-        and bool((np.abs(array.astype(np.float64)) < float(ml_dtypes.finfo(array.dtype).tiny)).all())  # type: ignore[no-untyped-call]
-        for array in arrays
-    )
 
 
 def _perturbed(inputs: Inputs, seed: int) -> Inputs:
