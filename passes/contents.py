@@ -23,6 +23,8 @@ class Contents:
         self.stands: dict[str, str] = {}
         self._own: dict[tuple[Op, int], str] = {}
         self._called: dict[Op, str] = {}
+        self._changed: set[Op] = set()
+        self.biased: set[Op] = set()  # contractions that were given a bias
 
     def now(self, value: Value) -> str:
         """What is read in the place of a value of the graph."""
@@ -37,12 +39,7 @@ class Contents:
 
     def changed(self, op: Op) -> bool:
         """Whether it reads contents of its own by now."""
-        return any(owner is op for owner, _ in self._own)
-
-    @property
-    def biased(self) -> set[Op]:
-        """Contractions that were given a bias."""
-        return {op for op, index in self._own if index == 2 and op.operand("bias") is None}
+        return op in self._changed
 
     def shared(self, op: Op, index: int) -> Op | None:
         """Another operation that reads the same contents, of several dimensions, as they are."""
@@ -56,6 +53,7 @@ class Contents:
     ) -> list[Edit]:
         """New contents for one operand, by a recipe whose first operand is what it holds."""
         rest = tuple(None if other is None else other.name for other in others)
+        self._changed.add(op)
         own = self._owned(op, index)
         if own:
             return [SetParameter(own, recipe, (own, *rest), attrs)]
@@ -73,12 +71,15 @@ class Contents:
         weight, bias = op.inputs[1], op.operand("bias")
         assert weight is not None  # a contraction has one
         rest = tuple(None if other is None else other.name for other in others)
+        self._changed.add(op)
         kernel = self._own.get((op, 1), weight.name)
         own = self._owned(op, 2)
         if own:
             return [SetParameter(own, recipe, (kernel, own, *rest), attrs)]
         name = self.fresh(f"{bias.name}_folded" if bias is not None else _bias_name(weight.name))
         self._own[op, 2] = name
+        if bias is None:
+            self.biased.add(op)
         made = AddParameter(name, recipe, (kernel, None if bias is None else bias.name, *rest), attrs)
         if bias is not None:
             return [made, SetOperand(self._called.get(op, op.name), 2, name)]

@@ -430,7 +430,7 @@ class LayerScale(nn.Module):
 class Parallel(nn.Module):
     """GPT-NeoX, Phi: both branches read one norm, and the next norm reads the sum of three."""
 
-    label = ["add_add_layer_norm"]
+    label: list[str] = []  # which of the two sums comes first decides
 
     def __init__(self) -> None:
         super().__init__()
@@ -555,6 +555,7 @@ class Several(nn.Module):
 
 
 FAMILIES: dict[str, tuple[list[type[nn.Module]], tuple[int, ...]]] = {
+    "rows": ([LayerScale, Parallel, Sandwich], TOKENS),
     "tokens": ([LayerScale, Parallel, Sandwich, Wide, Apart], TOKENS),
     "images": ([Grouped, Batched, ChannelsFirst], IMAGE),
 }
@@ -592,14 +593,22 @@ def numpy(x: Tensor) -> Any:
     return ml_dtypes.bfloat16 if x.dtype is torch.bfloat16 else x.numpy().dtype
 
 
-@pytest.mark.parametrize("ir", ["fx", "onnx"])
-@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in FAMILIES for dtype in TOLERANCE], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype", "ir"),
+    [
+        *((name, torch.float32, ir) for name in ("tokens", "images") for ir in ("fx", "onnx")),
+        *((name, torch.float64, "fx") for name in ("tokens", "images")),
+        ("rows", torch.float64, "onnx"),  # ONNX Runtime has neither Conv nor Erf in 64 bits
+    ],
+    ids=str,
+)
 def test_families_fuse_exactly(name: str, dtype: torch.dtype, ir: str) -> None:
     model, x = family(name, dtype)
     graph = captured(model, x, ir)
     result = run_passes(graph, [FuseJoins()])
     assert result.verification.ok
     assert not result.rolled_back
+    assert not any(op.kind is K.ADD for op in result.graph)
     if dtype is torch.float32:
         wanted = [label for part in FAMILIES[name][0] for label in vars(part)["label"]]
         wanted = [label.replace("_cast", "") for label in wanted if "_cast" not in label]
@@ -637,7 +646,7 @@ def test_16_bits_are_no_further_from_64_than_before(dtype: torch.dtype, ir: str)
 
 def test_compiled_regions_compute_the_same() -> None:
     pytest.importorskip("tvm")
-    for name in FAMILIES:
+    for name in ("tokens", "images"):
         model, x = family(name, torch.float32)
         program = rc.compile(run_passes(captured(model, x, "fx"), [FuseJoins()], check=False).model, (x,))
         with torch.no_grad():
