@@ -32,12 +32,14 @@ class FoldScale:
        factors pass. The gain of a norm and the terms of a sum take a factor, too.
     3. A shift does not go into a convolution with a border of zeros, which it would not reach.
     4. Weights that something else reads as they are get a copy where `copy` says so; biases and gains always do.
-    5. In 16 bits, only where the new weights are as exact as the old ones.
+    5. In 16 bits, only where the new weights are the old ones to the bit, but for their exponents; or where `half` says
+       that they may be rounded once more, and none of them leaves the range in which the type keeps its precision.
     """
 
     name: ClassVar[str] = "fold-scale"
     preserves: ClassVar[Preserves] = "values"
     copy: bool = False
+    half: bool = False
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each operation that scales or shifts by one number or one for each feature."""
@@ -50,7 +52,7 @@ class FoldScale:
             for constant in found:
                 yield Refusal(constant.op.name, f"{reason}: capture the model in evaluation")
             return
-        state = _State(graph, Contents(graph), self.copy)
+        state = _State(graph, Contents(graph), self.copy, self.half)
         left: list[tuple[Constant, str]] = []
         for constant in found:
             rewrite = "it is what fold-batch-norm folds" if constant.do == "norm" else state.back(constant)
@@ -77,10 +79,11 @@ class FoldScale:
 class _State:
     """The plan so far. `gone`: operations that it takes out, by the value that stands for their output."""
 
-    def __init__(self, graph: Graph, contents: Contents, copy: bool) -> None:
+    def __init__(self, graph: Graph, contents: Contents, copy: bool, half: bool) -> None:
         self.graph = graph
         self.contents = contents
         self.copy = copy
+        self.half = half
         self.gone: dict[Op, Value] = {}
         self.scales: dict[Op, list[float]] = {}  # of sums that it changes
 
@@ -163,14 +166,24 @@ class _State:
             if other is not None:
                 cost = f"a copy would cost {tensor_size(value)[0]:,} parameters (copy=true)"
                 return f"'{other.name}' also reads the weight of '{site.op.name}' as it is; {cost}"
+            if value.dtype in _RANGES and not (self.half or self._exact(constant)):
+                why = f"in {value.dtype} the weights of '{site.op.name}' would be rounded once more"
+                return f"{why}: fold in float32 and cast then, or allow it by half=true"
             if value.dtype in _RANGES and not constant.shifts and self._rounds(constant, value):
                 return f"in {value.dtype} the scaled weights of '{site.op.name}' would lose what is small in them"
         return ""
 
+    def _factors(self, constant: Constant) -> np.ndarray[Any, Any]:
+        held = np.ones(1) if constant.held is None else self.graph.data(constant.held).astype(np.float64)
+        return np.asarray(np.abs(constant.number * (1 / held if constant.divide else held)))
+
+    def _exact(self, constant: Constant) -> bool:
+        """Whether it only moves exponents: a scale by powers of two."""
+        return constant.do in ("scale", "term") and bool((np.frexp(self._factors(constant))[0] == 0.5).all())
+
     def _rounds(self, constant: Constant, value: Value) -> bool:
         """Whether the weights, scaled, leave the range in which the type keeps its precision."""
-        held = np.ones(1) if constant.held is None else self.graph.data(constant.held).astype(np.float64)
-        factors = np.abs(constant.number * (1 / held if constant.divide else held))
+        factors = self._factors(constant)
         weights = np.abs(self.graph.data(value).astype(np.float64))
         smallest, largest = _RANGES[value.dtype or ""]
         small, large = float(factors.min()) * float(np.median(weights)), float(factors.max()) * float(weights.max())

@@ -21,8 +21,9 @@ from rescompile.plans import Pass, Preserves
 class Fuse:
     """merge-branches, fold-batch-norm, fold-scale, merge-projections, merge-parallel, fuse-joins, fuse-activations
 
-    Those that the options name: `merge` (with its `growth`), `batch_norm` (with its `half`), `scale`, `projections` and
-    `parallel` (docs/fusion.md says where they pay), `activations`: contractions with an activation and no join, too.
+    Those that the options name: `merge` (with its `growth`), `batch_norm` and `scale` (with their `half`),
+    `projections` and `parallel` (docs/fusion.md says where they pay), `activations`: contractions with an activation
+    and no join, too.
     `joins`: "residual" for skips only, "all" for every sum of two computed values. `trainable`: nothing is folded, and
     no fusion takes along what training does otherwise (a batch norm, a dropout that evaluation switches off), so that
     the result trains as the original does.
@@ -56,7 +57,7 @@ class Fuse:
         if self.batch_norm:
             stages.append(FoldBatchNorm(half=self.half))
         if self.scale:
-            stages.append(FoldScale())
+            stages.append(FoldScale(half=self.half))
         if self.projections:
             stages.append(MergeProjections())
         if self.parallel:

@@ -498,13 +498,26 @@ def test_constants_that_only_a_folded_factor_read_go_with_it() -> None:
     assert planned(b.done(b.op("out", K.ADD, scaled, b.x)), MergeBranches())[2] == ["linear"]
 
 
-def test_factor_that_leaves_half_precision_stays() -> None:
+def in_half_precision(factor: float) -> Graph:
     b = Net(TOKENS)
-    y = b.op("mul", K.MUL, b.linear("fc", b.x), b.constant(C, value=1e-6))
+    y = b.op("mul", K.MUL, b.linear("fc", b.x), b.constant(C, value=factor))
     out = b.op("out", K.ADD, b.x, y)
     for value in b.graph.values:
         value.dtype = "float16"
-    assert "would lose what is small" in refusals(b, out)
+    return b.done(out)
+
+
+def test_factor_that_leaves_half_precision_stays() -> None:
+    plan, _, _ = planned(in_half_precision(1e-6), FoldScale(half=True))
+    assert "would lose what is small" in plan.refusals[0].reason
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("factor", [0.25, 0.3])
+def test_factor_in_16_bits_moves_exponents_or_is_asked_for(factor: float, half: bool) -> None:
+    plan, _, kinds = planned(in_half_precision(factor), FoldScale(half=half))
+    assert ("mul" not in kinds) == (half or factor == 0.25)
+    assert "mul" not in kinds or "rounded once more" in plan.refusals[0].reason
 
 
 def test_shift_behind_a_dropout_stays_for_training() -> None:
