@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
+
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
@@ -99,7 +101,7 @@ def _first(
         if isinstance(decision, Rewrite):
             clash = next((name for name in _consumed(decision) if name in taken or name in modal), None)
             if clash is None:
-                return decision
+                return _noted(decision, quantised_side(join))
             reasons.append(
                 f"'{clash}' already went into another fusion"
                 if clash in taken
@@ -111,6 +113,10 @@ def _first(
     if rounded:
         reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _noted(rewrite: Rewrite, note: str) -> Rewrite:
+    return msgspec.structs.replace(rewrite, reason=f"{rewrite.reason}; {note}") if note else rewrite
 
 
 def _held(graph: Graph, path: str) -> str:
