@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import msgspec
+
 from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
@@ -106,7 +108,7 @@ def _first(
         if isinstance(decision, Rewrite):
             clash = next((name for name in _consumed(decision) if name in closed), None)
             if clash is None:
-                return decision
+                return _noted(decision, quantised_side(join))
             reasons.append(closed[clash])
         else:
             reasons.append(decision.reason)
@@ -114,6 +116,10 @@ def _first(
     if rounded:
         reasons.insert(0, rounded)
     return Refusal(join.name, "; ".join(dict.fromkeys(reasons)) or "no rule for it is switched on")
+
+
+def _noted(rewrite: Rewrite, note: str) -> Rewrite:
+    return msgspec.structs.replace(rewrite, reason=f"{rewrite.reason}; {note}") if note else rewrite
 
 
 def _held(graph: Graph, path: str) -> str:

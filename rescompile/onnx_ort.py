@@ -190,10 +190,8 @@ def _skip_norm(p: Program) -> Call | str:
     terms = _terms(p, source, len(others))
     if terms is None or any(p.arg(term) is None for term in terms):
         return f"ONNX Runtime's {op_type} takes one sum of two values and a bias, and this is {p.told()}"
-    wide = [term for term in terms if p.type(term).shape == total.shape]
-    vectors = [term for term in terms if p.type(term).shape == (hidden,)]
-    narrow = [term for term in terms if rank == 3 and p.type(term).shape in ((1, *total.shape[1:]), total.shape[1:])]
-    streams = (wide + [term for term in narrow if term not in wide])[:3]
+    streams = _streams(p, terms, rank)
+    vectors = [term for term in terms if term not in streams and p.type(term).shape == (hidden,)]
     if len(streams) != 2 or len(vectors) > 1 or len(streams) + len(vectors) != len(terms):
         return f"ONNX Runtime's {op_type} takes one sum of two values and a bias, which these shapes are not"
     weight, shift = [*norm.inputs[1:], None, None][:2]
@@ -215,6 +213,20 @@ def _skip_norm(p: Program) -> Call | str:
         return f"ONNX Runtime's {op_type} returns the norm and the whole sum, and this returns another value"
     operands = [*(p.arg(term) for term in streams), *(affine if norm.kind is K.LAYER_NORM else affine[:1]), bias]
     return Call(op_type, operands, {"epsilon": p.attr(norm, "eps")}, tuple(ends[value] for value in p.outputs))
+
+
+def _streams(p: Program, terms: Sequence[int], rank: int) -> list[int]:
+    """The terms that have the sum's shape, whatever its extents are called, and those that are broadcast to it."""
+    for first in terms:
+        shape = p.type(first).shape
+        if shape is None or len(shape) != rank:
+            continue
+        narrow = ((1, *shape[1:]), shape[1:]) if rank == 3 else ()
+        wide = [term for term in terms if p.type(term).shape == shape]
+        found = [*wide, *(term for term in terms if p.type(term).shape in narrow and term not in wide)]
+        if len(found) > 1:
+            return found
+    return []
 
 
 def _terms(p: Program, total: int, count: int) -> list[int] | None:
