@@ -6,12 +6,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+import rescompile as rc
 from rescompile.fused_region import parse
 from rescompile.graph import Graph, Op, Role, Value, ValueType
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.plans import Plan
+from rescompile.rewriting import run_passes
 from tests.test_fuse import IMAGE, TOKENS, Build, C, planned
 
 K = OpKind
@@ -463,3 +468,111 @@ def test_fusing_again_changes_nothing(make: Any) -> None:
     plan, _, again = planned(once, FuseJoins())
     assert not plan.rewrites
     assert again == kinds
+
+
+# ---- both IRs: the numbers ------------------------------------------------------------------------------------------
+
+
+class ImageTails(nn.Module):
+    """Blocks in a row: layer scale behind a permute, frozen norms, an excited branch, a pool, a part of the channels,
+    two sums in one, a transposed convolution; some of it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(5))
+        self.mix, self.fc, self.wide = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 6, 1)
+        self.up = nn.ConvTranspose2d(6, 6, 3, padding=1)
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1) + 0.5)
+        self.register_buffer("scale", torch.rand(1, 4, 1, 1) + 0.5)
+        self.register_buffer("shift", torch.rand(1, 4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.gamma * self.mix(F.gelu(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        h = self.convs[0](x) * self.scale + self.shift
+        x = F.relu_(h.add_(x))
+        h = self.convs[1](x)
+        x = F.leaky_relu(h * torch.sigmoid(self.fc(h.mean((2, 3))))[:, :, None, None] + x)
+        x = x + (F.avg_pool2d(x, 3, 1, 1, count_include_pad=False) - x) * 0.3
+        h = self.convs[2](x)
+        x = x + 0.2 * (x + 0.2 * self.convs[3](F.silu(h)))
+        x = torch.roll(self.convs[4](torch.roll(x, (1, 1), (2, 3))), (-1, -1), (2, 3)) + 2 * x
+        h = self.wide(x)
+        x = torch.cat([h[:, :4] + x, h[:, 4:]], 1)
+        return x - F.hardswish(self.up(x)) / 0.9
+
+
+class TokenTails(nn.Module):
+    """A residual scalar, highways in both spellings, a gate that a matrix product makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.alpha = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.add(x, self.alpha * torch.tanh(self.work[0](x)), alpha=0.5)
+        t = torch.sigmoid(self.work[1](x))
+        x = t * F.relu(self.work[2](x)) + (1 - t) * x
+        x = torch.lerp(x, F.gelu(self.work[3](x), approximate="tanh"), torch.sigmoid(self.work[4](x)))
+        scores = torch.softmax(x @ x.transpose(1, 2), -1)
+        return F.softplus((scores @ self.work[5](x)) * 0.5 + x)
+
+
+TORCH: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
+    "image": (ImageTails, (2, 4, 6, 6)),
+    "tokens": (TokenTails, (2, 5, 8)),
+}
+PRECISE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    cls, shape = TORCH[name]
+    return cls().eval().to(dtype), torch.randn(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", list(PRECISE))
+@pytest.mark.parametrize("ir", ["fx", "onnx"])
+@pytest.mark.parametrize("name", list(TORCH))
+def test_every_join_fuses_and_the_numbers_stay(name: str, ir: str, dtype: torch.dtype) -> None:
+    if (name, ir, dtype) == ("image", "onnx", torch.float64):
+        pytest.skip("ONNX Runtime has no convolution in double precision")
+    model, x = made(name, dtype)
+    graph = rc.capture(model, (x,))
+    if ir == "onnx":
+        graph = rc.capture(torch.onnx.export(model, (x,), dynamo=True, verbose=False))
+    result = run_passes(graph, [FuseJoins()])
+    assert result.verification.ok, str(result.verification)
+    assert not result.rolled_back
+    assert max(check.difference for check in result.verification.checks) <= PRECISE[dtype]
+    assert not [refusal for refusal in result.refused if refusal.pass_name == "fuse-joins"]
+    assert all(block.fused for block in rc.inspect(result.graph))
+    assert not rc.plan(result.graph, ["fuse-joins"]).rewrites
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(TORCH))
+def test_half_precision_is_no_further_from_the_truth(name: str, dtype: torch.dtype) -> None:
+    model, x = made(name, dtype)
+    fused_model = run_passes(rc.capture(model, (x,)), [FuseJoins()]).model
+    with torch.no_grad():
+        truth = made(name, dtype)[0].double()(x.double())
+        before, after = ((found.double() - truth).abs().max() for found in (model(x), fused_model(x)))
+    rounding = torch.finfo(dtype).eps * truth.abs().max()  # of the last sum, which may come out on either side
+    assert after <= before + rounding
+
+
+def test_regions_differentiate() -> None:
+    model, x = made("tokens", torch.float64)
+    result = run_passes(rc.capture(model, (x,)), [FuseJoins()])
+    assert regions(result.graph)
+    assert torch.autograd.gradcheck(result.model, (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("name", list(TORCH))
+def test_what_the_regions_compile_to_computes_the_same(name: str) -> None:
+    model, x = made(name, torch.float32)
+    result = run_passes(rc.capture(model, (x,)), [FuseJoins()])
+    program = rc.compile(result.model, (x,))
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x), atol=2e-5, rtol=1e-5)
