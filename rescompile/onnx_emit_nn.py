@@ -211,7 +211,7 @@ def _group_norm(b: Builder, r: Request) -> ir.Value:
 def _layer_norm(b: Builder, r: Request) -> ir.Value:
     """(x − E x) / √(Var x + eps) · weight + bias; one operator from opset 17 on."""
     x, weight, bias = r.arg(0), r.maybe(1), r.maybe(2)
-    if b.opset >= 17 and _holds_eps(r):
+    if b.opset >= 17 and _holds_eps(r) and not _mixed(r):
         return b.node(
             "LayerNormalization", [x, weight or _ones(b, r), bias], axis=r.attr("axis"), epsilon=r.attr("eps")
         )
@@ -224,7 +224,7 @@ def _layer_norm(b: Builder, r: Request) -> ir.Value:
 def _rms_norm(b: Builder, r: Request) -> ir.Value:
     """x / √(E x² + eps) · weight; one operator from opset 23 on."""
     x, weight = r.arg(0), r.maybe(1)
-    if b.opset >= 23 and _holds_eps(r):
+    if b.opset >= 23 and _holds_eps(r) and not _mixed(r):
         return b.node("RMSNormalization", [x, weight or _ones(b, r)], axis=r.attr("axis"), epsilon=r.attr("eps"))
     wide, narrow = _widened(b, x)
     return _scaled(b, r, wide, _normed_axes(b, r), narrow)
@@ -268,12 +268,24 @@ def _scaled(b: Builder, r: Request, x: ir.Value, axes: list[int], narrow: str | 
     power = b.axes("ReduceMean", b.node("Mul", [x, x]), axes, 18, keepdims=True)
     root = b.node("Sqrt", [b.node("Add", [power, b.like(b.bake(r.attr("eps")), kind)])])
     value = b.node("Div", [x, root])
-    if narrow is not None:
+    mixed = _mixed(r)
+    if narrow is not None and not mixed:
         value = b.node("Cast", [value], to=int(dtype_of(narrow)))
         b.typed = True
     for op_type, arg in (("Mul", r.maybe(1)), ("Add", r.maybe(2))):
-        value = b.node(op_type, [value, arg]) if arg is not None else value
+        if arg is not None:
+            part = b.node("Cast", [arg], to=int(dtype_of(kind or "float32"))) if mixed and arg.dtype != kind else arg
+            value = b.node(op_type, [value, part])
+    if narrow is not None and mixed:
+        value = b.node("Cast", [value], to=int(dtype_of(narrow)))
+        b.typed = True
     return value
+
+
+def _mixed(r: Request) -> bool:
+    """Whether the weight or the bias is of another type than the input: they are applied in the wider one."""
+    parts = [arg.dtype for arg in (r.maybe(1), r.maybe(2)) if arg is not None]
+    return any(dtype is not None and dtype != r.arg(0).dtype for dtype in parts)
 
 
 def _lrn(b: Builder, r: Request) -> ir.Value:

@@ -646,9 +646,9 @@ def test_16_bits_are_no_further_from_64_than_before(dtype: torch.dtype, ir: str)
 
 def test_compiled_regions_compute_the_same() -> None:
     pytest.importorskip("tvm")
-    for name in ("tokens", "images"):
-        model, x = family(name, torch.float32)
-        program = rc.compile(run_passes(captured(model, x, "fx"), [FuseJoins()], check=False).model, (x,))
-        with torch.no_grad():
-            for found, wanted in zip(program(x), model(x), strict=True):
-                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    torch.manual_seed(0)
+    model, x = Several([LayerScale(), Sandwich()]).eval(), torch.randn(TOKENS)
+    program = rc.compile(run_passes(captured(model, x, "fx"), [FuseJoins()], check=False).model, (x,))
+    with torch.no_grad():
+        for found, wanted in zip(program(x), model(x), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
