@@ -114,8 +114,10 @@ def stands(block: Block) -> bool:
     """Whether an operation of its own makes the block's join: no fused one, and no node that does more than that."""
     if block.fused:
         return False
-    plain = any(node.op_type in _JOINS and node.domain == "" for node in block.join_op.native)
-    return plain or block.join_op.group is None
+    nodes = block.join_op.native
+    if any(node.op_type in _JOINS and node.domain == "" for node in nodes):
+        return True
+    return block.join_op.group is None and all(node.domain == "" for node in nodes)
 
 
 def fused_joins(before: Joins, after: Joins) -> int:

@@ -8,12 +8,11 @@ elementwise or a move, and the ways from one value to the result agree in what e
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from rescompile.errors import RescompileError
-from rescompile.fused_region import FUSIBLE, describe
+from rescompile.fused_region import FUSIBLE, unfit
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.joins import only_reader
@@ -108,11 +107,7 @@ def unable(place: Place, op: Op) -> str:
         return ""
     if op.kind not in FUSIBLE:
         return f"'{op.name}' ({op.kind.value}) is nothing that a fused operation can hold"
-    try:
-        describe([op], [op.output], place.graph.scalar)
-    except RescompileError as error:
-        return str(error)
-    return place.graph.cannot_emit(op.kind)
+    return unfit(op) or place.graph.cannot_emit(op.kind)
 
 
 def gathered(place: Place, join: Op, path: Sequence[Op], *, behind: bool) -> Kernel | str:
@@ -290,6 +285,23 @@ def _parted(place: Place, concat: Op, value: Value, inside: set[Op]) -> list[Op]
     return slices
 
 
+def _ways(place: Place, join: Op, skip: Value | None, roots: frozenset[OpKind]) -> Iterator[tuple[Op, ...]]:
+    """Ways from a root up to the join, in the order of `searched`; the later ones are looked for when asked for."""
+    streams = computed(join)
+    branches = [value for value in streams if value is not skip or len(streams) == 1]
+
+    def latest(ways: Iterable[tuple[Op, ...]]) -> list[tuple[Op, ...]]:
+        return sorted(ways, key=lambda way: -way[0].order)
+
+    own = [way for value in branches for way in paths(place, value, roots, shared=False)]
+    yield from latest(own)
+    if skip is not None:
+        shared = (way for value in branches for way in paths(place, value, roots, shared=True))
+        yield from latest(way for way in shared if way not in own)
+    if len(branches) < len(streams) and skip is not None:
+        yield from latest(paths(place, skip, roots, shared=False))
+
+
 def searched(
     place: Place, join: Op, skip: Value | None, roots: frozenset[OpKind], trouble: Callable[[str], object]
 ) -> Kernel | None:
@@ -298,17 +310,7 @@ def searched(
     A root behind the branch comes before one behind the skip, what only the kernel reads before what it returns
     beside the sum, and the root that runs last before the others.
     """
-    tried: list[tuple[tuple[bool, bool, int], tuple[Op, ...]]] = []
-    for value in computed(join):
-        if value is skip and len(computed(join)) > 1:
-            tried += [((True, False, -way[0].order), way) for way in paths(place, value, roots, shared=False)]
-            continue
-        own = list(paths(place, value, roots, shared=False))
-        tried += [((False, False, -way[0].order), way) for way in own]
-        if skip is not None:
-            more = [way for way in paths(place, value, roots, shared=True) if way not in own]
-            tried += [((False, True, -way[0].order), way) for way in more]
-    for _, way in sorted(tried, key=lambda item: item[0]):
+    for way in _ways(place, join, skip, roots):
         for behind in (True, False):
             kernel = gathered(place, join, way, behind=behind)
             edit = kernel if isinstance(kernel, str) else edit_of(place, kernel)

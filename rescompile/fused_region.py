@@ -126,6 +126,15 @@ def describe(ops: Iterable[Op], outputs: Sequence[Value], number: Any) -> tuple[
     return list(operands), {"label": label, "steps": region.text()}
 
 
+def unfit(op: Op) -> str:
+    """Why no region can hold the operation, empty when one can: what `describe` would say of it, without its text."""
+    try:
+        _settings(op)
+    except RescompileError as error:
+        return str(error)
+    return ""
+
+
 def step_types(region: Region, operands: Sequence[ValueType | None], outputs: Sequence[ValueType]) -> list[ValueType]:
     """Type of what each step makes, as far as it follows from the operands' and outputs'."""
     known: list[ValueType | None] = list(operands)

@@ -59,6 +59,7 @@ class OnnxGraph(Graph):
         self._session: Session | None = None
         self._functions: Known = {}
         self._optimiser = Optimiser()
+        self._obstacles: dict[OpKind, str] = {}  # by kind, why the opset cannot hold it
 
     @classmethod
     def read(cls, model: onnx_ir.Model) -> Self:
@@ -117,7 +118,9 @@ class OnnxGraph(Graph):
 
     def cannot_emit(self, kind: OpKind) -> str:
         """Why the model's opset cannot hold an operation of this kind; empty when it can."""
-        return obstacle(kind, self.opset)
+        if kind not in self._obstacles:
+            self._obstacles[kind] = obstacle(kind, self.opset)
+        return self._obstacles[kind]
 
     def use_dialect(self, dialect: str) -> None:
         """Write fused operations as "functions" of the model, or as operators of ONNX Runtime ("ort") where it has

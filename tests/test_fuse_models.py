@@ -86,8 +86,8 @@ def test_transformer_encoder_fuses_every_join(ir: str, norm_first: bool) -> None
     model = livened(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
     result = fused(model, (torch.randn(2, 7, 32),), ir)
     count = kinds(result.graph)
-    # The sum behind an attention, whose rows come transposed, is a region with its norm and the permutation. Pre-norm: the
-    # last sum has no norm behind it, and goes into its linear past a dropout that is off.
+    # The sum behind an attention, whose rows come transposed, is a region with its norm and the permutation. Pre-norm:
+    # the last sum has no norm behind it, and goes into its linear past a dropout that is off.
     labels = [op.attr("label") for op in result.graph if op.kind.value == "fused_region"]
     assert labels == ["permute_add_layer_norm"] * 2
     expected = (1, 1, 0) if norm_first else (2, 0, 0)
