@@ -10,7 +10,7 @@ from rescompile.graph import Graph, Op, Role, Value
 from rescompile.kinds import OpKind as K
 from rescompile.passes.joins import only_reader
 from rescompile.passes.tracing import is_stored
-from rescompile.plans import Edit, Fuse, fuse_edit
+from rescompile.plans import Decide, Edit, Fuse, Refusal, Rewrite, fuse_edit, region_edit
 
 _EXACT = ("float32", "float64")
 
@@ -30,6 +30,24 @@ class Hoisted:
         """All edits, of a region that was described with `ops`."""
         own = {op.name for op in self.ops}
         return [*self.edits, structs.replace(region, ops=tuple(name for name in region.ops if name not in own))]
+
+
+def hoisting(graph: Graph, join: Op, skip: Value | None, *, rule: Decide) -> Rewrite | Refusal:
+    """What the rule decides; where it leaves a contraction with a bias outside, the bias goes into what it makes."""
+    decision = rule(graph, join, skip)
+    if not isinstance(decision, Rewrite) or len(decision.edits) != 1 or not isinstance(decision.edits[0], Fuse):
+        return decision
+    made = decision.edits[0]
+    for value in join.operands:
+        found = None if value is skip else hoisted_bias(graph, join, value)
+        if found is None or value.producer is None or value.producer.name in made.ops:
+            continue
+        ops = [*found.ops, *(graph.op(name) for name in made.ops)]
+        region = region_edit(graph, ops, [graph.value(name) for name in made.outputs])
+        if isinstance(region, Fuse):
+            reason = f"{decision.reason}; it adds the bias of '{value.producer.name}', too"
+            return structs.replace(decision, reason=reason, edits=tuple(found.placed(region)))
+    return decision
 
 
 def hoisted_bias(graph: Graph, join: Op, value: Value) -> Hoisted | None:

@@ -41,6 +41,7 @@ class Fuse:
     norm: bool = True
     epilogue: bool = True
     concat: bool = True
+    hoist_bias: bool = False
     activations: bool = False
     trainable: bool = False
     parallel: bool = False
@@ -48,8 +49,8 @@ class Fuse:
 
     def stages(self) -> Sequence[Pass]:
         """The passes, in order."""
+        joins = FuseJoins(self.joins, self.norm, self.epilogue, self.concat, self.trainable, self.hoist_bias)
         if self.trainable:
-            joins = FuseJoins(self.joins, self.norm, self.epilogue, self.concat, trainable=True)
             return [joins, FuseActivations()] if self.activations else [joins]
         stages: list[Pass] = []
         if self.merge:
@@ -62,7 +63,7 @@ class Fuse:
             stages.append(MergeProjections())
         if self.parallel:
             stages.append(MergeParallel())
-        stages.append(FuseJoins(joins=self.joins, norm=self.norm, epilogue=self.epilogue, concat=self.concat))
+        stages.append(joins)
         if self.activations:
             stages.append(FuseActivations())
         return stages

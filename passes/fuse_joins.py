@@ -13,6 +13,7 @@ from rescompile.detection import inspect_graph
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
+from rescompile.passes.bias import hoisting
 from rescompile.passes.concat_region import concat_region
 from rescompile.passes.elementwise_region import elementwise_region
 from rescompile.passes.epilogue_region import epilogue_region
@@ -33,7 +34,8 @@ class FuseJoins:
     4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
     `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
-    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused.
+    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused. `hoist_bias`: a sum
+    with a norm adds the bias of the contraction before it, too, which then needs no epilogue.
     """
 
     name: ClassVar[str] = "fuse-joins"
@@ -44,6 +46,7 @@ class FuseJoins:
     epilogue: bool = True
     concat: bool = True
     trainable: bool = False
+    hoist_bias: bool = False
 
     def plan(self, graph: Graph) -> Plan:
         """One rewrite or refusal for each join."""
@@ -56,7 +59,8 @@ class FuseJoins:
         """
         sums: list[Decide] = []
         if self.norm:
-            sums += [norm_region, add_norm]
+            norms: list[Decide] = [norm_region, add_norm]
+            sums += [partial(hoisting, rule=rule) for rule in norms] if self.hoist_bias else norms
         if self.epilogue:
             sums += [partial(rule, closed=closed) for rule in (epilogue_region, elementwise_region)]
         return {OpKind.ADD: sums, OpKind.CONCAT: [concat_region] if self.concat else []}

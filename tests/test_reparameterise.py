@@ -648,6 +648,17 @@ def test_a_bias_moves_into_the_region_that_writes_the_sum(ir: str) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("ir", IRS[:2])
+def test_fuse_hoists_biases_where_that_is_asked_for(ir: str) -> None:
+    graph = captured(PreNorm(), (drawn(2, 6, 3, 3),), ir)
+    result = rc.rewrite(graph, ["fuse-joins{hoist_bias=true}"])
+    assert result.verification.ok
+    assert [op.operand("bias") is None for op in result.graph if op.kind is K.LINEAR] == [True]
+    assert "add_add_layer_norm" in [op.attr("label") for op in result.graph if op.kind is K.FUSED_REGION]
+    plain = rc.rewrite(graph, ["fuse-joins"])
+    assert [op.operand("bias") is None for op in plain.graph if op.kind is K.LINEAR] == [False]
+
+
 def test_a_bias_stays_where_something_else_reads_the_product() -> None:
     b = Build(TOKENS)
     work = b.linear("fc", b.x)
