@@ -284,8 +284,11 @@ def test_optimised_model_comes_apart_into_standard_operators(name: str, how: str
     assert apart.verification.ok
     assert {node.domain for node in apart.graph.model.graph} == {""}
     assert blocks(apart.graph) == blocks(plain)
-    again = run_passes(apart.graph, [Fuse()], check=False, dialect="ort")
-    assert len(again.applied) == len(run_passes(plain, [Fuse()], check=False).applied)
+    joins = [
+        [rewrite for rewrite in run_passes(each, [Fuse()], check=False).applied if rewrite.pass_name == "fuse-joins"]
+        for each in (apart.graph, plain)
+    ]
+    assert len(joins[0]) == len(joins[1])
 
 
 @pytest.mark.parametrize(("name", "how"), OPTIMISED)
