@@ -34,8 +34,8 @@ class FuseJoins:
     4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
     `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
-    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused. `hoist_bias`: a sum
-    with a norm adds the bias of the contraction before it, too, which then needs no epilogue.
+    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused. `hoist_bias`: a
+    sum with a norm adds the bias of the contraction before it, too, which then needs no epilogue.
     """
 
     name: ClassVar[str] = "fuse-joins"
