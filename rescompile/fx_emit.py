@@ -63,6 +63,10 @@ def _add(t: Torch, x: list[Any], attrs: Attrs) -> Any:
     if first == -1.0 and len(terms) == 2 and _is_number(terms[1][0]):
         return t(aten.rsub.Scalar, total, terms[1][0] * terms[1][1])
     total = _tensor(t, total)
+    if len(terms) == 2 and first != 1.0 and abs(first + terms[1][1] - 1.0) < 1e-12 and not _is_number(terms[1][0]):
+        other, weight = terms[1]
+        if t.dtype(total) == t.dtype(other):
+            return t(aten.lerp.Scalar, total, other, weight)  # rounds once
     if first != 1.0:
         total = t(aten.mul.Tensor, total, first)
     for term, scale in terms[1:]:

@@ -118,6 +118,8 @@ class Graph(Native):
             return None
         if any(extent != 1 for extent in value.shape):
             return None
+        if isinstance(value.native, float):
+            return value.native  # as it was written: a call computes with it before anything is rounded
         return float(self.data(value).reshape(-1)[0])
 
     # ---- building (used by adapters while reading their object, and for graphs in memory) ----------------------

@@ -339,9 +339,12 @@ def region_edit(graph: Graph, ops: Sequence[Op], outputs: Sequence[Value]) -> Fu
     1. Every operation is of a kind that a region may hold, and nothing outside reads what is not an output.
     2. What a region reads comes before it: nothing that it reads is computed from what it returns.
     3. The model's IR can hold fused operations.
+    4. In 16 bits, none is a part of a native operation (`lerp`, `addcmul`) that rounds its result alone.
     """
     inside, kept = set(ops), set(outputs)
     for op in ops:
+        if op.group is not None and op.output.dtype in ("float16", "bfloat16"):
+            return f"'{op.name}' is a part of one operation that rounds once, and would round by itself in a region"
         unable = graph.cannot_emit(OpKind.FUSED_REGION) or graph.cannot_emit(op.kind)
         if unable:
             return unable

@@ -162,7 +162,7 @@ def _fx_lstm(graph: fx.Graph, term: Term, args: list[Any]) -> fx.Node:
     x, *weights = args
     state = _inner(graph, term, aten.zeros.default, (1, term.shape[1], term.shape[2]), [1, *term.shape[1:]])
     call = graph.create_node(
-        "call_function", aten.lstm.input, (x, [state, state], weights, True, 1, 0.0, False, False, False)
+        "call_function", aten.lstm.input, (x, [state, state], weights, False, 1, 0.0, False, False, False)
     )
     kinds = (term.shape, (1, *term.shape[1:]), (1, *term.shape[1:]))
     call.meta["val"] = tuple(torch.empty(shape, device="meta") for shape in kinds)

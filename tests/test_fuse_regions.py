@@ -535,8 +535,8 @@ def made(name: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
 @pytest.mark.parametrize("ir", ["fx", "onnx"])
 @pytest.mark.parametrize("name", list(TORCH))
 def test_every_join_fuses_and_the_numbers_stay(name: str, ir: str, dtype: torch.dtype) -> None:
-    if (name, ir, dtype) == ("image", "onnx", torch.float64):
-        pytest.skip("ONNX Runtime has no convolution in double precision")
+    if (ir, dtype) == ("onnx", torch.float64):
+        pytest.skip("ONNX Runtime has no convolution and no softplus in double precision")
     model, x = made(name, dtype)
     graph = rc.capture(model, (x,))
     if ir == "onnx":
@@ -558,8 +558,7 @@ def test_half_precision_is_no_further_from_the_truth(name: str, dtype: torch.dty
     with torch.no_grad():
         truth = made(name, dtype)[0].double()(x.double())
         before, after = ((found.double() - truth).abs().max() for found in (model(x), fused_model(x)))
-    rounding = torch.finfo(dtype).eps * truth.abs().max()  # of the last sum, which may come out on either side
-    assert after <= before + rounding
+    assert after <= before
 
 
 def test_regions_differentiate() -> None:
