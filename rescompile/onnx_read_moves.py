@@ -78,6 +78,8 @@ def _slice(s: Site) -> Reading:
     axes: Sequence[int] | None
     steps: Sequence[int] | None
     if s.opset < 10:
+        if s.attr("starts") is None or s.attr("ends") is None:
+            return f"it has no starts and ends among its attributes, as opset {s.opset} has them"
         starts, stops, axes, steps = tuple(s.attr("starts")), tuple(s.attr("ends")), s.attr("axes"), None
     else:
         starts, stops = s.vector(1), s.vector(2)
