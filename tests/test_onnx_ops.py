@@ -443,6 +443,7 @@ REFUSED = [
     Refused("Reshape", (SMALL, fed(1, dtype="int64", low=12, high=13)), 13, "computed at run time"),
     Refused("Expand", (SMALL, fed(2, dtype="int64", low=1, high=2)), 13, "computed at run time"),
     Refused("Slice", (X, fed(1, dtype="int64", low=0, high=1), Const.of(2)), 13, "computed at run time"),
+    Refused("Slice", (X, Const.of(0), Const.of(2)), 9, "no starts and ends"),
     Refused("Clip", (SMALL, fed(low=-1.0, high=0.0)), 13, "computed at run time"),
     Refused("MaxPool", (X,), 12, "indices", {"kernel_shape": [2, 2]}, outputs=2),
     Refused("AveragePool", (X,), 19, "dilated", {"kernel_shape": [2, 2], "dilations": [2, 2]}),
