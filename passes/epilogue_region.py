@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rescompile.graph import Graph, Op, Value
+from rescompile.kinds import OpKind as K
+from rescompile.kinds import Trait
 from rescompile.passes.epilogue import residual_epilogue
 from rescompile.passes.one_pass import CONTRACTIONS, Place, searched
 from rescompile.passes.region_rewrite import branch_end, rewrite_of, unsuited
 from rescompile.plans import Fuse, Refusal, Rewrite
+
+_NO_PART = CONTRACTIONS | {K.MAX_POOL, K.ATTENTION, K.RECURRENT, K.EMBEDDING}  # in no epilogue but their own
 
 
 def epilogue_region(
@@ -31,6 +35,8 @@ def epilogue_region(
     refused = unsuited(join, skip)
     if refused is not None:
         return plain or refused
+    if isinstance(plain, Rewrite) and _stands_alone(graph, plain):
+        return plain
     reasons: list[str] = []
     kernel = searched(place, join, skip, CONTRACTIONS, reasons.append)
     if kernel is None or kernel.root is None:
@@ -40,6 +46,17 @@ def epilogue_region(
         return plain
     where = f"the {kernel.root.kind.value} of '{kernel.root.module or kernel.root.name}'"
     return rewrite_of(place, join, kernel, f"into the epilogue of {where}")
+
+
+def _stands_alone(graph: Graph, plain: Rewrite) -> bool:
+    """Whether nothing beside a plain fused operation could be in its kernel, which saves the search for it."""
+    (edit,) = (edit for edit in plain.edits if isinstance(edit, Fuse))
+    result, residual = graph.value(edit.outputs[0]), graph.value(edit.inputs[3] or "")
+    maker = residual.producer
+    before = maker is None or maker.kind in _NO_PART or len(residual.users) > 1
+    readers = result.users
+    after = all(reader.kind in CONTRACTIONS or reader.has(Trait.NORM) for reader in readers if reader.kind is not K.ADD)
+    return before and after and (len(readers) != 1 or readers[0].kind is not K.ADD)
 
 
 def _held(rewrite: Rewrite) -> set[str]:
