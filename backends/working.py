@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,8 +76,15 @@ class _Sourced:
         self.value = value
 
 
-def working_copy(graph: Graph) -> WorkingGraph:
-    """Copy what the outputs need. Operations keep their names, their native nodes and their order."""
+def _nothing(_: Op) -> bool:
+    return False
+
+
+def working_copy(graph: Graph, keeps: Callable[[Op], bool] = _nothing) -> WorkingGraph:
+    """Copy what the outputs need. Operations keep their names, their native nodes and their order.
+
+    keeps: whether a fused region has a kernel of its own; any other is written out, to be grouped for this machine.
+    """
     live: set[Value] = set(graph.outputs)
     needed: list[Op] = []
     for op in reversed(graph.ops):
@@ -98,7 +106,7 @@ def working_copy(graph: Graph) -> WorkingGraph:
         twins[value] = copy.add_input(value.name, value.shape, value.dtype)
     for op in reversed(needed):
         inputs = [None if value is None else twin(value) for value in op.inputs]
-        if op.kind is OpKind.FUSED_REGION:
+        if op.kind is OpKind.FUSED_REGION and not keeps(op):
             twins.update(zip(op.outputs, _write_out(copy, op, inputs), strict=True))
             continue
         made = copy.add_op(
