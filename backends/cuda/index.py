@@ -169,7 +169,7 @@ def joined(low_first: Sequence[tuple[Term, Extent]]) -> Term:
                 and term.source == last.source
                 and term.div == last.div * last.mod
             ):
-                merged[-1] = (Digit(term.source, term.total, last.div, last.mod * term.mod), below * size)
+                merged[-1] = (_digit(term.source, term.total, last.div, last.mod * term.mod), below * size)
                 continue
         merged.append((term, size))
     if len(merged) == 1:
@@ -181,11 +181,30 @@ def joined(low_first: Sequence[tuple[Term, Extent]]) -> Term:
     return Sum(tuple(parts))
 
 
+def _digit(source: str | Term, total: Extent, div: Extent, mod: Extent) -> Term:
+    return source if not isinstance(source, str) and div == ONE and mod == total else Digit(source, total, div, mod)
+
+
 def _part(term: Term, size: Extent, div: Extent, mod: Extent) -> Term:
     """Digits of a term that counts up to `size`."""
     if isinstance(term, Digit):
         return Digit(term.source, term.total, term.div * div, mod)
+    parts = _radix(term, size)
+    above = size.over(div * mod)
+    if parts is not None and above is not None:
+        return regroup(parts, [above, mod, div])[1]
     return Digit(term, size, div, mod)
+
+
+def _radix(term: Term, size: Extent) -> list[tuple[Term, Extent]] | None:
+    """The digits that `joined` made a sum of, the highest first; None for any other term."""
+    if not isinstance(term, Sum) or term.offset or len(term.parts) < 2 or term.parts[0][1] != ONE:
+        return None
+    strides = [stride for _, stride in term.parts] + [size]
+    extents = [above.over(here) for here, above in zip(strides, strides[1:], strict=False)]
+    if any(found is None for found in extents):
+        return None
+    return [(part, found or ONE) for (part, _), found in zip(term.parts, extents, strict=True)][::-1]
 
 
 def address(dims: Sequence[Term], shape: Sequence[Extent]) -> Sum:
@@ -209,7 +228,7 @@ def address(dims: Sequence[Term], shape: Sequence[Extent]) -> Sum:
                     and piece.div == last.div * last.mod
                     and there == below * last.mod
                 ):
-                    parts[-1] = (Digit(piece.source, piece.total, last.div, last.mod * piece.mod), below)
+                    parts[-1] = (_digit(piece.source, piece.total, last.div, last.mod * piece.mod), below)
                     continue
             parts.append((piece, there))
         stride = stride * size

@@ -22,8 +22,8 @@ from tvm.tirx.script.builder import ir as T
 from rescompile.backends.cuda import scalars
 from rescompile.backends.cuda.index import ONE, Lanes, Sum, Term, expression, lanes, size_of
 from rescompile.backends.cuda.region_nodes import Chosen, Guards, Load, Made, Node, Normed, Number, Trace
-from rescompile.backends.cuda.region_spec import BYTES, RegionSpec
-from rescompile.backends.cuda.region_tile import WIDEST_ACCESS, RegionTile, candidates, children, is_stream, loads
+from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
+from rescompile.backends.cuda.region_tile import RegionTile, candidates, children, is_stream, loads
 from rescompile.backends.cuda.rows import across_threads, function_frame, store, unrolled, vector
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.kernels import Argument
@@ -368,7 +368,7 @@ class _Thread:
         """Read a chunk of an operand into its registers."""
         registers, source = self.registers[load], self.flat[f"x{load.operand}"]
         seen = self._lanes(load)
-        width = min(seen.group, WIDEST_ACCESS // BYTES[self.spec.operands[load.operand].dtype]) if seen.steps else 1
+        width = min(seen.group, ACCESS[self.spec.operands[load.operand].dtype]) if seen.steps else 1
         step = width if seen.steps else seen.group
         base = self._slot(chunk) // self.tile.vector * registers.count if registers.persistent else 0
         with self._guarded(self._within(chunk)):
@@ -383,7 +383,7 @@ class _Thread:
         tensor = self._out(value)
         at = self.trace.written(value)
         seen = lanes(at, self.tile.vector)
-        width = min(seen.group, seen.align, WIDEST_ACCESS // BYTES[tensor.dtype]) if seen.steps else 1
+        width = min(seen.group, seen.align, ACCESS[tensor.dtype]) if seen.steps else 1
         target = self.flat[f"y{self.spec.region.outputs.index(value)}"]
         with self._guarded(self.inside), self._guarded(self._within(chunk)):
             for first in range(0, self.tile.vector, width):

@@ -16,6 +16,8 @@ from rescompile.values import Dim, ValueType
 K = OpKind
 
 BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int8": 1, "uint8": 1}
+# Elements of the widest access, by type: 16 bytes, as far as the code generator has a vector type.
+ACCESS = {**{dtype: 16 // size for dtype, size in BYTES.items()}, "bool": 1, "int8": 4, "uint8": 4}
 NORMS = frozenset((K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM, K.INSTANCE_NORM))
 VIEWS = frozenset((K.RESHAPE, K.PERMUTE, K.SLICE, K.ROLL, K.FLIP, K.PAD))
 
@@ -104,6 +106,7 @@ def norm_spec(spec: NormSpec) -> RegionSpec:
     affine: list[int | None] = [*range(1 + spec.residual, count)]
     if spec.bias and not spec.weight:
         affine.insert(0, None)
+    affine += [None] * ((2 if spec.kind == "layer" else 1) - len(affine))
     steps = [Step(K.ADD, (0, 1))] if spec.residual else []
     kind = K.LAYER_NORM if spec.kind == "layer" else K.RMS_NORM
     source = count if spec.residual else 0

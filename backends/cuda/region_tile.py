@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from rescompile.backends.cuda.index import lanes
 from rescompile.backends.cuda.region_nodes import Chosen, Load, Made, Node, Normed, Trace
-from rescompile.backends.cuda.region_spec import BYTES, RegionSpec
+from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
 from rescompile.backends.cuda.targets import Architecture
 
-WIDEST_ACCESS = 16  # bytes
 _WARP = 32
 _BLOCK = 128  # threads of a block in which each warp, or part of one, has a row of its own
 _MOST = 1024  # threads of a block
@@ -56,7 +55,7 @@ def vector_of(spec: RegionSpec, trace: Trace) -> int:
     width = trace.space.width.number
     streams = [load for value in spec.region.outputs for load in loads(trace.root(value)) if is_stream(spec, load)]
     tensors = [*(spec.operands[load.operand] for load in streams), *spec.outputs]
-    vector = max(1, min(8, WIDEST_ACCESS // min(BYTES[tensor.dtype] for tensor in tensors)))
+    vector = max(1, min(8, max(ACCESS[tensor.dtype] for tensor in tensors)))
     while width % vector:
         vector //= 2
     # Lanes that no access joins would only cost registers.

@@ -28,7 +28,7 @@ _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
-_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
 def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
@@ -42,7 +42,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
             f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
             f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
         )
-    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
@@ -51,9 +51,17 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
 
 
 def launch(
-    library: bytes, name: str, arrays: Sequence[np.ndarray[Any, Any]], scalars: Sequence[int], dims: Sequence[int]
+    library: bytes,
+    name: str,
+    arrays: Sequence[np.ndarray[Any, Any]],
+    scalars: Sequence[int],
+    dims: Sequence[int],
+    shared: int = 0,
 ) -> None:
-    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars."""
+    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
+
+    `shared`: bytes of dynamic shared memory.
+    """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()
@@ -63,7 +71,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
+    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:

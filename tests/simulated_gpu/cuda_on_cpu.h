@@ -112,6 +112,7 @@ inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
