@@ -147,7 +147,7 @@ def _read(path: Path) -> ShippedRecords:
         data = json.loads(path.read_text(encoding="utf-8"))
         for field, kind in _FIELDS.items():
             if not isinstance(data[field], kind):
-                raise TypeError(f"{field} is no {kind.__name__}")  # noqa: TRY004
+                raise TypeError(f"{field} is no {kind.__name__}")
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}")
         device = {name: str(data["device"][name]) for name in ("device", "arch", "driver")}

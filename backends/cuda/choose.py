@@ -1,4 +1,4 @@
-"""Which code computes each region of a GPU program: kernels' tiles, generated schedules, libraries; measured, remembered.
+"""Which code computes each region of a GPU program: own kernels, generated schedules, libraries; measured, remembered.
 
 Emission first records what it needs (`KernelChoice.pick` answers with the first candidate), then `choose` decides, and
 emission runs again. A choice comes from, in this order: this GPU's own records, timing where the target's GPU is at
@@ -10,19 +10,19 @@ region, else the first candidate that runs.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from rescompile.backends.cuda import reference
+from rescompile.backends.cuda import plain, reference
 from rescompile.backends.cuda.choice_records import OwnRecords, Record, ShippedRecords, lookup, read_shipped
-from rescompile.backends.cuda.device import Device, Timing, rotations
+from rescompile.backends.cuda.device import Device, rotations
 from rescompile.backends.cuda.libraries import LibraryCall
 from rescompile.backends.cuda.library_candidates import library_candidates
-from rescompile.backends.cuda.plain import plain
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.kernels import Argument
 from rescompile.backends.kernels.emit import TVM_ERRORS
@@ -157,48 +157,42 @@ class KernelChoice:
         shipped = read_shipped() if shipped is None else shipped
         own = None if device is None else OwnRecords.load(cache_dir, device.facts)
         deadline = None if budget_s is None else time.monotonic() + budget_s
-        for spec, wanted in self.wanted.items():
-            entrants = candidates(wanted, self.limits, libraries=device is not None)
+        entrants = {
+            spec: candidates(wanted, self.limits, libraries=device is not None) for spec, wanted in self.wanted.items()
+        }
+        found: dict[Any, Choice | None] = {}
+        for spec, listed in entrants.items():
             known = None if own is None else own.get(spec)
-            found = None if known is None else _recorded(entrants, known, "remembered from this GPU")
-            in_time = deadline is None or time.monotonic() < deadline
-            if found is None and device is not None and in_time and len(entrants) > 1:
-                found = contest(wanted, entrants, device, build, captured=captured)
-                if own is not None and found.tried:
-                    own.put(spec, Record(found.candidate.label, found.seconds, dict(found.tried)))
-            if found is None:
-                name = None if device is None else device.facts["device"]
-                elsewhere = lookup(shipped, spec, self.limits.name, name)
-                found = None if elsewhere is None else _recorded(entrants, *elsewhere)
-            self.choices[spec] = found or Choice(entrants[0], _unmeasured(device, len(entrants)))
-        if own is not None:
+            found[spec] = None if known is None else _recorded(listed, known, "remembered from this GPU")
+        if device is not None and own is not None:
+            open_ = [spec for spec, listed in entrants.items() if found[spec] is None and len(listed) > 1]
+            built = _all_built({spec: entrants[spec] for spec in open_}, build, deadline)
+            for spec in open_:
+                if deadline is None or time.monotonic() < deadline:
+                    found[spec] = choice = contest(self.wanted[spec], built[spec], device, captured=captured)
+                    if choice.tried:
+                        own.put(spec, Record(choice.candidate.label, choice.seconds, dict(choice.tried)))
             own.save()
+        name = None if device is None else device.facts["device"]
+        for spec, listed in entrants.items():
+            elsewhere = lookup(shipped, spec, self.limits.name, name) if found[spec] is None else None
+            choice = found[spec] or (None if elsewhere is None else _recorded(listed, *elsewhere))
+            self.choices[spec] = choice or Choice(listed[0], _unmeasured(device, len(listed)))
         return any(before[spec] != choice.candidate or choice.tried for spec, choice in self.choices.items())
 
 
 def contest(
-    wanted: Wanted,
-    entrants: Sequence[Candidate],
-    device: Device,
-    build: Callable[[Any], Built | None],
-    *,
-    captured: bool = True,
+    wanted: Wanted, entrants: Sequence[tuple[Candidate, Built | None]], device: Device, *, captured: bool = True
 ) -> Choice:
-    """Build, compare and time every candidate; the fastest of those that agree with the reference."""
+    """Compare and time candidates that were built (None: without success); the fastest one with the right numbers."""
     buffers = Buffers(wanted.arguments, device)
     refused: list[tuple[str, str]] = []
-    built: list[tuple[Candidate, Built]] = []
-    for candidate in entrants:
-        made = candidate.library.function(device.torch) if candidate.library else _built(candidate, wanted.spec, build)
-        if made is None:
-            refused.append((candidate.label, "does not build"))
-        else:
-            built.append((candidate, made))
     right: list[tuple[Candidate, Built]] = []
     judge = Judge(wanted.spec, buffers, device)
-    for candidate, function in built:
-        why = judge.refusal(function)
-        if why:
+    for candidate, made in entrants:
+        function = candidate.library.function(device.torch) if candidate.library else made
+        why = "does not build" if function is None else judge.refusal(function)
+        if function is None or why:
             refused.append((candidate.label, why))
         else:
             right.append((candidate, function))
@@ -211,7 +205,7 @@ def contest(
     ]
     if not costs:
         reasons = "; ".join(f"{label}: {why}" for label, why in refused)
-        return Choice(entrants[0], f"first by static order: no candidate could be timed ({reasons})")
+        return Choice(entrants[0][0], f"first by static order: no candidate could be timed ({reasons})")
     winner, seconds = min(costs, key=lambda pair: pair[1])
     tried = tuple((candidate.label, cost) for candidate, cost in costs)
     return Choice(winner, f"fastest of {len(costs)} timed on {device.facts['device']}", seconds, tried, tuple(refused))
@@ -297,16 +291,29 @@ def static(shape: Iterable[int | None]) -> tuple[int, ...]:
     return tuple(DYNAMIC_ROWS if extent is None else extent for extent in shape)
 
 
-def elements(shape: Iterable[int | None]) -> int:
-    """How many elements a buffer has when it is timed."""
-    return prod(static(shape))
-
-
 def _call(function: Built, buffers: Buffers) -> Callable[[int], object]:
     return lambda copy: function(*buffers[copy])
 
 
-def _built(candidate: Candidate, spec: Any, build: Callable[[Any], Built | None]) -> Built | None:
+def _all_built(
+    entrants: Mapping[Any, Sequence[Candidate]], build: Callable[[Any], Built | None], deadline: float | None
+) -> dict[Any, list[tuple[Candidate, Built | None]]]:
+    """Every kernel compiled, several at a time, before any is timed."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        futures = {
+            spec: [(candidate, pool.submit(_built, candidate, spec, build, deadline)) for candidate in listed]
+            for spec, listed in entrants.items()
+        }
+        return {
+            spec: [(candidate, future.result()) for candidate, future in started] for spec, started in futures.items()
+        }
+
+
+def _built(
+    candidate: Candidate, spec: Any, build: Callable[[Any], Built | None], deadline: float | None
+) -> Built | None:
+    if candidate.library is not None or (deadline is not None and time.monotonic() > deadline):
+        return None
     try:
         return build(candidate.prim_func(spec, "kernel"))
     except (*TVM_ERRORS, RescompileError):
@@ -341,8 +348,3 @@ def explained(choice: Choice) -> Mapping[str, Any]:
         + [{"tile": label, "refused": why} for label, why in choice.refused],
         "microseconds": round(choice.seconds * 1e6, 2) if choice.seconds else None,
     }
-
-
-def timing_of(timing: Timing | None) -> float | None:
-    """Seconds on the device."""
-    return None if timing is None else timing.device

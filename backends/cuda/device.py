@@ -74,7 +74,7 @@ def relative_gap(tensor: Any, reference: Any) -> float:
     if bool((found.isnan() != want.isnan()).any()):
         return float("inf")
     # Equal infinities differ by nothing, and so do two NaNs.
-    difference = (found - want).abs().where(found != want, 0.0).nan_to_num(nan=0.0)
+    difference = (found - want).abs().where(found != want, 0.0).nan_to_num(nan=0.0, posinf=float("inf"))
     largest = want.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().max()
     return float(difference.max() / largest.clamp_min(1e-30))
 

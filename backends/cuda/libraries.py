@@ -15,7 +15,7 @@ not needed at all.
     conv          cuDNN                                bias and activation in passes of their own over y
     conv_act      cuDNN, epilogue bias and relu        the result is copied into y: torch has no variant that writes it
     conv_add_act  cuDNN, epilogue bias, add and relu   the same copy
-    attention     flash, memory-efficient or cuDNN     the same copy, except flash where torch can write in place
+    attention     flash, memory-efficient or cuDNN     the same copy
     norm          torch's kernels                      the sum is read again
     softmax       torch's kernel                       none
 
@@ -75,8 +75,7 @@ class LibraryCall:
 
         def call(*buffers: Any) -> None:
             given = buffers if as_torch is None else map(as_torch, buffers)
-            with _inference():
-                run(settings, dict(zip(names, given, strict=True)))
+            run(settings, dict(zip(names, given, strict=True)))
 
         return call
 
@@ -107,12 +106,6 @@ def _parsed(text: str) -> Callable[..., None]:
     return LibraryCall.parse(text).function(torch.from_dlpack)
 
 
-def _inference() -> Any:
-    import torch
-
-    return torch.inference_mode()
-
-
 # ---- contractions ----------------------------------------------------------------------------------------------
 
 
@@ -120,9 +113,9 @@ def _linear(settings: Settings, t: Tensors) -> None:
     """y = act(a·bᵀ + bias)"""
     import torch
 
-    a, b, y, bias = _factor(settings, t, "a"), _factor(settings, t, "b").mT, t["y"], t.get("bias")
+    a, b, y, bias = *_matrices(settings, t), t.get("bias")
     activation = settings["activation"]
-    with _tf32(a):
+    with _Tf32(a):
         if bias is not None and activation in ("relu", "gelu_tanh"):
             torch.ops.aten._addmm_activation.out(bias, a, b, use_gelu=activation == "gelu_tanh", out=y)
             return
@@ -137,9 +130,9 @@ def _linear_add(settings: Settings, t: Tensors) -> None:
     """y = act(a·bᵀ + (residual + bias)): beta = 1 with y as C"""
     import torch
 
-    a, b, y = _factor(settings, t, "a"), _factor(settings, t, "b").mT, t["y"]
+    a, b, y = _matrices(settings, t)
     _start(t, y)
-    with _tf32(a):
+    with _Tf32(a):
         torch.addmm(y, a, b, out=y)
     _activate(y, settings["activation"])
 
@@ -149,7 +142,7 @@ def _matmul(settings: Settings, t: Tensors) -> None:
     import torch
 
     a, b = _batched(settings, t)
-    with _tf32(a):
+    with _Tf32(a):
         torch.bmm(a, b, out=t["y"])
     _activate(t["y"], settings["activation"])
 
@@ -161,7 +154,7 @@ def _matmul_add(settings: Settings, t: Tensors) -> None:
     a, b = _batched(settings, t)
     y = t["y"]
     _start(t, y)
-    with _tf32(a):
+    with _Tf32(a):
         torch.baddbmm(y, a, b, out=y)
     _activate(y, settings["activation"])
 
@@ -170,10 +163,17 @@ def _start(t: Tensors, y: Any) -> None:
     """y = residual + bias, what beta = 1 adds to."""
     import torch
 
+    residual = t["residual"].reshape(y.shape)
     if t.get("bias") is None:
-        y.copy_(t["residual"])
+        y.copy_(residual)
     else:
-        torch.add(t["residual"], t["bias"], out=y)
+        torch.add(residual, t["bias"], out=y)
+
+
+def _matrices(settings: Settings, t: Tensors) -> tuple[Any, Any, Any]:
+    """a [rows, depth], b [depth, columns], y [rows, columns]; of a convolution that reads one pixel, its pixels."""
+    a, b = _factor(settings, t, "a"), _factor(settings, t, "b")
+    return a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).mT, t["y"].reshape(-1, t["y"].shape[-1])
 
 
 def _factor(settings: Settings, t: Tensors, name: str) -> Any:
@@ -196,7 +196,7 @@ def _conv(settings: Settings, t: Tensors) -> None:
     import torch
 
     x, weight, y = _images(settings, t)
-    with _tf32(x):
+    with _Tf32(x):
         made = torch.conv2d(
             x, weight, None, settings["stride"], settings["padding"], settings["dilation"], settings["groups"]
         )
@@ -212,7 +212,7 @@ def _conv_act(settings: Settings, t: Tensors) -> None:
 
     x, weight, y = _images(settings, t)
     geometry = (settings["stride"], settings["padding"], settings["dilation"], settings["groups"])
-    with _tf32(x):
+    with _Tf32(x):
         y.copy_(torch.ops.aten.cudnn_convolution_relu(x, weight, t.get("bias"), *geometry))
 
 
@@ -223,7 +223,7 @@ def _conv_add_act(settings: Settings, t: Tensors) -> None:
     x, weight, y = _images(settings, t)
     geometry = (settings["stride"], settings["padding"], settings["dilation"], settings["groups"])
     residual = _channels_first(t["residual"], y)
-    with _tf32(x):
+    with _Tf32(x):
         y.copy_(torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, t.get("bias"), *geometry))
 
 
@@ -304,7 +304,7 @@ def _activate(y: Any, activation: str) -> None:
         getattr(torch, f"{activation}_")(y)
 
 
-class _tf32:  # noqa: N801
+class _Tf32:
     """float32 factors are multiplied as tf32 while this is entered, as in our own kernels; nothing else changes."""
 
     def __init__(self, like: Any) -> None:

@@ -1,6 +1,6 @@
 """Which library calls compute a spec: an epilogue that one of them has, or that it can be brought to.
 
-    y = outer(inner(acc + bias) + residual)     as an epilogue program; anything else has no library candidate
+y = outer(inner(acc + bias) + residual)     as an epilogue program; anything else has no library candidate
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _convolution(spec: Any, epilogue: SimpleEpilogue, names: tuple[str, ...]) ->
         found.append(_call("conv_act" if epilogue.residual is None else "conv_add_act", names, settings))
     if conv.is_product and spec.batch == 1:
         flat = {"a_depth_last": True, "b_depth_last": True, "activation": epilogue.outer}
-        found.append(_call("pointwise" if epilogue.residual is None else "pointwise_add", names, flat))
+        found.append(_call("linear" if epilogue.residual is None else "linear_add", names, flat))
     return found
 
 
