@@ -4,17 +4,18 @@
 
 Functions are those of CUDA's mathematical library, not the fast approximations into which TVM would turn them: what is
 verified on a processor must hold on the GPU. A NaN goes through (max, min and relu in CUDA would drop it), as in torch.
-For other GPUs `portable` says the same with TVM's own operators.
+Inside `portable`, for other GPUs, they are TVM's operators.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import numpy as np
-import tvm
 from tvm import tirx
 
 from rescompile.errors import GraphError
@@ -24,9 +25,8 @@ from rescompile.values import Attrs
 Expr: TypeAlias = Any  # a tirx expression
 K = OpKind
 
-# CUDA's functions of float32 by TVM's operator; float64's names lack the f.
-_FUNCTIONS = ("exp", "expm1", "log", "log1p", "erf", "tanh", "sin", "cos", "sqrt", "rsqrt", "rint", "pow")
 _TVM_NAMES = {"rint": "nearbyint"}
+_portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 
 def scalar(kind: OpKind, attrs: Attrs, operands: Sequence[Expr]) -> Expr:
@@ -69,21 +69,20 @@ def convert(value: Expr, dtype: str) -> Expr:
 
 def call(name: str, *operands: Expr) -> Expr:
     """A function of CUDA's library, in the operands' type: exp, erf, tanh, rsqrt, ..."""
+    if _portable.get():
+        return getattr(tirx, _TVM_NAMES.get(name, name))(*operands)
     dtype = dtype_of(operands[0])
     return tirx.call_pure_extern(dtype, f"{name}f" if dtype == "float32" else name, *operands)
 
 
-def portable(function: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
-    """The function with TVM's own operators instead of CUDA's library, for the code generators of other GPUs."""
-    names = {f"{name}{suffix}": _TVM_NAMES.get(name, name) for name in _FUNCTIONS for suffix in ("", "f")}
-
-    def replaced(node: Any) -> Any:
-        if node.op.same_as(tvm.ir.Op.get("tirx.call_pure_extern")) and (made := names.get(str(node.args[0].value))):
-            return getattr(tirx, made)(*node.args[1:])
-        return None
-
-    body = tirx.stmt_functor.ir_transform(function.body, None, replaced, ["tirx.Call"])
-    return function.with_body(body)
+@contextmanager
+def portable() -> Iterator[None]:
+    """Kernels built inside call TVM's own operators, which the code generators of other GPUs know, too."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def dtype_of(value: Expr) -> str:
@@ -173,7 +172,11 @@ def _leaky(slope: Expr, x: Expr) -> Expr:
 
 def _elu(attrs: Attrs, xs: list[Expr]) -> Expr:
     x = xs[0]
-    return tirx.Select(x > _number(x, 0), x, call("expm1", x) * _number(x, attrs["alpha"]))
+    return tirx.Select(x > _number(x, 0), x, _expm1(x) * _number(x, attrs["alpha"]))
+
+
+def _expm1(x: Expr) -> Expr:
+    return call("exp", x) - _number(x, 1) if _portable.get() else call("expm1", x)
 
 
 def _gelu(attrs: Attrs, xs: list[Expr]) -> Expr:
@@ -209,7 +212,8 @@ def _hardswish(_: Attrs, xs: list[Expr]) -> Expr:
 def _softplus(_: Attrs, xs: list[Expr]) -> Expr:
     """log(1 + exp(x)) = max(x, 0) + log(1 + exp(−|x|)), which cannot overflow"""
     x = xs[0]
-    return _relu({}, [x]) + call("log1p", call("exp", -tirx.abs(x)))
+    tail = call("exp", -tirx.abs(x))
+    return _relu({}, [x]) + (call("log", _number(x, 1) + tail) if _portable.get() else call("log1p", tail))
 
 
 def _mish(_: Attrs, xs: list[Expr]) -> Expr:
