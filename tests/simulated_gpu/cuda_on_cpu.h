@@ -24,6 +24,7 @@ typedef unsigned short ushort;
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(bytes) alignas(bytes)
+#define CUDART_INF_F INFINITY
 
 namespace gpu {
 
