@@ -53,16 +53,16 @@ MEANS = {
 PLAIN = Depthwise(IMAGES, THREE)
 CONVOLUTIONS = {
     "plain": PLAIN,
-    "half": replace(PLAIN, window=replace(THREE, channels=40), dtype="float16", epilogue=Epilogue(True, False, "relu6")),
+    "half": replace(PLAIN, window=replace(THREE, channels=40), dtype="float16", epilogue=Epilogue(True, inner="relu6")),
     "dynamic": replace(PLAIN, batch=None, dtype="bfloat16", epilogue=Epilogue(True, True, "none", "relu")),
     "stride": replace(PLAIN, window=STEM, dtype="float16", epilogue=Epilogue(False, True, "hardswish")),
     "dilated": replace(PLAIN, window=Window(11, 11, 12, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2))),
-    "five": replace(PLAIN, window=Window(14, 14, 8, (5, 5), (2, 2), (2, 2, 2, 2)), epilogue=Epilogue(True, False, "silu")),
-    "seven": replace(PLAIN, window=Window(7, 7, 24, (7, 7), pads=(3, 3, 3, 3)), epilogue=Epilogue(True), dtype="float16"),
+    "five": replace(PLAIN, window=Window(14, 14, 8, (5, 5), (2, 2), (2,) * 4), epilogue=Epilogue(True, inner="silu")),
+    "seven": replace(PLAIN, window=Window(7, 7, 24, (7, 7), pads=(3,) * 4), epilogue=Epilogue(True), dtype="float16"),
     "seven_dynamic": replace(PLAIN, batch=None, window=Window(15, 14, 8, (7, 7), pads=(3, 3, 3, 3))),
-    "no_padding": replace(PLAIN, window=replace(THREE, pads=(0, 0, 0, 0)), epilogue=Epilogue(True, True, "gelu", "tanh")),
+    "no_padding": replace(PLAIN, window=replace(THREE, pads=(0,) * 4), epilogue=Epilogue(True, True, "gelu", "tanh")),
     "uneven": replace(PLAIN, window=Window(8, 9, 6, (3, 3), (2, 2), (0, 1, 1, 0)), dtype="bfloat16"),
-    "one_row": replace(PLAIN, window=Window(1, 20, 16, (1, 4), pads=(0, 3, 0, 0)), epilogue=Epilogue(True, False, "sigmoid")),
+    "one_row": replace(PLAIN, window=Window(1, 20, 16, (1, 4), pads=(0, 3, 0, 0)), epilogue=Epilogue(inner="sigmoid")),
 }  # fmt: skip
 
 

@@ -7,9 +7,10 @@ Sums and epilogue are in float32. Weights are (taps, C): a thread reads those of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tvm
+
 from rescompile.backends.cuda.rows import Expr, const, local, named, store, unrolled, wide
 from rescompile.backends.cuda.scalars import scalar
 from rescompile.backends.cuda.windows import (
@@ -43,7 +44,7 @@ class Depthwise:
 
     batch: int | None
     window: Window
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = field(default_factory=Epilogue)
     dtype: str = "float32"
 
     @property

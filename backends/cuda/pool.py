@@ -8,6 +8,7 @@ Sums are in float32. A NaN in a window is its maximum, as in torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.cuda.rows import Expr, const, local, named, store, unrolled, vector, wide
-from rescompile.backends.cuda.scalars import scalar
+from rescompile.backends.cuda.scalars import is_portable, scalar
 from rescompile.backends.cuda.windows import (
     SIZES,
     THREADS,
@@ -27,6 +28,7 @@ from rescompile.backends.cuda.windows import (
     flat_buffers,
     guarded_read,
     index,
+    outside_bits,
     started,
     widest,
     window_function,
@@ -37,6 +39,7 @@ from rescompile.kinds import OpKind
 
 _FLIGHT = 4  # loads of a thread that are in flight together
 _INFINITY = float("inf")
+_WORD = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,24 +84,22 @@ def prim_func(spec: Pool, tile: WindowTile, name: str) -> tvm.tirx.PrimFunc:
 
 
 def _emit(spec: Pool, patch: Patch) -> None:
-    window, count = spec.window, patch.tile.vector
-    largest = spec.kind == "max"
+    if spec.kind == "max" and not is_portable() and patch.tile.vector * SIZES[spec.dtype] % _WORD == 0:
+        _maximum_in_words(spec, patch)
+        return
+    count, largest = patch.tile.vector, spec.kind == "max"
     start = -_INFINITY if largest else 0.0
     total = accumulators(patch, lambda _: const(start))
     held = local(len(patch.offsets) * count, spec.dtype)
 
+    def join(i: Expr, at: int, slot: int) -> None:
+        value = wide(held[slot * count + i])
+        joined = scalar(OpKind.MAXIMUM, {}, [value, total[at + i]]) if largest else total[at + i] + value
+        store(total, joined, at + i)
+
     def row(tap: Expr) -> None:
         patch.read_row("x", held, spec.dtype, tap, start)
-        for pixel in range(patch.tile.columns):
-            for column in range(window.kernel[1]):
-                slot = patch.slot(pixel, column)
-
-                def join(i: Expr, pixel: int = pixel, slot: int = slot) -> None:
-                    at, value = pixel * count + i, wide(held[slot * count + i])
-                    joined = scalar(OpKind.MAXIMUM, {}, [value, total[at]]) if largest else total[at] + value
-                    store(total, joined, at)
-
-                unrolled(count, join)
+        _each_tap(spec, patch, lambda pixel, slot: unrolled(count, lambda i: join(i, pixel * count, slot)))
 
     patch.rows(row)
     staged = local(count, spec.dtype)
@@ -111,6 +112,56 @@ def _emit(spec: Pool, patch: Patch) -> None:
 
         unrolled(count, finish)
         patch.write_pixel("y", staged, pixel)
+
+
+def _each_tap(spec: Pool, patch: Patch, body: Callable[[int, int], None]) -> None:
+    for pixel in range(patch.tile.columns):
+        for column in range(spec.window.kernel[1]):
+            body(pixel, patch.slot(pixel, column))
+
+
+def _maximum_in_words(spec: Pool, patch: Patch) -> None:
+    """The same without float32: one instruction for a word of 32 bits, which holds two numbers of 16."""
+    dtype, code = _MAXIMA[spec.dtype]
+    words, columns = patch.tile.vector * SIZES[spec.dtype] // _WORD, patch.tile.columns
+    held = local(len(patch.offsets) * patch.tile.vector, spec.dtype)
+    total = local(columns * patch.tile.vector, spec.dtype)
+    # A literal −∞ of 16 bits would be no valid CUDA: it is written as bits.
+    bits = T.decl_buffer((columns * words,), "uint32", data=total.data)
+    unrolled(columns * words, lambda i: store(bits, outside_bits(spec.dtype, -_INFINITY), i))
+    best, seen = (
+        T.decl_buffer((size * words,), dtype, data=of.data)
+        for size, of in ((columns, total), (len(patch.offsets), held))
+    )
+    name = code.split("(")[0].split()[-1]
+
+    def join(i: Expr, at: int, slot: int) -> None:
+        joined = T.cuda.func_call(name, best[at + i], seen[slot * words + i], source_code=code, return_type=dtype)
+        store(best, joined, at + i)
+
+    def row(tap: Expr) -> None:
+        patch.read_row("x", held, spec.dtype, tap, -_INFINITY)
+        _each_tap(spec, patch, lambda pixel, slot: unrolled(words, lambda i: join(i, pixel * words, slot)))
+
+    patch.rows(row)
+    for pixel in range(columns):
+        patch.write_pixel("y", total, pixel, pixel * patch.tile.vector)
+
+
+def _maximum(name: str, kind: str, constraint: str, instruction: str) -> str:
+    """A device function that keeps a NaN, which CUDA's own maximum drops."""
+    return (
+        f"__device__ __forceinline__ {kind} {name}({kind} a, {kind} b) {{\n"
+        f'  {kind} c;\n  asm("{instruction} %0, %1, %2;" : "={constraint}"(c) : "{constraint}"(a), "{constraint}"(b));\n'
+        f"  return c;\n}}\n"
+    )
+
+
+_MAXIMA = {
+    "float32": ("float32", _maximum("larger_f32", "float", "f", "max.NaN.f32")),
+    "float16": ("uint32", _maximum("larger_f16x2", "unsigned", "r", "max.NaN.f16x2")),
+    "bfloat16": ("uint32", _maximum("larger_bf16x2", "unsigned", "r", "max.NaN.bf16x2")),
+}
 
 
 def _divisor(spec: Pool, patch: Patch, pixel: int) -> Expr:
@@ -195,7 +246,7 @@ class GlobalMeans:
 
     @staticmethod
     def prim_func(spec: GlobalMean, tile: MeanTile, name: str) -> tvm.tirx.PrimFunc:
-        """The kernel, its threads bound: each strand sums every so-many-th position, and strands meet in shared memory."""
+        """The kernel, its threads bound: a strand sums every so-many-th position; strands meet in shared memory."""
         blocks = -(-spec.channels // (tile.lanes * tile.vector))
         with IRBuilder() as builder, T.prim_func(s_tir=True), ExitStack() as threads:
             count = started(name, spec.batch)

@@ -85,6 +85,11 @@ def portable() -> Iterator[None]:
         _portable.reset(token)
 
 
+def is_portable() -> bool:
+    """Whether what is built now is for other GPUs, too."""
+    return _portable.get()
+
+
 def dtype_of(value: Expr) -> str:
     """The element type of an expression."""
     found = getattr(value, "dtype", None)

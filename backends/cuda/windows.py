@@ -28,6 +28,7 @@ ACCESS = 16  # bytes: the widest load and store
 THREADS = 128  # of a block
 _LINE = 128  # bytes that a block's threads read side by side where there are as many channels: a cache line
 _ACCUMULATORS = 64  # of a thread, at most
+_FEW_TAPS = 9  # up to which memory is what limits: then half of them, for twice the threads
 _FILL = 1 << 17  # threads below which a GPU is not full: then a thread gets less work
 _ROLLED = 5  # taps below each other from which they are a loop: the code of 7x7 would not fit into the caches
 _INT32 = 1 << 31
@@ -119,7 +120,8 @@ def window_tiles(window: Window, batch: int | None, dtype: str, *, weights: bool
         lanes *= 2
     scored = []
     for columns in (1, 2, 3, 4, 5, 6, 7, 8):
-        if columns * width > _ACCUMULATORS or columns > window.out_width:
+        held = columns * width * (2 if window.taps <= _FEW_TAPS else 1)
+        if held > _ACCUMULATORS or columns > window.out_width:
             continue
         groups = -(-window.out_width // columns)
         distinct = len(
@@ -193,10 +195,10 @@ class Patch:
             pixel, lambda at, i: store(into, self.buffers[name][self.image, at + i], pixel * self.tile.vector + i)
         )
 
-    def write_pixel(self, name: str, source: Expr, pixel: int) -> None:
-        """The output's pixel = source; nothing past the row's end."""
+    def write_pixel(self, name: str, source: Expr, pixel: int, first: int = 0) -> None:
+        """The output's pixel = source from `first` on; nothing past the row's end."""
         target = self.buffers[name]
-        self._at_pixel(pixel, lambda at, i: T.buffer_store(target, source[i], [self.image, at + i]))
+        self._at_pixel(pixel, lambda at, i: T.buffer_store(target, source[first + i], [self.image, at + i]))
 
     def _at_pixel(self, pixel: int, body: Callable[[Expr, Expr], None]) -> None:
         window = self.window
@@ -232,7 +234,10 @@ def window_function(
 ) -> tvm.tirx.PrimFunc:
     """A kernel, its threads bound, whose `body` emits the work of one thread; a batch of None is read at run time."""
     spans = (tile.lanes * tile.vector, tile.across * tile.columns, tile.down)
-    parts = [-(-size // span) for size, span in zip((window.channels, window.out_width, window.out_height), spans)]
+    parts = [
+        -(-size // span)
+        for size, span in zip((window.channels, window.out_width, window.out_height), spans, strict=True)
+    ]
     with IRBuilder() as builder, T.prim_func(s_tir=True), ExitStack() as threads:
         count = started(name, batch)
         buffers = flat_buffers(arguments, count)
@@ -311,17 +316,22 @@ def guarded_read(
         return
     size = SIZES[dtype] * count
     word = "uint32" if size % 4 == 0 else "uint16"
-    words, pattern = size // (4 if word == "uint32" else 2), _BITS[dtype, outside]
+    words = size // (4 if word == "uint32" else 2)
     bits = T.decl_buffer((into.shape[0] * SIZES[dtype] // (size // words),), word, data=into.data)
     mask = local(1, word)
     store(mask, tvm.tirx.Select(inside, tvm.tirx.const(2 ** int(word[4:]) - 1, word), tvm.tirx.const(0, word)), 0)
-    filler = tvm.tirx.const(pattern % 2 ** int(word[4:]), word)
+    filler = outside_bits(dtype, outside, word)
 
     def masked(i: Expr) -> None:
         kept = bits[slot * words + i] & mask[0]
-        store(bits, kept | (filler & ~mask[0]) if pattern else kept, slot * words + i)
+        store(bits, kept | (filler & ~mask[0]) if outside else kept, slot * words + i)
 
     unrolled(words, masked)
+
+
+def outside_bits(dtype: str, outside: float, word: str = "uint32") -> Expr:
+    """0 or −∞ as bits; twice, where a word has room for two."""
+    return tvm.tirx.const(_BITS[dtype, outside] % 2 ** int(word[4:]), word)
 
 
 def accumulators(patch: Patch, start: Callable[[Expr], Expr]) -> Any:
