@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,16 @@ from torch.nn import functional as F
 
 from rescompile.backends.kernels import Epilogue
 from rescompile.errors import RescompileError
+from rescompile.kinds import OpKind as K
 from tests import simulated_gpu
+from tests.lowering_cases import Sketch
 
 tvm = pytest.importorskip("tvm")
 
+from rescompile.backends.compile import compile_graph  # noqa: E402
+from rescompile.backends.cuda import compile as cuda_compile  # noqa: E402
 from rescompile.backends.cuda import depthwise, pool  # noqa: E402
+from rescompile.backends.cuda.cubin import Cubin  # noqa: E402
 from rescompile.backends.cuda.depthwise import Depthwise  # noqa: E402
 from rescompile.backends.cuda.executable import cuda_source  # noqa: E402
 from rescompile.backends.cuda.pool import GlobalMean, GlobalMeans, Pool  # noqa: E402
@@ -219,3 +225,49 @@ def test_a_large_image_is_read_by_128_bits_and_several_pixels() -> None:
     assert tile.vector == 8
     assert tile.columns >= 4
     assert isinstance(tile, WindowTile)
+
+
+# ---- in a program ------------------------------------------------------------------------------------------------
+
+
+def _network(batch: int | str) -> tuple[Sketch, tuple[torch.Tensor, ...]]:
+    """A depthwise convolution with a residual and every kind of pool, channels last behind a convolution."""
+    sketch = Sketch()
+    x = sketch.input(2, 8, 9, 9, dynamic=(batch, 8, 9, 9))
+    weights = [sketch.param(16, 8, 1, 1), sketch.param(16, 1, 3, 3), sketch.param(16)]
+    first = sketch.op(K.CONV, [x, weights[0], None], (batch, 16, 9, 9))
+    same = {"pads": (1, 1, 1, 1), "groups": 16}
+    second = sketch.op(K.FUSED_CONV, [first, *weights[1:], first], (batch, 16, 9, 9), inner="relu", **same)
+    window = {"kernel": (3, 3), "stride": (2, 2), "pads": (1, 1, 1, 1)}
+    third = sketch.op(K.MAX_POOL, [second], (batch, 16, 5, 5), dilation=(1, 1), **window)
+    fourth = sketch.op(K.AVG_POOL, [second], (batch, 16, 6, 6), kernel=(4, 4), stride=(1, 1))
+    halves = sketch.op(K.ADAPTIVE_AVG_POOL, [fourth], (batch, 16, 2, 2), output_size=(2, 2))
+    one = sketch.op(K.ADAPTIVE_AVG_POOL, [second], (batch, 16, 1, 1), output_size=(1, 1))
+    mean = sketch.op(K.MEAN, [third], (batch, 16), axes=(2, 3), keepdims=False)
+    sketch.graph.set_outputs([third, halves, one, mean])
+    given = sketch.of(x)
+    a = F.conv2d(given, sketch.of(weights[0]))
+    b = a + torch.relu(F.conv2d(a, sketch.of(weights[1]), sketch.of(weights[2]), padding=1, groups=16))
+    pooled = F.max_pool2d(b, 3, 2, 1)
+    return sketch, (
+        pooled,
+        F.adaptive_avg_pool2d(F.avg_pool2d(b, 4, 1), 2),
+        b.mean((2, 3), keepdim=True),
+        pooled.mean((2, 3)),
+    )
+
+
+def test_programs_pool_by_these_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if simulated_gpu.COMPILER is None:
+        pytest.skip("no g++ here")
+    monkeypatch.setattr(
+        cuda_compile, "to_cubin", lambda source, _: Cubin(simulated_gpu.simulated_cubin(source), (), "g++")
+    )
+    sketch, wanted = _network("n")
+    program = compile_graph(sketch.graph, "cuda:sm_90")
+    kernels = {region["kernel"] for region in program.explain()}
+    assert kernels >= {"depthwise", "max_pool", "avg_pool", "global_mean"}
+    program.save(tmp_path / "windows.zip")
+    outputs = simulated_gpu.run_programs(tmp_path, {"windows": {"x0": sketch.tensors["x0"].numpy()}})["windows"]
+    for got, want in zip(outputs, wanted, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-5, atol=1e-5)

@@ -150,10 +150,10 @@ def _maximum_in_words(spec: Pool, patch: Patch) -> None:
 
 def _maximum(name: str, kind: str, constraint: str, instruction: str) -> str:
     """A device function that keeps a NaN, which CUDA's own maximum drops."""
+    operands = f'"={constraint}"(c) : "{constraint}"(a), "{constraint}"(b)'
     return (
         f"__device__ __forceinline__ {kind} {name}({kind} a, {kind} b) {{\n"
-        f'  {kind} c;\n  asm("{instruction} %0, %1, %2;" : "={constraint}"(c) : "{constraint}"(a), "{constraint}"(b));\n'
-        f"  return c;\n}}\n"
+        f'  {kind} c;\n  asm("{instruction} %0, %1, %2;" : {operands});\n  return c;\n}}\n'
     )
 
 
@@ -166,10 +166,7 @@ _MAXIMA = {
 
 def _divisor(spec: Pool, patch: Patch, pixel: int) -> Expr:
     """How many elements the mean of an output pixel divides by."""
-    total = None
-    for axis, at in ((0, patch.row), (1, patch.column + pixel)):
-        counted = _counted(spec, axis, at)
-        total = counted if total is None else total * counted
+    total = _counted(spec, 0, patch.row) * _counted(spec, 1, patch.column + pixel)
     return tvm.tirx.const(total, "float32") if isinstance(total, int) else total.astype("float32")
 
 
@@ -320,5 +317,9 @@ def _meet(shape: tuple[int, int], total: Expr, strand: Expr, lane: Expr, width: 
                 vector(4, lambda i: T.buffer_store(shared, total[4 + i], [strand, lane * width + 4 + i]))
         T.evaluate(T.tvm_storage_sync("shared"))
         with T.If(strand < half), T.Then():
-            unrolled(width, lambda i, half=half: store(total, total[i] + shared[strand + half, lane * width + i], i))
+
+            def add(i: Expr, other: Expr = strand + half) -> None:
+                store(total, total[i] + shared[other, lane * width + i], i)
+
+            unrolled(width, add)
         half //= 2

@@ -15,6 +15,7 @@ import numpy as np
 from tvm import relax
 
 from rescompile.backends.cuda import add_norm, softmax
+from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.emitter import Emitter, Expr
@@ -45,7 +46,7 @@ class CudaEmitter(Emitter):
     def __init__(self, graph: WorkingGraph) -> None:
         super().__init__(graph)
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
-        self._kernels: dict[NormSpec | RowSoftmax, Expr] = {}
+        self._kernels: dict[Any, Expr] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -92,6 +93,20 @@ class CudaEmitter(Emitter):
             return None
         return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
 
+    def call_kernel(
+        self, op: Op, spec: Any, family: Any, stem: str, given: Mapping[str, Expr], rows: Extent | None
+    ) -> list[Expr]:
+        """Call the kernel of a family with buffers by name; `rows` is what an extent of None in them is."""
+        buffers = family.arguments(spec)
+        if spec not in self._kernels:
+            tile = family.candidates(spec, None)[0]
+            name = f"{stem}_{len(self._kernels)}"
+            self._kernels[spec] = self.bb.add_func(family.prim_func(spec, tile, name), name)
+            dynamic = any(extent is None for buffer in buffers for extent in buffer.shape)
+            size = None if dynamic else bytes_of(buffers)
+            self.regions[name] = Region(name, stem, spec=str(spec), tile=str(tile), flops=spec.flops, bytes=size)
+        return self._called(op, self._kernels[spec], buffers, given, rows)
+
     def call_rows(
         self,
         op: Op,
@@ -115,7 +130,11 @@ class CudaEmitter(Emitter):
                 tile=str(row_tile(spec.width, dtype)),
                 bytes=bytes_of(buffers) if static else None,
             )
-        function = self._kernels[spec]
+        return self._called(op, self._kernels[spec], buffers, given, rows)
+
+    def _called(
+        self, op: Op, function: Expr, buffers: list[Argument], given: Mapping[str, Expr], rows: Extent | None
+    ) -> list[Expr]:
         region = self.regions[function.name_hint]
         region.ops.append(op.name)
         region.calls += 1
@@ -147,6 +166,8 @@ def linear(e: Emitter, op: Op) -> None:
 
 def conv(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(conv(x) + bias)), channels last"""
+    if depthwise(e, op):
+        return
     value, weight = op.operands[:2]
     rank = (value.rank or 0) - 2
     if rank not in _CONVOLUTIONS:
@@ -238,6 +259,7 @@ def _static(shape: Sequence[Extent]) -> list[int]:
 
 CUDA_RULES = {
     **RULES,
+    **WINDOWS,
     OpKind.LINEAR: linear,
     OpKind.FUSED_LINEAR: linear,
     OpKind.CONV: conv,

@@ -338,5 +338,9 @@ def accumulators(patch: Patch, start: Callable[[Expr], Expr]) -> Any:
     """Float32 registers for every output of the thread, `start(i)` in channel i of each."""
     total = local(patch.tile.columns * patch.tile.vector)
     for pixel in range(patch.tile.columns):
-        unrolled(patch.tile.vector, lambda i, pixel=pixel: store(total, start(i), pixel * patch.tile.vector + i))
+
+        def begin(i: Expr, first: int = pixel * patch.tile.vector) -> None:
+            store(total, start(i), first + i)
+
+        unrolled(patch.tile.vector, begin)
     return total
