@@ -40,8 +40,6 @@ Built: TypeAlias = Callable[..., object]  # takes the buffers in order
 class Family(Protocol):
     """A module that makes the kernels of one kind of spec."""
 
-    __name__: str
-
     def refusal(self, spec: Any, limits: Architecture) -> str:
         """Why there is no kernel, one clause; empty when there is one."""
 
@@ -337,7 +335,8 @@ def _unmeasured(device: Device | None, count: int) -> str:
 
 
 def _stem(family: Any) -> str:
-    return str(family.__name__).rpartition(".")[2]
+    name = getattr(family, "__name__", type(family).__name__)
+    return str(name).rpartition(".")[2]
 
 
 def explained(choice: Choice) -> Mapping[str, Any]:
