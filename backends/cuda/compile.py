@@ -14,9 +14,11 @@ from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda import intrinsics
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.lower_contraction import region_refusal
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
+from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
@@ -47,11 +49,12 @@ def compile_cuda(
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
     intrinsics.load()
-    work = working_copy(graph)
+    limits = architecture(target.arch)
+    work = working_copy(graph, lambda op: not region_refusal(op, limits, target.tf32))
     constants.fold(work, imports or Imports())
     group_epilogues(work)
     tell("lowering", 0, 3)
-    lowered = lowering.lower(CudaEmitter(work), imports, rules=CUDA_RULES)
+    lowered = lowering.lower(CudaEmitter(work, limits, tf32=target.tf32), imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     if contest is not None:
