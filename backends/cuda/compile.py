@@ -18,6 +18,7 @@ from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.lower_region import KeptRegions
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
@@ -55,14 +56,16 @@ def compile_cuda(
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
     intrinsics.load()
-    work = working_copy(graph)
+    limits = architecture(target.arch)
+    kept = KeptRegions(limits, graph.ir, tf32=target.tf32)
+    work = working_copy(graph, kept)
     constants.fold(work, imports or Imports())
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(architecture(target.arch))
-    lowering.lower(CudaEmitter(work, choice), imports, contents=False, rules=CUDA_RULES)
+    choice = KernelChoice(limits)
+    lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, contents=False, rules=CUDA_RULES)
     choice.choose(_device(target), builder(target), database, None if tuning is None else float(tuning))
-    lowered = lowering.lower(CudaEmitter(work, choice), imports, rules=CUDA_RULES)
+    lowered = lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     if contest is not None:
@@ -92,7 +95,7 @@ def compile_cuda(
         cpu=target.arch,
         regions=[_described(region, cubin) for region in regions],
         note=" ".join(
-            [_note(cubin), _libraries(regions), *(contest.report.notes if contest is not None else ())]
+            [_note(cubin), _libraries(regions), kept.note(), *(contest.report.notes if contest is not None else ())]
         ).strip(),
     )
     tell("assembling", 3, 3)
