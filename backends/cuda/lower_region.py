@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 from rescompile.backends.cuda import lower_contraction, region_kernel
 from rescompile.backends.cuda.region_spec import NORMS, RegionSpec, Tensor
 from rescompile.backends.cuda.targets import Architecture
-from rescompile.backends.emitter import Expr
 from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, Layout, to_channels_last
 from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import group_norm as group_norm_in_relax

@@ -15,28 +15,24 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.cuda import add_norm, softmax
+from rescompile.backends.cuda import softmax
 from rescompile.backends.cuda.choose import KernelChoice, explained
 from rescompile.backends.cuda.libraries import GLOBAL
 from rescompile.backends.cuda.lower_contraction import conv as product_conv
 from rescompile.backends.cuda.lower_contraction import linear, matmul
 from rescompile.backends.cuda.lower_region import REGIONS
 from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
-from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
+from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import Architecture, architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.kernels import Argument, NormSpec, Spec
+from rescompile.backends.kernels import Argument, NormSpec
 from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
-from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
-from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
-from rescompile.backends.lower_norm import norm_by_kernel
 from rescompile.backends.lower_reduce import REDUCTIONS, product
 from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
 from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
-from rescompile.errors import GraphError
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
 from rescompile.values import numpy_dtype
