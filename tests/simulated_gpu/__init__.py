@@ -25,10 +25,10 @@ import numpy as np
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
+    r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
-_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
 def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
@@ -39,13 +39,16 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
         given = ", ".join(f"*static_cast<{kind}*>(parameters[{i}])" for i, kind in enumerate(types))
         launches.append(
-            f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
-            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
+            f'extern "C" const char* launch_{kernel["name"]}'
+            "(void** parameters, const unsigned* dims, std::size_t shared, int cluster) {\n"
+            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n"
+            "  return gpu::launch(dims, shared, cluster);\n}\n"
         )
-    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
+        header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
@@ -63,7 +66,10 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
+    function.restype = ctypes.c_char_p
+    wrong = function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0), 1)
+    if wrong:
+        raise RuntimeError(f"The simulated GPU failed: {wrong.decode()}")
 
 
 def parameters(source: str, name: str) -> list[str]:
@@ -82,6 +88,27 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
     if done.returncode:
         raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
     return {name: restore(folder / f"{name}.outputs") for name in programs}
+
+
+def run_functions(
+    library: Path, calls: Sequence[tuple[str, Sequence[np.ndarray[Any, Any]]]]
+) -> list[list[np.ndarray[Any, Any]]]:
+    """The buffers of each call after it, host code and kernels having run in a process with the simulated GPU.
+
+    RuntimeError with what the process said when a call fails.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for number, (_, buffers) in enumerate(calls):
+            _store(folder / f"{number}.given", buffers)
+        named = [(function, str(number)) for number, (function, _) in enumerate(calls)]
+        (folder / "calls.json").write_text(json.dumps(named))
+        command = [sys.executable, str(HERE / "functions_child.py"), *_driver(), str(library), str(folder)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+        return [restore(folder / f"{stem}.made") for _, stem in named]
 
 
 def restore(path: Path) -> list[np.ndarray[Any, Any]]:
