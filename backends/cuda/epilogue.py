@@ -12,7 +12,7 @@ One call handles `spec.result_vector` neighbouring columns of one row, which are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -84,19 +84,29 @@ class Epilogue:
     def __init__(self, spec: ContractionSpec, call: Call) -> None:
         self.spec, self.call, self.width = spec, call, spec.result_vector
 
-    def read(self, batch: Expr, row: Expr, column: Expr) -> list[Expr]:
-        """The operands' elements, in registers. What lies outside the result must not be asked for."""
-        held = []
-        for operand in self.spec.epilogue.operands:
-            source, at = self.call.buffers[operand.name], self._offset(operand, batch, row, column)
-            into = local(self.width if operand.column else 1, operand.dtype)
-            for first, count in _parts(self.width if operand.column else 1, operand.dtype):
-                vector(count, _copied(into, first, source, at + first))
-            held.append(into)
+    def read(self, batch: Expr, row: Expr, column: Expr, inside: Expr = None) -> list[Expr]:
+        """The operands' elements, in registers; not read where `inside` says that they are outside the result."""
+        operands = self.spec.epilogue.operands
+        widths = [self.width if operand.column else 1 for operand in operands]
+        held = [local(width, operand.dtype) for operand, width in zip(operands, widths, strict=True)]
+        with guarded(inside if operands else None):
+            for operand, width, into in zip(operands, widths, held, strict=True):
+                source, at = self.call.buffers[operand.name], self._offset(operand, batch, row, column)
+                for first, count in _parts(width, operand.dtype):
+                    vector(count, _copied(into, first, source, at + first))
         return held
 
-    def write(self, sums: Expr, first: Expr, held: Sequence[Expr], batch: Expr, row: Expr, column: Expr) -> None:
-        """The steps on sums[first], ..., and their results, written."""
+    def write(
+        self,
+        sums: Expr,
+        first: Expr,
+        held: Sequence[Expr],
+        batch: Expr,
+        row: Expr,
+        column: Expr,
+        inside: Expr = None,
+    ) -> None:
+        """The steps on sums[first], ..., and their results, written; nothing where `inside` is false."""
         program = self.spec.epilogue
         results = [(output, local(self.width, output.dtype)) for output in program.outputs]
         places: list[Expr] = [local(self.width, "float32") for _ in range(1 + len(program.operands))]
@@ -118,9 +128,10 @@ class Epilogue:
 
         unrolled(self.width, compute)
         at = self.result_offset(batch, row, column)
-        for output, result in results:
-            for start, count in _parts(self.width, output.dtype):
-                vector(count, _copied(self.call.buffers[output.name], at + start, result, start))
+        with guarded(inside):
+            for output, result in results:
+                for start, count in _parts(self.width, output.dtype):
+                    vector(count, _copied(self.call.buffers[output.name], at + start, result, start))
 
     def result_offset(self, batch: Expr, row: Expr, column: Expr) -> Expr:
         """Where an element of the result lies in its flat buffer."""
@@ -155,6 +166,16 @@ class Epilogue:
         if kind is OpKind.CAST and str(attrs["dtype"]) in BYTES and attrs["dtype"] != "bool":
             return scalars.convert(scalars.convert(operands[0], str(attrs["dtype"])), "float32")
         return scalars.scalar(kind, attrs, operands)
+
+
+@contextmanager
+def guarded(condition: Expr) -> Iterator[None]:
+    """A branch that is taken where the condition holds; none where there is no condition."""
+    with ExitStack() as frames:
+        if condition is not None:
+            frames.enter_context(T.If(condition))
+            frames.enter_context(T.Then())
+        yield
 
 
 def _parts(width: int, dtype: str) -> list[tuple[int, int]]:

@@ -54,9 +54,17 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
 
 
 def launch(
-    library: bytes, name: str, arrays: Sequence[np.ndarray[Any, Any]], scalars: Sequence[int], dims: Sequence[int]
+    library: bytes,
+    name: str,
+    arrays: Sequence[np.ndarray[Any, Any]],
+    scalars: Sequence[int],
+    dims: Sequence[int],
+    shared: int = 0,
 ) -> None:
-    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars."""
+    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
+
+    `shared`: bytes of dynamic shared memory.
+    """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()
@@ -67,7 +75,7 @@ def launch(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
     function.restype = ctypes.c_char_p
-    wrong = function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0), 1)
+    wrong = function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), 1)
     if wrong:
         raise RuntimeError(f"The simulated GPU failed: {wrong.decode()}")
 
@@ -82,33 +90,38 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
     """Outputs of the artifacts `NAME.zip` in a folder for inputs by name, from a process with the simulated GPU."""
     for name, inputs in programs.items():
         _store(folder / f"{name}.inputs", list(inputs.values()))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(HERE / "child.py"), *_driver(), str(folder), *programs]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
-    return {name: restore(folder / f"{name}.outputs") for name in programs}
+    return _in_child("child.py", folder, list(programs))
 
 
 def run_functions(
-    library: Path, calls: Sequence[tuple[str, Sequence[np.ndarray[Any, Any]]]]
-) -> list[list[np.ndarray[Any, Any]]]:
-    """The buffers of each call after it, host code and kernels having run in a process with the simulated GPU.
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
 
-    RuntimeError with what the process said when a call fails.
+    functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
     """
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        for number, (_, buffers) in enumerate(calls):
-            _store(folder / f"{number}.given", buffers)
-        named = [(function, str(number)) for number, (function, _) in enumerate(calls)]
-        (folder / "calls.json").write_text(json.dumps(named))
-        command = [sys.executable, str(HERE / "functions_child.py"), *_driver(), str(library), str(folder)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
-        return [restore(folder / f"{stem}.made") for _, stem in named]
+    import tvm
+
+    from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+    from rescompile.backends.cuda.targets import cuda_target
+    from rescompile.backends.link import link
+
+    with cross_compiling():
+        built = tvm.compile(functions, target=cuda_target("sm_90"))
+    source = cuda_source(built.mod)
+    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    for name, arrays in calls.items():
+        _store(folder / f"{name}.inputs", arrays)
+    return _in_child("functions.py", folder, list(calls))
+
+
+def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / script), *_driver(), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return {name: restore(folder / f"{name}.outputs") for name in names}
 
 
 def restore(path: Path) -> list[np.ndarray[Any, Any]]:
