@@ -18,17 +18,11 @@ constexpr int success = 0, failure = 1;
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  const struct Attribute* attributes;
+  void* attributes;
   unsigned attribute_count;
 };
 
-struct Attribute {  // CUlaunchAttribute
-  int id;
-  unsigned padding, value[16];
-};
-constexpr int cluster_dimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-
-using Kernel = const char* (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes, int cluster);
+using Kernel = void (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes);
 
 int refused(const char* why) { return std::fprintf(stderr, "simulated GPU: %s\n", why), failure; }
 
@@ -63,12 +57,8 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
   unsigned dims[6];
   std::memcpy(dims, config->grid, sizeof(config->grid));
   std::memcpy(dims + 3, config->block, sizeof(config->block));
-  unsigned cluster = 1;
-  for (unsigned i = 0; i < config->attribute_count; ++i)
-    if (config->attributes[i].id == cluster_dimension) cluster = config->attributes[i].value[0];
-  if (config->grid[0] % cluster) return refused("a grid that its clusters do not divide");
-  const char* wrong = reinterpret_cast<Kernel>(function)(parameters, dims, config->shared_bytes, cluster);
-  return wrong ? refused(wrong) : success;
+  reinterpret_cast<Kernel>(function)(parameters, dims, config->shared_bytes);
+  return success;
 }
 int cuFuncSetAttribute(void*, int, int) { return success; }
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size, "simulated"), success; }
