@@ -270,7 +270,8 @@ inline const bool hopper_engine_is_set = (engine = hopper_engine, true);
 
 }  // namespace gpu
 
-inline void hold_register(float&) {}
+inline void hold_float(float&) {}
+inline void hold_int(int&) {}
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
