@@ -348,18 +348,21 @@ class _Kernel:
         position = (self.row, self.column)
         for index, value in enumerate(position):
             hopper.store_index(own + hopper.u32(_TURNED - 8 + 4 * index), value[0])
-        for block, chunk in chunks:
+        following = self._read(epilogue, matrix, places(*chunks[0]))
+        for number, (block, chunk) in enumerate(chunks):
+            held = following
             T.evaluate(T.cuda.warp_sync())
-            for index, value in enumerate(position):
-                hopper.load_index(value[0], own + hopper.u32(_TURNED - 8 + 4 * index))
-            # What the program reads is under way while the sums are turned.
-            held = self._read(epilogue, matrix, places(block, chunk))
             for eight in range(_STAGED // 8):
                 for half in range(2):
                     to = (lane // 4 + half * 8) * _PITCH + eight * 8 + lane % 4 * 2
                     at = block * each + (chunk * _STAGED // 8 + eight) * 4 + half * 2
                     hopper.store_shared(own + _bytes(to), [sums[at], sums[at + 1]])
             T.evaluate(T.cuda.warp_sync())
+            if number + 1 < len(chunks):
+                # What the next part's program reads is under way while this part is computed.
+                for index, value in enumerate(position):
+                    hopper.load_index(value[0], own + hopper.u32(_TURNED - 8 + 4 * index))
+                following = self._read(epilogue, matrix, places(*chunks[number + 1]))
             for turn, (down, across) in enumerate(places(block, chunk)):
                 begin = (turn * (WARP // lanes) + lane // lanes) * _PITCH + lane % lanes * epilogue.width
                 count = min(epilogue.width, 4)
