@@ -12,12 +12,16 @@ from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from rescompile.backends.cuda import add_norm, softmax
+from rescompile.backends.cuda.choose import KernelChoice, explained
+from rescompile.backends.cuda.libraries import GLOBAL
 from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
+from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.emitter import Emitter, Expr
 from rescompile.backends.fallback import NARROW
 from rescompile.backends.kernels import Argument, NormSpec, Spec
@@ -43,10 +47,13 @@ Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
 class CudaEmitter(Emitter):
     """An emitter whose kernels are those for a GPU."""
 
-    def __init__(self, graph: WorkingGraph) -> None:
+    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None) -> None:
+        """`choice`: what computes each region; by default the first candidate for sm_90."""
         super().__init__(graph)
+        self.choice = choice or KernelChoice(architecture("sm_90"))
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
         self._kernels: dict[Any, Expr] = {}
+        self._calls: dict[Any, Region] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -93,19 +100,63 @@ class CudaEmitter(Emitter):
             return None
         return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
 
+    def takes(self, spec: Any, *families: Any) -> bool:
+        """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
+        return any(not family.refusal(spec, self.choice.limits) for family in families)
+
     def call_kernel(
-        self, op: Op, spec: Any, family: Any, stem: str, given: Mapping[str, Expr], rows: Extent | None
+        self,
+        op: Op,
+        spec: Any,
+        families: Any,
+        stem: str,
+        given: Mapping[str, Expr],
+        rows: Extent | None = None,
     ) -> list[Expr]:
-        """Call the kernel of a family with buffers by name; `rows` is what an extent of None in them is."""
-        buffers = family.arguments(spec)
-        if spec not in self._kernels:
-            tile = family.candidates(spec, None)[0]
-            name = f"{stem}_{len(self._kernels)}"
-            self._kernels[spec] = self.bb.add_func(family.prim_func(spec, tile, name), name)
-            dynamic = any(extent is None for buffer in buffers for extent in buffer.shape)
-            size = None if dynamic else bytes_of(buffers)
-            self.regions[name] = Region(name, stem, spec=str(spec), tile=str(tile), flops=spec.flops, bytes=size)
-        return self._called(op, self._kernels[spec], buffers, given, rows)
+        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
+
+        Args:
+            families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
+            stem: what the kernel is called: the first part of its name, and its kind in reports.
+            rows: the extent that the spec leaves to run time.
+        """
+        served = tuple(families) if isinstance(families, Sequence) else (families,)
+        choice = self.choice.pick(spec, served)
+        buffers: list[Argument] = served[0].arguments(spec)
+        if spec not in self._calls:
+            name = f"{stem}_{len(self._calls)}"
+            if choice.candidate.library is None:
+                self._kernels[spec] = self.bb.add_func(choice.candidate.prim_func(spec, name), name)
+            static = all(extent is not None for part in buffers for extent in part.shape)
+            region = Region(
+                name,
+                stem,
+                spec=str(spec),
+                tile=choice.candidate.label,
+                flops=getattr(spec, "flops", None) if static else None,
+                bytes=bytes_of(buffers) if static else None,
+                **explained(choice),
+            )
+            self._calls[spec] = self.regions[name] = region
+        region = self._calls[spec]
+        region.ops.append(op.name)
+        region.calls += 1
+
+        def extents(argument: Argument) -> list[Extent]:
+            return [rows if extent is None else extent for extent in argument.shape]
+
+        operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
+        types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
+        result_type = types[0] if len(types) == 1 else types
+        if choice.candidate.library is not None:
+            text = tvm.ir.StringImm(choice.candidate.library.text())
+            call = relax.op.call_dps_packed(GLOBAL, relax.Tuple([text, *operands]), result_type)
+        else:
+            call = relax.call_tir(self._kernels[spec], relax.Tuple(operands), result_type)
+        result = self.emit(call)
+        if len(types) == 1:
+            return [result]
+        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
     def call_rows(
         self,
@@ -130,11 +181,7 @@ class CudaEmitter(Emitter):
                 tile=str(row_tile(spec.width, dtype)),
                 bytes=bytes_of(buffers) if static else None,
             )
-        return self._called(op, self._kernels[spec], buffers, given, rows)
-
-    def _called(
-        self, op: Op, function: Expr, buffers: list[Argument], given: Mapping[str, Expr], rows: Extent | None
-    ) -> list[Expr]:
+        function = self._kernels[spec]
         region = self.regions[function.name_hint]
         region.ops.append(op.name)
         region.calls += 1

@@ -217,7 +217,8 @@ def _hardswish(_: Attrs, xs: list[Expr]) -> Expr:
 def _softplus(_: Attrs, xs: list[Expr]) -> Expr:
     """log(1 + exp(x)) = max(x, 0) + log(1 + exp(−|x|)), which cannot overflow"""
     x = xs[0]
-    return _relu({}, [x]) + call("log1p", call("exp", -tirx.abs(x)))
+    tail = call("exp", -tirx.abs(x))
+    return _relu({}, [x]) + (call("log", _number(x, 1) + tail) if _portable.get() else call("log1p", tail))
 
 
 def _mish(_: Attrs, xs: list[Expr]) -> Expr:

@@ -28,7 +28,7 @@ _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
-_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
 def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
@@ -42,18 +42,26 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
             f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
             f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
         )
-    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "tensor_cores.h"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
 
 def launch(
-    library: bytes, name: str, arrays: Sequence[np.ndarray[Any, Any]], scalars: Sequence[int], dims: Sequence[int]
+    library: bytes,
+    name: str,
+    arrays: Sequence[np.ndarray[Any, Any]],
+    scalars: Sequence[int],
+    dims: Sequence[int],
+    shared: int = 0,
 ) -> None:
-    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars."""
+    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
+
+    `shared`: bytes of dynamic shared memory.
+    """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()
@@ -63,7 +71,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
+    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:
@@ -76,12 +84,38 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
     """Outputs of the artifacts `NAME.zip` in a folder for inputs by name, from a process with the simulated GPU."""
     for name, inputs in programs.items():
         _store(folder / f"{name}.inputs", list(inputs.values()))
+    return _in_child("child.py", folder, list(programs))
+
+
+def run_functions(
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
+
+    functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
+    """
+    import tvm
+
+    from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+    from rescompile.backends.cuda.targets import cuda_target
+    from rescompile.backends.link import link
+
+    with cross_compiling():
+        built = tvm.compile(functions, target=cuda_target("sm_90"))
+    source = cuda_source(built.mod)
+    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    for name, arrays in calls.items():
+        _store(folder / f"{name}.inputs", arrays)
+    return _in_child("functions.py", folder, list(calls))
+
+
+def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(HERE / "child.py"), *_driver(), str(folder), *programs]
+    command = [sys.executable, str(HERE / script), *_driver(), str(folder), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
-    return {name: restore(folder / f"{name}.outputs") for name in programs}
+    return {name: restore(folder / f"{name}.outputs") for name in names}
 
 
 def restore(path: Path) -> list[np.ndarray[Any, Any]]:
