@@ -15,6 +15,8 @@ from rescompile.errors import RescompileError
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
 # compiles with both.
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+# Of cuda.h, which comes with a toolkit and not with NVRTC: what a kernel takes a tensor map as.
+_TENSOR_MAP = "struct alignas(64) CUtensorMap { unsigned long long opaque[16]; };\n"
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
@@ -91,6 +93,7 @@ def _by_nvrtc(source: str, arch: str) -> Cubin | str | None:
     path = nvrtc.library()
     if path is None:
         return None
+    source = _TENSOR_MAP + source if "CUtensorMap" in source else source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

@@ -52,7 +52,8 @@ def cuda_source(module: Any) -> str:
     """
     source = "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
     return _DYNAMIC_SHARED.sub(
-        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
+        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
+        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
         source,
     )
 
