@@ -58,7 +58,7 @@ def to_cubin(source: str, arch: str) -> Cubin | None:
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    for compile_with in (_by_nvcc, _by_nvrtc):
+    for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):
             return made
@@ -89,7 +89,8 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
         return Cubin(made.read_bytes(), usage(done.stderr + done.stdout), "nvcc")
 
 
-def _by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+    """Machine code by NVRTC, whichever other compiler is here; else what it said, None where it is missing."""
     path = nvrtc.library()
     if path is None:
         return None
