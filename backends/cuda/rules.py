@@ -124,11 +124,11 @@ class CudaEmitter(Emitter):
         choice = self.choice.pick(spec, served)
         buffers: list[Argument] = served[0].arguments(spec)
         if spec not in self._calls:
-            name = f"{stem}_{len(self._calls)}"
+            name = f"{stem}_{len(self.regions)}"
             if choice.candidate.library is None:
                 self._kernels[spec] = self.bb.add_func(choice.candidate.prim_func(spec, name), name)
             static = all(extent is not None for part in buffers for extent in part.shape)
-            region = Region(
+            self._calls[spec] = self.regions[name] = Region(
                 name,
                 stem,
                 spec=str(spec),
@@ -137,26 +137,15 @@ class CudaEmitter(Emitter):
                 bytes=bytes_of(buffers) if static else None,
                 **explained(choice),
             )
-            self._calls[spec] = self.regions[name] = region
-        region = self._calls[spec]
-        region.ops.append(op.name)
-        region.calls += 1
+        library = choice.candidate.library
 
-        def extents(argument: Argument) -> list[Extent]:
-            return [rows if extent is None else extent for extent in argument.shape]
+        def call(operands: list[Expr], types: Any) -> Expr:
+            if library is None:
+                return relax.call_tir(self._kernels[spec], relax.Tuple(operands), types)
+            told = relax.Tuple([tvm.ir.StringImm(library.text()), *operands])
+            return relax.op.call_dps_packed(GLOBAL, told, types)
 
-        operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
-        types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
-        result_type = types[0] if len(types) == 1 else types
-        if choice.candidate.library is not None:
-            text = tvm.ir.StringImm(choice.candidate.library.text())
-            call = relax.op.call_dps_packed(GLOBAL, relax.Tuple([text, *operands]), result_type)
-        else:
-            call = relax.call_tir(self._kernels[spec], relax.Tuple(operands), result_type)
-        result = self.emit(call)
-        if len(types) == 1:
-            return [result]
-        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+        return self._called(op, self._calls[spec], buffers, given, rows, call)
 
     def call_rows(
         self,
@@ -171,7 +160,7 @@ class CudaEmitter(Emitter):
         """Call a kernel over rows: `kernel` is its module."""
         buffers = kernel.arguments(spec)
         if spec not in self._kernels:
-            name = f"{stem}_{len(self._kernels)}"
+            name = f"{stem}_{len(self.regions)}"
             self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
             static = spec.rows is not None
             self.regions[name] = Region(
@@ -182,7 +171,22 @@ class CudaEmitter(Emitter):
                 bytes=bytes_of(buffers) if static else None,
             )
         function = self._kernels[spec]
-        region = self.regions[function.name_hint]
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            return relax.call_tir(function, relax.Tuple(operands), types)
+
+        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
+
+    def _called(
+        self,
+        op: Op,
+        region: Region,
+        buffers: list[Argument],
+        given: Mapping[str, Expr],
+        rows: Extent | None,
+        call: Callable[[list[Expr], Any], Expr],
+    ) -> list[Expr]:
+        """The outputs of a call with operands by name, each in the shape of its buffer."""
         region.ops.append(op.name)
         region.calls += 1
 
@@ -191,7 +195,7 @@ class CudaEmitter(Emitter):
 
         operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
         types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
-        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
+        result = self.emit(call(operands, types[0] if len(types) == 1 else types))
         if len(types) == 1:
             return [result]
         return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
