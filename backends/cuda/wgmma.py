@@ -380,9 +380,10 @@ class _Kernel:
         group = divide(inside, _int32(_GROUP * columns))
         high = tvm.tirx.min(self.rows_of_tiles - group * _GROUP, _GROUP)
         within = rest(inside, _int32(_GROUP * columns))
-        row = _variable("int32", (group * _GROUP + rest(within, high)) * tile.rows)
-        column = _variable("int32", divide(within, high) * tile.columns)
-        return row[0], column[0], matrix
+        row = _variable("int32", group * _GROUP + rest(within, high))
+        column = _variable("int32", divide(within, high))
+        # Multiplied where they are read: accesses are wide only where it shows that they begin on a multiple.
+        return row[0] * tile.rows, column[0] * tile.columns, matrix
 
     def _advance(self, stage: Expr, phase: Expr) -> None:
         T.buffer_store(stage, stage[0] + 1, [0])
