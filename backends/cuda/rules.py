@@ -12,13 +12,18 @@ from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from rescompile.backends.cuda import add_norm, softmax
-from rescompile.backends.cuda.lower_contraction import conv, linear, matmul, region
+from rescompile.backends.cuda.choose import KernelChoice, explained
+from rescompile.backends.cuda.libraries import GLOBAL
+from rescompile.backends.cuda.lower_contraction import conv as contraction_conv
+from rescompile.backends.cuda.lower_contraction import linear, matmul, region
+from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
-from rescompile.backends.cuda.targets import Architecture, architecture
+from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.emitter import Emitter, Expr
 from rescompile.backends.kernels import Argument, NormSpec, Spec
 from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
@@ -41,13 +46,17 @@ Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
 class CudaEmitter(Emitter):
     """An emitter whose kernels are those for a GPU."""
 
-    def __init__(self, graph: WorkingGraph, limits: Architecture | None = None, *, tf32: bool = False) -> None:
-        """`tf32`: whether products of float32 may be rounded to 10 bits after the point."""
+    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None, *, tf32: bool = False) -> None:
+        """`choice`: what computes each region; by default the first candidate for sm_90.
+
+        tf32: whether products of float32 may be rounded to 10 bits after the point.
+        """
         super().__init__(graph)
-        self.limits, self.tf32 = limits or architecture("sm_90"), tf32
-        self._calls: dict[Any, Expr] = {}
+        self.tf32 = tf32
+        self.choice = choice or KernelChoice(architecture("sm_90"))
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
-        self._kernels: dict[NormSpec | RowSoftmax, Expr] = {}
+        self._kernels: dict[Any, Expr] = {}
+        self._calls: dict[Any, Region] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -94,35 +103,52 @@ class CudaEmitter(Emitter):
             return None
         return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
 
+    def takes(self, spec: Any, *families: Any) -> bool:
+        """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
+        return any(not family.refusal(spec, self.choice.limits) for family in families)
+
     def call_kernel(
         self,
         op: Op,
         spec: Any,
-        families: Sequence[Any],
+        families: Any,
         stem: str,
         given: Mapping[str, Expr],
         rows: Extent | None = None,
     ) -> list[Expr]:
-        """Call the first family's kernel for a spec with buffers by name; the outputs.
+        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
 
-        rows: the extent that the spec leaves to run time.
+        Args:
+            families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
+            stem: what the kernel is called: the first part of its name, and its kind in reports.
+            rows: the extent that the spec leaves to run time.
         """
-        family = families[0]
-        buffers = family.arguments(spec)
+        served = tuple(families) if isinstance(families, Sequence) else (families,)
+        choice = self.choice.pick(spec, served)
+        buffers: list[Argument] = served[0].arguments(spec)
         if spec not in self._calls:
-            tile = family.candidates(spec, self.limits)[0]
-            name = f"{stem}_{len(self._calls)}"
-            self._calls[spec] = self.bb.add_func(family.prim_func(spec, tile, name), name)
+            name = f"{stem}_{len(self.regions)}"
+            if choice.candidate.library is None:
+                self._kernels[spec] = self.bb.add_func(choice.candidate.prim_func(spec, name), name)
             static = all(extent is not None for part in buffers for extent in part.shape)
-            self.regions[name] = Region(
+            self._calls[spec] = self.regions[name] = Region(
                 name,
                 stem,
                 spec=str(spec),
-                tile=str(tile),
-                flops=spec.flops if static else None,
+                tile=choice.candidate.label,
+                flops=getattr(spec, "flops", None) if static else None,
                 bytes=bytes_of(buffers) if static else None,
+                **explained(choice),
             )
-        return self._called(op, self._calls[spec], buffers, given, rows)
+        library = choice.candidate.library
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            if library is None:
+                return relax.call_tir(self._kernels[spec], relax.Tuple(operands), types)
+            told = relax.Tuple([tvm.ir.StringImm(library.text()), *operands])
+            return relax.op.call_dps_packed(GLOBAL, told, types)
+
+        return self._called(op, self._calls[spec], buffers, given, rows, call)
 
     def call_rows(
         self,
@@ -137,7 +163,7 @@ class CudaEmitter(Emitter):
         """Call a kernel over rows: `kernel` is its module."""
         buffers = kernel.arguments(spec)
         if spec not in self._kernels:
-            name = f"{stem}_{len(self._kernels)}"
+            name = f"{stem}_{len(self.regions)}"
             self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
             static = spec.rows is not None
             self.regions[name] = Region(
@@ -147,12 +173,23 @@ class CudaEmitter(Emitter):
                 tile=str(row_tile(spec.width, dtype)),
                 bytes=bytes_of(buffers) if static else None,
             )
-        return self._called(op, self._kernels[spec], buffers, given, rows)
+        function = self._kernels[spec]
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            return relax.call_tir(function, relax.Tuple(operands), types)
+
+        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
 
     def _called(
-        self, op: Op, function: Expr, buffers: Sequence[Argument], given: Mapping[str, Expr], rows: Extent | None
+        self,
+        op: Op,
+        region: Region,
+        buffers: list[Argument],
+        given: Mapping[str, Expr],
+        rows: Extent | None,
+        call: Callable[[list[Expr], Any], Expr],
     ) -> list[Expr]:
-        region = self.regions[function.name_hint]
+        """The outputs of a call with operands by name, each in the shape of its buffer."""
         region.ops.append(op.name)
         region.calls += 1
 
@@ -161,10 +198,16 @@ class CudaEmitter(Emitter):
 
         operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
         types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
-        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
+        result = self.emit(call(operands, types[0] if len(types) == 1 else types))
         if len(types) == 1:
             return [result]
         return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+
+
+def conv(e: Emitter, op: Op) -> None:
+    """y = outer(residual + inner(conv(x) + bias)), channels last"""
+    if not depthwise(e, op):
+        contraction_conv(e, op)
 
 
 def fused_region(e: Emitter, op: Op) -> None:
@@ -229,6 +272,7 @@ def _static(shape: Sequence[Extent]) -> list[int]:
 
 CUDA_RULES = {
     **RULES,
+    **WINDOWS,
     OpKind.LINEAR: linear,
     OpKind.FUSED_LINEAR: linear,
     OpKind.CONV: conv,

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <string>
 
+#include "tensor_map.h"
+
 namespace {
 
 constexpr int success = 0, failure = 1;
@@ -16,11 +18,19 @@ constexpr int success = 0, failure = 1;
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes;
+  const struct Attribute* attributes;
   unsigned attribute_count;
 };
 
-using Kernel = void (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes);
+struct Attribute {  // CUlaunchAttribute
+  int id;
+  unsigned padding, value[16];
+};
+constexpr int cluster_dimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
+using Kernel = const char* (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes, int cluster);
+
+int refused(const char* why) { return std::fprintf(stderr, "simulated GPU: %s\n", why), failure; }
 
 }  // namespace
 
@@ -53,14 +63,44 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* function, void** paramete
   unsigned dims[6];
   std::memcpy(dims, config->grid, sizeof(config->grid));
   std::memcpy(dims + 3, config->block, sizeof(config->block));
-  reinterpret_cast<Kernel>(function)(parameters, dims, config->shared_bytes);
-  return success;
+  unsigned cluster = 1;
+  for (unsigned i = 0; i < config->attribute_count; ++i)
+    if (config->attributes[i].id == cluster_dimension) cluster = config->attributes[i].value[0];
+  if (config->grid[0] % cluster) return refused("a grid that its clusters do not divide");
+  const char* wrong = reinterpret_cast<Kernel>(function)(parameters, dims, config->shared_bytes, cluster);
+  return wrong ? refused(wrong) : success;
 }
 int cuFuncSetAttribute(void*, int, int) { return success; }
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size, "simulated"), success; }
 int cuGetErrorName(int, const char** text) { return *text = "failure of the simulated GPU", success; }
 int cuGetErrorString(int, const char** text) { return *text = "failure of the simulated GPU", success; }
-int cuTensorMapEncodeTiled() { return failure; }
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* extents,
+                           const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  // The conditions of the CUDA driver API's description, as far as they concern 16 and 32-bit numbers.
+  const unsigned bytes = type == 6 || type == 9 ? 2 : type == 7 || type == 11 ? 4 : 0;
+  if (!bytes || interleave || fill || promotion < 0 || promotion > 3) return refused("a tensor map of another kind");
+  if (swizzle != 3) return refused("a tensor map without 128-byte swizzle");
+  if (reinterpret_cast<uintptr_t>(map) % 64) return refused("a tensor map that is not aligned to 64 bytes");
+  if (reinterpret_cast<uintptr_t>(address) % 16) return refused("a tensor map of an address not aligned to 16 bytes");
+  if (rank < 1 || rank > 5) return refused("a tensor map of a rank outside of 1 to 5");
+  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, static_cast<uint8_t>(rank),
+                   static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle), static_cast<uint8_t>(type)};
+  for (unsigned i = 0; i < rank; ++i) {
+    if (extents[i] < 1 || extents[i] > uint64_t{1} << 32) return refused("an extent outside of 1 to 2^32");
+    if (box[i] < 1 || box[i] > 256) return refused("a box outside of 1 to 256 elements");
+    if (steps[i] != 1) return refused("a traversal in steps");
+    made.extents[i] = extents[i];
+    made.box[i] = static_cast<uint16_t>(box[i]);
+    if (i + 1 == rank) break;
+    const uint64_t inner = i ? strides[i - 1] * extents[i] : bytes * extents[0];
+    if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40 || strides[i] < inner)
+      return refused("a stride that is not a multiple of 16 bytes, is too large, or makes rows overlap");
+    made.strides[i] = strides[i];
+  }
+  if (box[0] * bytes % 16 || box[0] * bytes > 128) return refused("an inner box that is no part of the swizzle's width");
+  return *static_cast<CUtensorMap*>(map) = made, success;
+}
 
 int cudaGetDeviceCount(int* count) { return *count = 1, success; }
 int cudaGetDevice(int* device) { return *device = 0, success; }
