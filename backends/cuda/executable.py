@@ -50,7 +50,14 @@ def cuda_source(module: Any) -> str:
 
     Dynamic shared memory has one name in a source, so that kernels declare it alike and see it as they need it.
     """
-    source = "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
+    return _alike(_generated(module))
+
+
+def _generated(module: Any) -> str:
+    return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
+
+
+def _alike(source: str) -> str:
     return _DYNAMIC_SHARED.sub(
         r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
         r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
@@ -79,7 +86,7 @@ def ready_to_load(compiler: str, arch: str) -> bool:
     if not compiler:
 
         def compiled(source: str) -> bytes:
-            made = to_cubin(source, arch)
+            made = to_cubin(_alike(source), arch)
             if made is None:
                 raise RescompileError(
                     "The program holds CUDA source, and neither nvcc nor NVRTC is here to compile it: "
@@ -101,7 +108,7 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        source, cubin = self.source.encode(), self.cubin
+        source, cubin = _generated(self.mod).encode(), self.cubin
         pack = (lambda module, *options: _packed(source, cubin, module, *options)) if cubin else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 
