@@ -216,7 +216,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[np.ndarr
         pytest.skip("no g++ here")
     functions = {name: mma.prim_func(spec, tile, name) for name, (spec, tile) in CASES.items()}
     calls = {name: [_numpy(value) for value in _buffers(spec).values()] for name, (spec, _) in CASES.items()}
-    return simulated_gpu.run_functions(tmp_path_factory.mktemp("mma"), tvm.IRModule(functions), calls)
+    folder = tmp_path_factory.mktemp("mma")
+    # Compiling what is unrolled takes longer than running it.
+    return simulated_gpu.run_functions(folder, tvm.IRModule(functions), calls, optimise="-O0")
 
 
 @pytest.mark.parametrize("name", CASES)
