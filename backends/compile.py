@@ -61,7 +61,7 @@ def compile_graph(
     if where.cuda:
         from rescompile.backends.cuda.compile import compile_cuda
 
-        return compile_cuda(graph, where, imports, progress, contest)
+        return compile_cuda(graph, where, imports, progress, contest, database, tuning)
     from rescompile.backends.compile_cpu import compile_cpu
 
     return compile_cpu(graph, where, imports, database, tuning, progress, contest)

@@ -13,6 +13,7 @@ from tvm import relax
 
 from rescompile.backends import artifact, threads
 from rescompile.backends.artifact import Manifest, TensorInfo
+from rescompile.backends.cuda import libraries
 from rescompile.errors import RescompileError
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class Program:
                 f"The program is compiled for {self.manifest.target}, and this machine has no CUDA GPU: "
                 f"run it where there is one, or compile it for cpu."
             )
+        if self.manifest.device == "cuda":
+            libraries.register()
         if self.manifest.device == "cpu":
             threads.prepare()
             self._threads = min(self.manifest.threads, threads.available())

@@ -24,6 +24,7 @@ class Region:
         ops: operations of the graph that call it.
         tried: tile and microseconds of each candidate that was timed; none where the choice was remembered.
         microseconds: of one call of the chosen tile on cold weights; None where nothing was timed.
+        chosen: how a GPU's candidate was chosen: timed, remembered, recorded elsewhere, or first in order.
         flops: floating point operations of one call; None where the row count is dynamic.
         bytes: of all buffers of one call.
     """
@@ -38,6 +39,7 @@ class Region:
     microseconds: float | None = None
     flops: int | None = None
     bytes: int | None = None
+    chosen: str = ""
 
     @staticmethod
     def of_kernel(

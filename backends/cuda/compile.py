@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tvm
@@ -11,12 +12,17 @@ from tvm import relax
 from rescompile.backends import artifact, constants, lowering
 from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
-from rescompile.backends.cuda import intrinsics
+from rescompile.backends.cuda import device, intrinsics
+from rescompile.backends.cuda.build import builder
+from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
+from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.lower_contraction import region_refusal
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
+from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
@@ -38,20 +44,27 @@ def compile_cuda(
     imports: Imports | None = None,
     progress: Progress | None = None,
     contest: Contest | None = None,
+    database: str | Path | None = None,
+    tuning: int | None = None,
 ) -> Program:
     """A program for `target`, which is an NVIDIA GPU; this machine need not have one.
 
-    A `contest` puts tuned schedules beside those of the rules.
+    What computes each region is measured where the GPU is at hand, for at most `tuning` seconds, and remembered in
+    `database`. A `contest` puts tuned schedules beside those of the rules.
     """
     if target.arch is None:
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
     intrinsics.load()
-    work = working_copy(graph)
+    limits = architecture(target.arch)
+    work = working_copy(graph, lambda op: not region_refusal(op, limits, target.tf32))
     constants.fold(work, imports or Imports())
     group_epilogues(work)
     tell("lowering", 0, 3)
-    lowered = lowering.lower(CudaEmitter(work), imports, rules=CUDA_RULES)
+    choice = KernelChoice(limits)
+    lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, contents=False, rules=CUDA_RULES)
+    choice.choose(_device(target), builder(target), database, None if tuning is None else float(tuning))
+    lowered = lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     if contest is not None:
@@ -80,10 +93,18 @@ def compile_cuda(
         compiler=cubin.compiler if cubin else "",
         cpu=target.arch,
         regions=[_described(region, cubin) for region in regions],
-        note=" ".join([_note(cubin), *(contest.report.notes if contest is not None else ())]).strip(),
+        note=" ".join(
+            [_note(cubin), _libraries(regions), *(contest.report.notes if contest is not None else ())]
+        ).strip(),
     )
     tell("assembling", 3, 3)
     return Program(CudaExecutable(executable.mod, source, cubin.data if cubin else None), lowered.weights, manifest)
+
+
+def _device(target: CompileTarget) -> Device | None:
+    """This machine's GPU where it is of the target's architecture."""
+    found = device.here()
+    return found if found is not None and found.facts["arch"] == target.arch else None
 
 
 def _described(region: Region, cubin: Cubin | None) -> dict[str, object]:
@@ -92,6 +113,11 @@ def _described(region: Region, cubin: Cubin | None) -> dict[str, object]:
         next((kernel for kernel in cubin.usage if kernel.kernel == f"{region.name}_kernel"), None) if cubin else None
     )
     return {**asdict(region), **({"usage": asdict(usage)} if usage else {})}
+
+
+def _libraries(regions: list[Region]) -> str:
+    called = sum(region.tile.startswith("library ") for region in regions)
+    return f"{called} regions are computed by torch's libraries: torch is needed where it runs" if called else ""
 
 
 def _note(cubin: Cubin | None) -> str:

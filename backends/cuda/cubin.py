@@ -18,10 +18,8 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 
 # Instructions that belong to one compute capability, and assemble only for its name with an a: no later GPU has them.
 _SPECIFIC = {"sm_90": re.compile(r"\bwgmma\.|\bsetmaxnreg\.")}
-# What cuda.h says of a tensor map, which NVRTC has no copy of.
-_TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
-typedef struct CUtensorMap_st CUtensorMap;
-"""
+# Of cuda.h, which comes with a toolkit and not with NVRTC: what a kernel takes a tensor map as.
+_TENSOR_MAP = "struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };\ntypedef struct CUtensorMap_st CUtensorMap;\n"
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
@@ -72,8 +70,7 @@ def to_cubin(source: str, arch: str) -> Cubin | None:
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    arch = code_arch(source, arch)
-    for compile_with in (_by_nvcc, _by_nvrtc):
+    for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):
             return made
@@ -96,6 +93,7 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         code.write_text(source)
+        arch = code_arch(source, arch)
         # Spelled out, since the short form compiles for sm_90 as well, which rejects what only sm_90a has.
         target = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
         command = [nvcc, "-cubin", "-O3", target, "-w", *_OPTIONS, "-o", str(made), str(code)]
@@ -106,12 +104,13 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
         return Cubin(made.read_bytes(), usage(done.stderr + done.stdout), "nvcc")
 
 
-def _by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+    """Machine code by NVRTC, whichever other compiler is here; else what it said, None where it is missing."""
     path = nvrtc.library()
     if path is None:
         return None
-    if "CUtensorMap" in source:
-        source = _TENSOR_MAP + source
+    source = _TENSOR_MAP + source if "CUtensorMap" in source else source
+    arch = code_arch(source, arch)
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

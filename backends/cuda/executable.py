@@ -9,6 +9,7 @@ with its length before it. Here `cuda` and the source become `cubin` and the mac
 from __future__ import annotations
 
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from rescompile.backends.link import link
 from rescompile.errors import RescompileError
 
 _LENGTH = struct.Struct("<Q")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
 _HOST_CODE = b"_lib"  # stands in the import tree for what is linked beside it
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"  # read by TVM, each time that it has generated GPU code
 _UNEXPECTED = "TVM packs GPU code in a form that is not that of version 0.27: install the version that is pinned."
@@ -44,8 +46,23 @@ def cuda_modules(module: Any) -> Iterator[Any]:
 
 
 def cuda_source(module: Any) -> str:
-    """The CUDA source in a module and its imports, empty when there is none."""
+    """The CUDA source in a module and its imports, empty when there is none.
+
+    Dynamic shared memory has one name in a source, so that kernels declare it alike and see it as they need it.
+    """
+    return _alike(_generated(module))
+
+
+def _generated(module: Any) -> str:
     return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
+
+
+def _alike(source: str) -> str:
+    return _DYNAMIC_SHARED.sub(
+        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
+        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
+        source,
+    )
 
 
 @contextmanager
@@ -69,7 +86,7 @@ def ready_to_load(compiler: str, arch: str) -> bool:
     if not compiler:
 
         def compiled(source: str) -> bytes:
-            made = to_cubin(source, arch)
+            made = to_cubin(_alike(source), arch)
             if made is None:
                 raise RescompileError(
                     "The program holds CUDA source, and neither nvcc nor NVRTC is here to compile it: "
@@ -91,7 +108,7 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        source, cubin = self.source.encode(), self.cubin
+        source, cubin = _generated(self.mod).encode(), self.cubin
         pack = (lambda module, *options: _packed(source, cubin, module, *options)) if cubin else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 

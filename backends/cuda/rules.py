@@ -12,18 +12,21 @@ from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from rescompile.backends.cuda import add_norm, softmax
+from rescompile.backends.cuda.choose import KernelChoice, explained
+from rescompile.backends.cuda.libraries import GLOBAL
+from rescompile.backends.cuda.lower_contraction import conv as contraction_conv
+from rescompile.backends.cuda.lower_contraction import linear, matmul, region
+from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
+from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.fallback import NARROW
 from rescompile.backends.kernels import Argument, NormSpec, Spec
-from rescompile.backends.layouts import CHANNELS_LAST
 from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
-from rescompile.backends.lower_conv import conv_in_relax
-from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value
 from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
 from rescompile.backends.lower_norm import norm_by_kernel
@@ -32,6 +35,7 @@ from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
 from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
+from rescompile.errors import GraphError
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
 from rescompile.values import numpy_dtype
@@ -42,10 +46,17 @@ Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
 class CudaEmitter(Emitter):
     """An emitter whose kernels are those for a GPU."""
 
-    def __init__(self, graph: WorkingGraph) -> None:
+    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None, *, tf32: bool = False) -> None:
+        """`choice`: what computes each region; by default the first candidate for sm_90.
+
+        tf32: whether products of float32 may be rounded to 10 bits after the point.
+        """
         super().__init__(graph)
+        self.tf32 = tf32
+        self.choice = choice or KernelChoice(architecture("sm_90"))
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
-        self._kernels: dict[NormSpec | RowSoftmax, Expr] = {}
+        self._kernels: dict[Any, Expr] = {}
+        self._calls: dict[Any, Region] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -92,6 +103,53 @@ class CudaEmitter(Emitter):
             return None
         return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
 
+    def takes(self, spec: Any, *families: Any) -> bool:
+        """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
+        return any(not family.refusal(spec, self.choice.limits) for family in families)
+
+    def call_kernel(
+        self,
+        op: Op,
+        spec: Any,
+        families: Any,
+        stem: str,
+        given: Mapping[str, Expr],
+        rows: Extent | None = None,
+    ) -> list[Expr]:
+        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
+
+        Args:
+            families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
+            stem: what the kernel is called: the first part of its name, and its kind in reports.
+            rows: the extent that the spec leaves to run time.
+        """
+        served = tuple(families) if isinstance(families, Sequence) else (families,)
+        choice = self.choice.pick(spec, served)
+        buffers: list[Argument] = served[0].arguments(spec)
+        if spec not in self._calls:
+            name = f"{stem}_{len(self.regions)}"
+            if choice.candidate.library is None:
+                self._kernels[spec] = self.bb.add_func(choice.candidate.prim_func(spec, name), name)
+            static = all(extent is not None for part in buffers for extent in part.shape)
+            self._calls[spec] = self.regions[name] = Region(
+                name,
+                stem,
+                spec=str(spec),
+                tile=choice.candidate.label,
+                flops=getattr(spec, "flops", None) if static else None,
+                bytes=bytes_of(buffers) if static else None,
+                **explained(choice),
+            )
+        library = choice.candidate.library
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            if library is None:
+                return relax.call_tir(self._kernels[spec], relax.Tuple(operands), types)
+            told = relax.Tuple([tvm.ir.StringImm(library.text()), *operands])
+            return relax.op.call_dps_packed(GLOBAL, told, types)
+
+        return self._called(op, self._calls[spec], buffers, given, rows, call)
+
     def call_rows(
         self,
         op: Op,
@@ -105,7 +163,7 @@ class CudaEmitter(Emitter):
         """Call a kernel over rows: `kernel` is its module."""
         buffers = kernel.arguments(spec)
         if spec not in self._kernels:
-            name = f"{stem}_{len(self._kernels)}"
+            name = f"{stem}_{len(self.regions)}"
             self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
             static = spec.rows is not None
             self.regions[name] = Region(
@@ -116,7 +174,22 @@ class CudaEmitter(Emitter):
                 bytes=bytes_of(buffers) if static else None,
             )
         function = self._kernels[spec]
-        region = self.regions[function.name_hint]
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            return relax.call_tir(function, relax.Tuple(operands), types)
+
+        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
+
+    def _called(
+        self,
+        op: Op,
+        region: Region,
+        buffers: list[Argument],
+        given: Mapping[str, Expr],
+        rows: Extent | None,
+        call: Callable[[list[Expr], Any], Expr],
+    ) -> list[Expr]:
+        """The outputs of a call with operands by name, each in the shape of its buffer."""
         region.ops.append(op.name)
         region.calls += 1
 
@@ -125,61 +198,22 @@ class CudaEmitter(Emitter):
 
         operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
         types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
-        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
+        result = self.emit(call(operands, types[0] if len(types) == 1 else types))
         if len(types) == 1:
             return [result]
         return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
 
-def linear(e: Emitter, op: Op) -> None:
-    """y = outer(residual + inner(x·weightᵀ + bias))"""
-    x, weight = e.get(op.operands[0]), op.operands[1]
-    if op.attr("transpose_weight"):
-        matrix = e.emit(relax.op.permute_dims(e.cast(e.get(weight), e.dtype(x))))
-    elif e.is_literal(weight) and weight.rank == 2:
-        turned = e.weight(f"{weight.name}.transposed", lambda: e.data(weight).T)
-        matrix = e.emit(relax.op.permute_dims(e.cast(turned, e.dtype(x))))
-    else:
-        matrix = e.cast(e.get(weight), e.dtype(x))
-    out = epilogue(e, op, matmul_of(e, x, matrix), residual_of(e, op))
-    e.bind(op.output, e.cast(out, op.output.dtype or e.dtype(x)))
-
-
 def conv(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(conv(x) + bias)), channels last"""
-    value, weight = op.operands[:2]
-    rank = (value.rank or 0) - 2
-    if rank not in _CONVOLUTIONS:
-        conv_in_relax(e, op)
-        return
-    function, data, kernel = _CONVOLUTIONS[rank]
-    x = e.get(value, CHANNELS_LAST)
-    dtype = e.dtype(x)
-    out = e.emit(
-        function(
-            x,
-            e.cast(e.get(weight, CHANNELS_LAST), dtype),
-            strides=tuple(op.attr("stride"))[:rank],
-            padding=tuple(op.attr("pads"))[: 2 * rank],
-            dilation=tuple(op.attr("dilation"))[:rank],
-            groups=int(op.attr("groups")),
-            data_layout=data,
-            kernel_layout=kernel,
-            out_layout=data,
-            out_dtype="float32" if dtype in NARROW else dtype,
-        )
-    )
-    residual = residual_value(op)
-    beside = None if residual is None else e.get(residual, CHANNELS_LAST)
-    e.bind(op.output, e.cast(epilogue(e, op, out, beside), op.output.dtype or dtype), CHANNELS_LAST)
+    if not depthwise(e, op):
+        contraction_conv(e, op)
 
 
-# Function, layout of the data and layout of the weight, by the number of spatial dimensions.
-_CONVOLUTIONS: dict[int, tuple[Any, str, str]] = {
-    1: (relax.op.nn.conv1d, "NWC", "OWI"),
-    2: (relax.op.nn.conv2d, "NHWC", "OHWI"),
-    3: (relax.op.nn.conv3d, "NDHWC", "ODHWI"),
-}
+def fused_region(e: Emitter, op: Op) -> None:
+    """Several operations in one kernel"""
+    if not region(e, op):
+        raise GraphError(f"No GPU kernel computes the fused region '{op.name}': unfuse the model first.")
 
 
 def attention(e: Emitter, op: Op) -> None:
@@ -238,10 +272,13 @@ def _static(shape: Sequence[Extent]) -> list[int]:
 
 CUDA_RULES = {
     **RULES,
+    **WINDOWS,
     OpKind.LINEAR: linear,
     OpKind.FUSED_LINEAR: linear,
     OpKind.CONV: conv,
     OpKind.FUSED_CONV: conv,
+    OpKind.MATMUL: matmul,
+    OpKind.FUSED_REGION: fused_region,
     OpKind.ATTENTION: attention,
     OpKind.SOFTMAX: row_softmax,
     OpKind.LAYER_NORM: layer_norm,

@@ -85,6 +85,11 @@ def portable() -> Iterator[None]:
         _portable.reset(token)
 
 
+def is_portable() -> bool:
+    """Whether what is built now is for other GPUs, too."""
+    return _portable.get()
+
+
 def dtype_of(value: Expr) -> str:
     """The element type of an expression."""
     found = getattr(value, "dtype", None)
@@ -122,11 +127,11 @@ def _chain(join: Callable[[Expr, Expr], Expr]) -> Rule:
 
 
 def _larger(a: Expr, b: Expr) -> Expr:
-    return tirx.max(a, b) if "float" not in dtype_of(a) else tirx.Select(tirx.any(a > b, tirx.NE(a, a)), a, b)
+    return tirx.max(a, b) if "float" not in dtype_of(a) else tirx.Select(tirx.any(a > b, tirx.isnan(a)), a, b)
 
 
 def _smaller(a: Expr, b: Expr) -> Expr:
-    return tirx.min(a, b) if "float" not in dtype_of(a) else tirx.Select(tirx.any(a < b, tirx.NE(a, a)), a, b)
+    return tirx.min(a, b) if "float" not in dtype_of(a) else tirx.Select(tirx.any(a < b, tirx.isnan(a)), a, b)
 
 
 def _power(_: Attrs, xs: list[Expr]) -> Expr:
@@ -269,7 +274,7 @@ _RULES: Mapping[OpKind, Rule] = {
     K.FLOOR: lambda _, xs: tirx.floor(xs[0]),
     K.CEIL: lambda _, xs: tirx.ceil(xs[0]),
     K.SIGN: _sign,
-    K.IS_NAN: lambda _, xs: tirx.NE(xs[0], xs[0]),
+    K.IS_NAN: lambda _, xs: tirx.isnan(xs[0]),
     K.RELU: _relu,
     K.CLIP: _clip,
     K.LEAKY_RELU: lambda attrs, xs: _leaky(_number(xs[0], attrs["slope"]), xs[0]),

@@ -28,6 +28,7 @@ typedef unsigned short ushort;
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(bytes) alignas(bytes)
+#define CUDART_INF_F INFINITY
 
 namespace gpu {
 
@@ -116,6 +117,20 @@ inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
+// Device functions of generated kernels that are one instruction each: the larger number, NaN if either is.
+inline float larger_f32(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+template <class T>
+uint larger_pair(uint a, uint b) {
+  uint out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    T x, y;
+    x.bits = static_cast<uint16_t>(a >> shift), y.bits = static_cast<uint16_t>(b >> shift);
+    out |= static_cast<uint>(T(larger_f32(x, y)).bits) << shift;
+  }
+  return out;
+}
+inline uint larger_f16x2(uint a, uint b) { return larger_pair<half>(a, b); }
+inline uint larger_bf16x2(uint a, uint b) { return larger_pair<nv_bfloat16>(a, b); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
