@@ -19,7 +19,9 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 # Instructions that belong to one compute capability, and assemble only for its name with an a: no later GPU has them.
 _SPECIFIC = {"sm_90": re.compile(r"\bwgmma\.|\bsetmaxnreg\.")}
 # Of cuda.h, which comes with a toolkit and not with NVRTC: what a kernel takes a tensor map as.
-_TENSOR_MAP = "struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };\ntypedef struct CUtensorMap_st CUtensorMap;\n"
+_TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
+typedef struct CUtensorMap_st CUtensorMap;
+"""
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
