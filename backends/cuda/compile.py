@@ -18,6 +18,7 @@ from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import Cubin, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.lower_contraction import region_refusal
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
@@ -55,14 +56,15 @@ def compile_cuda(
         raise RescompileError(f"The target '{target.name}' is not an NVIDIA GPU: use cuda:sm_90.")
     tell = progress or (lambda *_: None)
     intrinsics.load()
-    work = working_copy(graph)
+    limits = architecture(target.arch)
+    work = working_copy(graph, lambda op: not region_refusal(op, limits, target.tf32))
     constants.fold(work, imports or Imports())
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(architecture(target.arch))
-    lowering.lower(CudaEmitter(work, choice), imports, contents=False, rules=CUDA_RULES)
+    choice = KernelChoice(limits)
+    lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, contents=False, rules=CUDA_RULES)
     choice.choose(_device(target), builder(target), database, None if tuning is None else float(tuning))
-    lowered = lowering.lower(CudaEmitter(work, choice), imports, rules=CUDA_RULES)
+    lowered = lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     if contest is not None:

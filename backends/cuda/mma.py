@@ -266,10 +266,10 @@ class _Block:
                         compute(index, held[index])
             else:
                 self._sync()
-                with T.serial(0, rounds) as index:
-                    with guarded(unit(index)[0] < 16 * units if 16 * units % lanes else None):
-                        _, row, column = unit(index)
-                        compute(index, epilogue.read(self.batch, first + row, self._column(column), inside(index)))
+                partial = 16 * units % lanes > 0
+                with T.serial(0, rounds) as index, guarded(unit(index)[0] < 16 * units if partial else None):
+                    _, row, column = unit(index)
+                    compute(index, epilogue.read(self.batch, first + row, self._column(column), inside(index)))
 
     def _staged(self, at: Expr) -> Expr:
         """Address of a sum in shared memory, where the operands were."""

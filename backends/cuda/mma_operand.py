@@ -1,4 +1,4 @@
-"""One operand of an mma.sync contraction: from global to shared memory by cp.async, from there to registers by ldmatrix.
+"""One operand of an mma.sync contraction: global to shared memory by cp.async, from there to registers by ldmatrix.
 
 A step of the operand lies in shared memory as it lies in global memory: rows along its outer axis with depth last, or
 rows along depth with the outer axis last. Chunks of 16 bytes change places within a row by an exclusive or with bits of

@@ -73,7 +73,7 @@ class ImageSource:
         self.offsets = local(accesses, self.kind)
         if self.padded:
             self.tops, self.lefts = local(accesses, "int32"), local(accesses, "int32")
-        # Of the tap that is read, for all accesses of a step where they share it: row, column, and where its channel is.
+        # Of the tap that is read, for all accesses of a step where they share it: row, column, place of its channel.
         self.tap = local(3, "int32")
 
     def place(self, index: int, row: Expr, element: Expr) -> None:

@@ -18,17 +18,14 @@ from tvm import relax
 from rescompile.backends.cuda import add_norm, softmax
 from rescompile.backends.cuda.choose import KernelChoice, explained
 from rescompile.backends.cuda.libraries import GLOBAL
+from rescompile.backends.cuda.lower_contraction import conv, linear, matmul, region
 from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
 from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.fallback import NARROW
 from rescompile.backends.kernels import Argument, NormSpec, Spec
-from rescompile.backends.layouts import CHANNELS_LAST
 from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
-from rescompile.backends.lower_conv import conv_in_relax
-from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value
 from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
 from rescompile.backends.lower_norm import norm_by_kernel
@@ -37,6 +34,7 @@ from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
 from rescompile.backends.symbols import Extent
 from rescompile.backends.working import WorkingGraph
+from rescompile.errors import GraphError
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
 from rescompile.values import numpy_dtype
@@ -47,10 +45,14 @@ Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
 class CudaEmitter(Emitter):
     """An emitter whose kernels are those for a GPU."""
 
-    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None) -> None:
-        """`choice`: what computes each region; by default the first candidate for sm_90."""
+    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None, *, tf32: bool = False) -> None:
+        """`choice`: what computes each region; by default the first candidate for sm_90.
+
+        `tf32`: whether products of float32 may be rounded to 10 bits after the point.
+        """
         super().__init__(graph)
         self.choice = choice or KernelChoice(architecture("sm_90"))
+        self.limits, self.tf32 = self.choice.limits, tf32
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
         self._kernels: dict[Any, Expr] = {}
         self._calls: dict[Any, Region] = {}
@@ -201,57 +203,16 @@ class CudaEmitter(Emitter):
         return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
 
-def linear(e: Emitter, op: Op) -> None:
-    """y = outer(residual + inner(x·weightᵀ + bias))"""
-    x, weight = e.get(op.operands[0]), op.operands[1]
-    if op.attr("transpose_weight"):
-        matrix = e.emit(relax.op.permute_dims(e.cast(e.get(weight), e.dtype(x))))
-    elif e.is_literal(weight) and weight.rank == 2:
-        turned = e.weight(f"{weight.name}.transposed", lambda: e.data(weight).T)
-        matrix = e.emit(relax.op.permute_dims(e.cast(turned, e.dtype(x))))
-    else:
-        matrix = e.cast(e.get(weight), e.dtype(x))
-    out = epilogue(e, op, matmul_of(e, x, matrix), residual_of(e, op))
-    e.bind(op.output, e.cast(out, op.output.dtype or e.dtype(x)))
+def fused_region(e: Emitter, op: Op) -> None:
+    """Several operations in one kernel"""
+    if not region(e, op):
+        raise GraphError(f"No GPU kernel computes the fused region '{op.name}': unfuse the model first.")
 
 
-def conv(e: Emitter, op: Op) -> None:
+def convolution(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(conv(x) + bias)), channels last"""
-    if depthwise(e, op):
-        return
-    value, weight = op.operands[:2]
-    rank = (value.rank or 0) - 2
-    if rank not in _CONVOLUTIONS:
-        conv_in_relax(e, op)
-        return
-    function, data, kernel = _CONVOLUTIONS[rank]
-    x = e.get(value, CHANNELS_LAST)
-    dtype = e.dtype(x)
-    out = e.emit(
-        function(
-            x,
-            e.cast(e.get(weight, CHANNELS_LAST), dtype),
-            strides=tuple(op.attr("stride"))[:rank],
-            padding=tuple(op.attr("pads"))[: 2 * rank],
-            dilation=tuple(op.attr("dilation"))[:rank],
-            groups=int(op.attr("groups")),
-            data_layout=data,
-            kernel_layout=kernel,
-            out_layout=data,
-            out_dtype="float32" if dtype in NARROW else dtype,
-        )
-    )
-    residual = residual_value(op)
-    beside = None if residual is None else e.get(residual, CHANNELS_LAST)
-    e.bind(op.output, e.cast(epilogue(e, op, out, beside), op.output.dtype or dtype), CHANNELS_LAST)
-
-
-# Function, layout of the data and layout of the weight, by the number of spatial dimensions.
-_CONVOLUTIONS: dict[int, tuple[Any, str, str]] = {
-    1: (relax.op.nn.conv1d, "NWC", "OWI"),
-    2: (relax.op.nn.conv2d, "NHWC", "OHWI"),
-    3: (relax.op.nn.conv3d, "NDHWC", "ODHWI"),
-}
+    if not depthwise(e, op):
+        conv(e, op)
 
 
 def attention(e: Emitter, op: Op) -> None:
@@ -313,8 +274,10 @@ CUDA_RULES = {
     **WINDOWS,
     OpKind.LINEAR: linear,
     OpKind.FUSED_LINEAR: linear,
-    OpKind.CONV: conv,
-    OpKind.FUSED_CONV: conv,
+    OpKind.CONV: convolution,
+    OpKind.FUSED_CONV: convolution,
+    OpKind.MATMUL: matmul,
+    OpKind.FUSED_REGION: fused_region,
     OpKind.ATTENTION: attention,
     OpKind.SOFTMAX: row_softmax,
     OpKind.LAYER_NORM: layer_norm,
