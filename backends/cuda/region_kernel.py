@@ -7,8 +7,9 @@ A row that no block holds is read chunk by chunk in each pass, what is normalise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.cuda import scalars
-from rescompile.backends.cuda.index import Lanes, Sum, Term, expression, lanes, size_of
+from rescompile.backends.cuda.index import ONE, Lanes, Sum, Term, expression, lanes, size_of
 from rescompile.backends.cuda.region_nodes import Chosen, Guards, Load, Made, Node, Normed, Number, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
-from rescompile.backends.cuda.region_tile import RegionTile, candidates, children, is_stream
+from rescompile.backends.cuda.region_tile import RegionTile, candidates, children, is_stream, loads
 from rescompile.backends.cuda.rows import across_threads, function_frame, store, unrolled, vector
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.kernels import Argument
