@@ -15,6 +15,8 @@ from rescompile.errors import RescompileError
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
 # compiles with both.
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+# Of cuda.h, which comes with a toolkit and not with NVRTC: what a kernel takes a tensor map as.
+_TENSOR_MAP = "struct alignas(64) CUtensorMap { unsigned long long opaque[16]; };\n"
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
@@ -67,7 +69,7 @@ def to_cubin(source: str, arch: str) -> Cubin | None:
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    for compile_with in (_by_nvcc, _by_nvrtc):
+    for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):
             return made
@@ -98,10 +100,12 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
         return Cubin(made.read_bytes(), usage(done.stderr + done.stdout), "nvcc")
 
 
-def _by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+    """Machine code by NVRTC, whichever other compiler is here; else what it said, None where it is missing."""
     path = nvrtc.library()
     if path is None:
         return None
+    source = _TENSOR_MAP + source if "CUtensorMap" in source else source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

@@ -25,7 +25,7 @@ import numpy as np
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
+    r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
@@ -42,8 +42,10 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
         given = ", ".join(f"*static_cast<{kind}*>(parameters[{i}])" for i, kind in enumerate(types))
         launches.append(
-            f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
-            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
+            f'extern "C" const char* launch_{kernel["name"]}'
+            "(void** parameters, const unsigned* dims, std::size_t shared, int cluster) {\n"
+            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n"
+            "  return gpu::launch(dims, shared, cluster);\n}\n"
             f'extern "C" const unsigned parameters_{kernel["name"]}[] = {{'
             f"{''.join(f'sizeof({kind}), ' for kind in types)}0}};\n"
         )
@@ -52,7 +54,8 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
     body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_text(f'#include "cuda_on_cpu.h"\n#include "tensor_cores.h"\n{body}\n{"".join(launches)}')
+        header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
@@ -78,7 +81,10 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
+    function.restype = ctypes.c_char_p
+    wrong = function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), 1)
+    if wrong:
+        raise RuntimeError(f"The simulated GPU failed: {wrong.decode()}")
 
 
 def parameters(source: str, name: str) -> list[str]:
