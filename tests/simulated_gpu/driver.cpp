@@ -52,17 +52,11 @@ thread_local int current_device = 0;
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  const struct Attribute* attributes;
+  void* attributes;
   unsigned attribute_count;
 };
 
-struct Attribute {  // CUlaunchAttribute
-  int id;
-  unsigned padding, value[16];
-};
-constexpr int cluster_dimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-
-using Kernel = const char* (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes, int cluster);
+using Kernel = void (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes);
 using Work = std::function<void()>;
 
 struct alignas(64) Parameter {  // the largest is a tensor map
@@ -235,10 +229,6 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters
   if (threads > 1024 || config->grid[1] > 65535 || config->grid[2] > 65535) return invalid_value;
   if (static_cast<long>(config->shared_bytes) > function->dynamic_shared) return invalid_value;
   ++counters.launches;
-  unsigned cluster = 1;
-  for (unsigned i = 0; i < config->attribute_count; ++i)
-    if (config->attributes[i].id == cluster_dimension) cluster = config->attributes[i].value[0];
-  if (config->grid[0] % cluster) return refused("a grid that its clusters do not divide");
   // The values of the parameters are those of now, whenever the kernel runs.
   auto values = std::make_shared<std::vector<Parameter>>();
   for (std::size_t i = 0; i < function->parameter_bytes.size(); ++i)
@@ -246,13 +236,10 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters
   std::vector<unsigned> dims(config->grid, config->grid + 3);
   dims.insert(dims.end(), config->block, config->block + 3);
   const std::size_t shared = config->shared_bytes;
-  return enqueue(config->stream, [function, values, dims, shared, cluster] {
+  return enqueue(config->stream, [function, values, dims, shared] {
     std::vector<void*> pointers;
     for (auto& value : *values) pointers.push_back(value.bytes);
-    if (const char* wrong = function->launch(pointers.data(), dims.data(), shared, static_cast<int>(cluster))) {
-      refused(wrong);
-      std::abort();  // on a GPU, too, nothing can be done after a kernel has failed
-    }
+    function->launch(pointers.data(), dims.data(), shared);
   });
 }
 int cuFuncSetAttribute(void* handle, int attribute, int value) {
