@@ -31,6 +31,7 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
 # Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
 CUBIN_DRIVER = (13, 0)
 
@@ -70,13 +71,22 @@ def code_arch(source: str, arch: str) -> str:
     return f"{arch}a" if specific is not None and specific.search(source) else arch
 
 
+def ready_to_compile(source: str) -> str:
+    """TVM's source with one name for dynamic shared memory: kernels declare it alike and see it as they need it."""
+    return _DYNAMIC_SHARED.sub(
+        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
+        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
+        source,
+    )
+
+
 def to_cubin(source: str, arch: str) -> Cubin | None:
     """Machine code for a compute capability such as sm_90; None where there is neither nvcc nor NVRTC.
 
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    arch = code_arch(source, arch)
+    arch, source = code_arch(source, arch), ready_to_compile(source)
     for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):
