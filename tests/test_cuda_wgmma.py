@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-from collections import Counter
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -28,7 +24,6 @@ from rescompile.backends.cuda.contraction import (  # noqa: E402
     EpilogueProgram,
     EpilogueStep,
 )
-from rescompile.backends.cuda.cubin import Cubin, code_arch, compilers, to_cubin  # noqa: E402
 from rescompile.backends.cuda.executable import cross_compiling, cuda_source  # noqa: E402
 from rescompile.backends.cuda.targets import architecture, cuda_target  # noqa: E402
 from rescompile.backends.cuda.wgmma import WgmmaTile  # noqa: E402

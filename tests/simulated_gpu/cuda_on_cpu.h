@@ -117,6 +117,7 @@ inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 // Device functions of generated kernels that are one instruction each: the larger number, NaN if either is.
 inline float larger_f32(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 template <class T>
