@@ -17,9 +17,10 @@ from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda import device, intrinsics
 from rescompile.backends.cuda.build import builder
 from rescompile.backends.cuda.choose import KernelChoice
-from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, assembled_for, to_cubin
+from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.lower_region import KeptRegions
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.ptx import to_ptx
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
@@ -71,6 +72,7 @@ class _Built:
     plan: StoragePlan
     regions: list[Region]
     libraries: list[str]
+    note: str  # on what has no kernel of its own
 
 
 @dataclass
@@ -131,7 +133,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
         newest = max(targets, key=lambda target: architecture(str(target.arch)).number)
         _add_ptx(program, graph, newest, built[newest.name], variants, settings)
     first, cubin = built[targets[0].name][0], cubins[0]
-    notes = [_note(cubin), _libraries(first.regions), *program.notes]
+    notes = [_note(cubin), _libraries(first.regions), first.note, *program.notes]
     notes += settings.contest.report.notes if settings.contest is not None else ()
     manifest = Manifest(
         target=",".join(target.name for target in targets),
@@ -159,17 +161,19 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
 def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Settings) -> _Built:
     """The graph as a virtual machine's code and CUDA source."""
     tell, contest = settings.progress, settings.contest
-    work = working_copy(graph)
+    limits = architecture(str(target.arch))
+    kept = KeptRegions(limits, graph.ir, tf32=target.tf32)
+    work = working_copy(graph, kept)
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(architecture(str(target.arch)))
-    lowering.lower(CudaEmitter(work, choice), settings.imports, contents=False, rules=CUDA_RULES)
+    choice = KernelChoice(limits)
+    lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
     limit = None if settings.tuning is None else float(settings.tuning)
     choice.choose(_device(target), builder(target), settings.database, limit)
-    lowered = lowering.lower(CudaEmitter(work, choice), settings.imports, rules=CUDA_RULES)
+    lowered = lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, rules=CUDA_RULES)
     module = generate(lowered.module, target.tvm)
     tell("scheduling", 1, 3)
     if contest is not None:
@@ -192,12 +196,12 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if contest is not None:
         contest.annotate(regions)
     source = cuda_source(executable.mod)
-    return _Built(executable.mod, source, lowered.weights, plans[0], regions, _packed_functions(module))
+    return _Built(executable.mod, source, lowered.weights, plans[0], regions, _packed_functions(module), kept.note())
 
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
     """Add the machine code, or the source where there is nothing to make machine code with."""
-    exact = assembled_for(built.source, arch)
+    exact = code_arch(built.source, arch)
     size = "".join(f".{name}={value}" for name, value in extents.items())
     program.sources[SOURCE if not program.sources else f"{arch}{size}.cu"] = built.source
     cubin = to_cubin(built.source, exact) if built.source else Cubin(b"", (), "none")
@@ -219,7 +223,7 @@ def _add_ptx(
     """PTX for later GPUs: of the newest target's code, or, where that is its own alone, of code for any."""
     from rescompile.backends.targets import resolve
 
-    if any(assembled_for(one.source, str(target.arch)) != target.arch for one in built):
+    if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
         target = resolve(f"cuda:{_PLAIN}")
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):
