@@ -167,7 +167,7 @@ def _linear(_: _Walk, op: Op, given: _Given) -> int:
 
 def _matmul(_: _Walk, op: Op, given: _Given) -> int:
     a, b = op.operands[:2]
-    if a in given and given[a] == _rank(a) - 1 or b in given and given[b] == max(_rank(b) - 2, 0):
+    if (a in given and given[a] == _rank(a) - 1) or (b in given and given[b] == max(_rank(b) - 2, 0)):
         raise _Mixes("sums over the batch")
     if len(given) == 2 and (given[a] == _rank(a) - 2 or given[b] == _rank(b) - 1):
         raise _Mixes("multiplies every row with every other")

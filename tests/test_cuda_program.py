@@ -1,12 +1,17 @@
 """Whole programs for GPUs on the simulated one: streams, graphs, sizes of batch, architectures, bad machines.
 
-The simulated driver (tests/simulated_gpu/driver.cpp) lets a stream's work wait until something waits for the stream, and
-refuses in a capture what the real one refuses, so that an order that nothing guarantees shows as wrong numbers.
+The simulated driver (tests/simulated_gpu/driver.cpp) lets a stream's work wait until something waits for the stream,
+so that an order that nothing guarantees shows as wrong numbers, and refuses in a capture what the real one refuses.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,14 @@ from tests.lowering_cases import Sketch
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.compile import compile_graph  # noqa: E402
-from rescompile.backends.cuda import compile as compile_module  # noqa: E402
-from rescompile.backends.cuda.cubin import Cubin  # noqa: E402
-from rescompile.backends.cuda.ptx import Ptx  # noqa: E402
-from rescompile.backends.program import load  # noqa: E402
+from rescompile.backends import pack_runtime, tvm_runtime
+from rescompile.backends.artifact import Code
+from rescompile.backends.compile import compile_graph
+from rescompile.backends.cuda import codes, ptx
+from rescompile.backends.cuda import compile as compile_module
+from rescompile.backends.cuda.cubin import Cubin, compilers
+from rescompile.backends.cuda.ptx import Ptx
+from rescompile.backends.program import load
 
 WIDTH = 48
 EXACT = 2e-6  # float32 sums of 48 against float64
@@ -234,6 +242,83 @@ def test_program_that_was_loaded_can_be_saved_without_a_gpu(folder: Path, tmp_pa
     first = load(folder / "several.zip")
     assert again.manifest == first.manifest
     assert {name: bytes(data) for name, data in again._code.items()} == dict(first._code)
+
+
+def test_runtime_that_is_packed_needs_nothing_but_numpy(folder: Path, tmp_path: Path) -> None:
+    site = pack_runtime.pack(tmp_path, f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert pack_runtime.size(site) < 12e6
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for part in Path(np.__file__).parent.parent.glob("numpy*"):
+        if part.name in ("numpy", "numpy.libs"):
+            (beside / part.name).symlink_to(part)
+    script = str(Path(simulated_gpu.__file__).parent / "scenarios.py")
+    command = [sys.executable, "-S", script, *simulated_gpu.driver(), str(folder), "numpy"]
+    environment = {"PYTHONPATH": f"{site}:{beside}", "PATH": os.environ["PATH"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["numpy"]
+    assert max(found["errors"]) < EXACT
+    assert not found["tvm"]
+    with pytest.raises(RescompileError, match="is there already"):
+        pack_runtime.pack(tmp_path)
+
+
+def test_machine_without_the_runtime_is_told_where_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_runtime.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(RescompileError, match="pack_runtime"):
+        tvm_runtime.folder()
+
+
+SMALL = 'extern "C" __global__ void f(float* x) { x[threadIdx.x] += 1.0f; }'
+
+
+def test_ptx_is_of_a_version_that_the_oldest_driver_takes() -> None:
+    if not compilers():
+        pytest.skip("neither nvcc nor NVRTC here")
+    made = ptx.to_ptx(SMALL, "sm_90")
+    assert made is not None
+    assert made.data.endswith(b"\0")
+    if ptx.assembler() is not None:
+        assert made.driver <= (13, 0)
+        assert ptx.declared(made.data.decode()) <= ptx.OLDEST
+        assert not made.note
+
+
+def test_ptx_that_nobody_can_check_stays_and_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ".version 9.4\n.target sm_90\n.address_size 64\n"
+    monkeypatch.setattr(ptx, "_by_nvcc", lambda *_: text)
+    monkeypatch.setattr(ptx, "assembler", lambda: None)
+    made = ptx.to_ptx(SMALL, "sm_90")
+    assert made is not None
+    assert made.driver == (13, 4)
+    assert made.data.startswith(b".version 9.4")
+    assert "CUDA 13.4" in made.note
+
+
+def test_program_for_a_newer_driver_is_refused_in_one_sentence() -> None:
+    newer = Code("a.so", "sm_90", "ptx", driver=(13, 4))
+    with pytest.raises(
+        RescompileError, match=r"needs a driver for CUDA 13\.4 or later, and this one serves CUDA 13\.0"
+    ):
+        codes.choose([newer], (9, 0), (13, 0))
+    own = Code("b.so", "sm_90a", "cubin", driver=(13, 0))
+    assert codes.choose([newer, own], (9, 0), (13, 0)) == [own]
+    with pytest.raises(RescompileError, match="has code for sm_90a, and this GPU is sm_100"):
+        codes.choose([own], (10, 0), (13, 0))
+    assert codes.choose([newer, own], (10, 0), (13, 4)) == [newer]
+
+
+def test_command_line_says_why_a_program_does_not_run(folder: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    status, _, said = run("run", folder / "static.zip")
+    assert status == 1
+    assert "no NVIDIA driver" in said
+    status, _, said = run("compile", "nothing:model", "-o", folder / "x.zip", "--target", "cuda:sm_80,sm_91")
+    assert status == 1
+    assert "did you mean 'sm_" in said
+    status, _, said = run("compile", "nothing:model", "-o", folder / "x.zip", "--buckets", "1,two")
+    assert status == 2
+    assert "'two' is no size" in said
 
 
 def test_sizes_of_a_batch_whose_rows_meet_are_refused() -> None:

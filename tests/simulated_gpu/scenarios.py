@@ -330,7 +330,7 @@ def _error(got: Any, want: list[np.ndarray[Any, Any]]) -> float:
     if any(a.shape != b.shape for a, b in zip(got, want, strict=True)):
         return float("inf")
     worst = max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True))
-    return worst if worst == worst else float("inf")
+    return float("inf") if np.isnan(worst) else worst
 
 
 def _tensor(array: np.ndarray[Any, Any], device: FakeDevice | None = None) -> FakeTensor:
