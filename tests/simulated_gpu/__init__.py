@@ -79,7 +79,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
+    function(pointers, (ctypes.c_uint * 7)(*dims, 1), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:

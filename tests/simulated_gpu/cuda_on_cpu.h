@@ -161,7 +161,6 @@ inline Extents block_index, block_size, grid_size;
 inline std::vector<uint64_t> exchange;  // what each thread offers in a shuffle
 inline std::vector<std::vector<uint64_t>> dynamic_shared;  // of each block of the cluster
 inline std::size_t shared_bytes;  // that a launch asked for
-inline int cluster = 1;           // blocks along x that run together
 inline std::function<void()> kernel;
 // What a part of the simulator does before each cluster, when nobody can go on (true: something), and after the last.
 struct Engine {
@@ -240,8 +239,10 @@ inline void run_cluster(const std::vector<Extents>& blocks) {
   if (engine.end) engine.end();
 }
 
+// dims: the grid, a block, and how many blocks along x run together.
 inline void launch(const unsigned* dims, std::size_t dynamic_bytes) {
   shared_bytes = dynamic_bytes;
+  const int cluster = static_cast<int>(dims[6]);
   grid_size = {static_cast<int>(dims[0]), static_cast<int>(dims[1]), static_cast<int>(dims[2])};
   block_size = {static_cast<int>(dims[3]), static_cast<int>(dims[4]), static_cast<int>(dims[5])};
   for (int z = 0; z < grid_size.z; ++z)

@@ -49,10 +49,16 @@ struct Counters {
 std::map<void*, std::size_t> sizes;
 thread_local int current_device = 0;
 
+struct Attribute {  // CUlaunchAttribute
+  int id;
+  unsigned padding, value[16];
+};
+constexpr int cluster_dimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes;
+  const struct Attribute* attributes;
   unsigned attribute_count;
 };
 
@@ -237,6 +243,10 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters
     std::memcpy(values->emplace_back().bytes, parameters[i], function->parameter_bytes[i]);
   std::vector<unsigned> dims(config->grid, config->grid + 3);
   dims.insert(dims.end(), config->block, config->block + 3);
+  dims.push_back(1);
+  for (unsigned i = 0; i < config->attribute_count; ++i)
+    if (config->attributes[i].id == cluster_dimension) dims.back() = config->attributes[i].value[0];
+  if (config->grid[0] % dims.back()) return refused("a grid that its clusters do not divide");
   const std::size_t shared = config->shared_bytes;
   return enqueue(config->stream, [function, values, dims, shared] {
     std::vector<void*> pointers;
