@@ -12,26 +12,26 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from rescompile.backends.cuda import plain, reference
+from rescompile.backends.cuda import contest as contests
+from rescompile.backends.cuda import plain
 from rescompile.backends.cuda.choice_records import OwnRecords, Record, ShippedRecords, lookup, read_shipped
-from rescompile.backends.cuda.device import Device, rotations
+from rescompile.backends.cuda.contest import Buffers
+from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.libraries import LibraryCall
 from rescompile.backends.cuda.library_candidates import library_candidates
+from rescompile.backends.cuda.reference import described
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.kernels import Argument
 from rescompile.backends.kernels.emit import TVM_ERRORS
-from rescompile.backends.reports import bytes_of
 from rescompile.errors import RescompileError
 
-DYNAMIC_ROWS = 4096  # the extent that a dynamic one is timed at
-TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-TF32 = 4e-3  # of products whose factors are rounded to 10 bits
+MOST_TILES = 8  # of a family that are built and timed: those that it expects most of
 STATIC_ORDER = "first by static order: no GPU to time on, no record"
 
 Built: TypeAlias = Callable[..., object]  # takes the buffers in order
@@ -100,7 +100,7 @@ def candidates(wanted: Wanted, limits: Architecture, *, libraries: bool = True) 
         Candidate(f"{_stem(family)} {tile}", family, tile)
         for family in wanted.families
         if not family.refusal(wanted.spec, limits)
-        for tile in family.candidates(wanted.spec, limits)
+        for tile in family.candidates(wanted.spec, limits)[:MOST_TILES]
     ]
     if not plain.refusal(wanted.spec, limits):
         found += [Candidate(f"schedule {tile}", plain, tile) for tile in plain.candidates(wanted.spec, limits)]
@@ -182,115 +182,23 @@ class KernelChoice:
 def contest(
     wanted: Wanted, entrants: Sequence[tuple[Candidate, Built | None]], device: Device, *, captured: bool = True
 ) -> Choice:
-    """Compare and time candidates that were built (None: without success); the fastest one with the right numbers."""
-    buffers = Buffers(wanted.arguments, device)
-    refused: list[tuple[str, str]] = []
-    right: list[tuple[Candidate, Built]] = []
-    judge = Judge(wanted.spec, buffers, device)
-    for candidate, made in entrants:
-        function = candidate.library.function(device.torch) if candidate.library else made
-        why = "does not build" if function is None else judge.refusal(function)
-        if function is None or why:
-            refused.append((candidate.label, why))
-        else:
-            right.append((candidate, function))
-    calls = [_call(function, buffers) for _, function in right]
-    timings = device.times(calls, buffers.copies)
-    costs = [
-        (candidate, timing.cost(captured=captured))
-        for (candidate, _), timing in zip(right, timings, strict=True)
-        if timing is not None
+    """The fastest of the candidates with the right numbers; None stands for one that does not build."""
+    ready = [
+        (candidate.label, candidate.library.function(device.torch) if candidate.library else built)
+        for candidate, built in entrants
     ]
+    verdicts = contests.contest(described(wanted.spec), Buffers(wanted.arguments, device), ready, device)
+    costs = {
+        verdict.label: verdict.timing.cost(captured=captured) for verdict in verdicts if verdict.timing is not None
+    }
+    refused = tuple((verdict.label, verdict.refused) for verdict in verdicts if verdict.refused)
     if not costs:
         reasons = "; ".join(f"{label}: {why}" for label, why in refused)
         return Choice(entrants[0][0], f"first by static order: no candidate could be timed ({reasons})")
-    winner, seconds = min(costs, key=lambda pair: pair[1])
-    tried = tuple((candidate.label, cost) for candidate, cost in costs)
-    return Choice(winner, f"fastest of {len(costs)} timed on {device.facts['device']}", seconds, tried, tuple(refused))
-
-
-class Buffers:
-    """Random inputs and blank outputs of one spec, in several copies that together exceed the cache."""
-
-    def __init__(self, described: Sequence[Argument], device: Device) -> None:
-        self.described = list(described)
-        self.copies = rotations(bytes_of(described), device.cache_bytes)
-        first = [self._made(argument, seed, device) for seed, argument in enumerate(described)]
-        self.sets = [first]
-        for _ in range(self.copies - 1):
-            self.sets.append([device.twin(tensor) for tensor in first])
-
-    def __getitem__(self, copy: int) -> list[Any]:
-        return self.sets[copy]
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """The first copy's inputs by name."""
-        return {part.name: t for part, t in zip(self.described, self.sets[0], strict=True) if not part.output}
-
-    @property
-    def outputs(self) -> dict[str, Any]:
-        """The first copy's outputs by name."""
-        return {part.name: t for part, t in zip(self.described, self.sets[0], strict=True) if part.output}
-
-    def wipe(self, device: Device) -> None:
-        """Fresh blank outputs in the first copy: what the next candidate does not write shows."""
-        for index, part in enumerate(self.described):
-            if part.output:
-                self.sets[0][index] = device.blank(static(part.shape), part.dtype)
-
-    @staticmethod
-    def _made(argument: Argument, seed: int, device: Device) -> Any:
-        shape = static(argument.shape)
-        if argument.output:
-            return device.blank(shape, argument.dtype)
-        # Factors of a product are scaled so that its sums are of the size of one.
-        scale = float(shape[-1]) ** -0.5 if argument.name in ("b", "weight") and len(shape) > 1 else 1.0
-        return device.tensor(shape, argument.dtype, seed, scale)
-
-
-class Judge:
-    """Compares what candidates write with the reference."""
-
-    def __init__(self, spec: Any, buffers: Buffers, device: Device) -> None:
-        self.spec, self.buffers, self.device = spec, buffers, device
-        inputs = {name: device.torch(tensor) for name, tensor in buffers.inputs.items()}
-        self.want: dict[str, Any] | None = reference.evaluate(reference.described(spec), inputs)
-        self.by = "the float64 reference" if self.want is not None else "the first candidate"
-
-    def refusal(self, function: Built) -> str:
-        """Why a candidate may not win; empty when it may."""
-        self.buffers.wipe(self.device)
-        try:
-            function(*self.buffers[0])
-            found = self.buffers.outputs
-            want = self.want
-            if want is None:
-                self.want = {name: self.device.twin(tensor) for name, tensor in found.items()}
-                return ""
-            gaps = {name: self.device.gap(tensor, want[name]) for name, tensor in found.items()}
-        except (RuntimeError, ValueError, TypeError) as error:  # torch's and TVM's own errors
-            lines = str(error).strip().splitlines()
-            return f"does not run: {lines[-1][:160] if lines else type(error).__name__}"
-        for part in self.buffers.described:
-            if part.output and not gaps[part.name] <= tolerance(self.spec, part.dtype):
-                return f"its '{part.name}' differs from {self.by} by {gaps[part.name]:.1e}"
-        return ""
-
-
-def tolerance(spec: Any, dtype: str) -> float:
-    """The largest difference that a candidate's output may have, relative to the largest value."""
-    products = str(getattr(spec, "dtype", "")) == "float32" and hasattr(spec, "depth")
-    return max(TOLERANCE.get(dtype, 0.0), TF32 if products else 0.0)
-
-
-def static(shape: Iterable[int | None]) -> tuple[int, ...]:
-    """A shape with a number for the extent that is known at run time only."""
-    return tuple(DYNAMIC_ROWS if extent is None else extent for extent in shape)
-
-
-def _call(function: Built, buffers: Buffers) -> Callable[[int], object]:
-    return lambda copy: function(*buffers[copy])
+    label = min(costs, key=lambda name: costs[name])
+    winner = next(candidate for candidate, _ in entrants if candidate.label == label)
+    reason = f"fastest of {len(costs)} timed on {device.facts['device']}"
+    return Choice(winner, reason, costs[label], tuple(costs.items()), refused)
 
 
 def _all_built(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda import device, intrinsics
 from rescompile.backends.cuda.build import builder
 from rescompile.backends.cuda.choose import KernelChoice
-from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, assembled_for, to_cubin
+from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
 from rescompile.backends.cuda.lower_region import KeptRegions
@@ -136,7 +136,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
     notes = [_note(cubin), _libraries(first.regions), first.note, *program.notes]
     notes += settings.contest.report.notes if settings.contest is not None else ()
     manifest = Manifest(
-        target=",".join(target.name for target in targets),
+        target=_named(targets),
         device="cuda",
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
@@ -201,7 +201,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
     """Add the machine code, or the source where there is nothing to make machine code with."""
-    exact = assembled_for(built.source, arch)
+    exact = code_arch(built.source, arch)
     size = "".join(f".{name}={value}" for name, value in extents.items())
     program.sources[SOURCE if not program.sources else f"{arch}{size}.cu"] = built.source
     cubin = to_cubin(built.source, exact) if built.source else Cubin(b"", (), "none")
@@ -223,8 +223,8 @@ def _add_ptx(
     """PTX for later GPUs: of the newest target's code, or, where that is its own alone, of code for any."""
     from rescompile.backends.targets import resolve
 
-    if any(assembled_for(one.source, str(target.arch)) != target.arch for one in built):
-        target = resolve(f"cuda:{_PLAIN}")
+    if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
+        target = replace(resolve(f"cuda:{_PLAIN}"), tf32=target.tf32)
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):
         ptx = to_ptx(one.source, str(target.arch)) if one.source else None
@@ -249,6 +249,14 @@ def _buckets(graph: Graph, sizes: Sequence[int]) -> list[Extents]:
             f"the others; compile without sizes, or for one fixed batch."
         )
     return [{symbol: size} for size in sorted(set(sizes))]
+
+
+def _named(targets: Sequence[CompileTarget]) -> str:
+    """The targets as they are spelled."""
+    if len(targets) == 1:
+        return targets[0].name
+    names = [str(target.arch) for target in targets]
+    return f"cuda:{','.join(names)}{',tf32' if targets[0].tf32 else ''}"
 
 
 def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:

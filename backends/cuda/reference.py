@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 Plain: TypeAlias = dict[str, Any]
 Tensors: TypeAlias = Mapping[str, Any]
+Wide: TypeAlias = Callable[[Any], Any]  # a tensor in the type that is computed in
 
 _ATTRIBUTES = {"approximate": "none", "slope": 0.01, "min": None, "max": None, "scales": None}
 
@@ -39,43 +40,138 @@ def _plain(value: Any) -> Any:
 
 def evaluate(spec: Plain, inputs: Tensors) -> dict[str, Any] | None:
     """The outputs of a spec by name in float64, for inputs by name; None for a spec that is not known here."""
+    return _outputs(spec, inputs, lambda tensor: tensor.double())
+
+
+def eager(spec: Plain, inputs: Tensors) -> dict[str, Any] | None:
+    """The same by torch's own operations in the inputs' types, as a model in torch computes it: something to beat."""
+    return _outputs(spec, inputs, lambda tensor: tensor)
+
+
+def _outputs(spec: Plain, inputs: Tensors, wide: Wide) -> dict[str, Any] | None:
     rule = _RULES.get(spec["type"])
-    return None if rule is None else rule(spec, inputs)
+    return None if rule is None else rule(spec, inputs, wide)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
 
 
-def _norm(spec: Plain, given: Tensors) -> dict[str, Any]:
+def _norm(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
     import torch
 
     total = given["x"]
     if spec["residual"]:
         total = total + given["residual"]  # rounded as the graph's own add rounds it
-    weight, bias = (given[name].double() if spec[name] else None for name in ("weight", "bias"))
+    weight, bias = (wide(given[name]) if spec[name] else None for name in ("weight", "bias"))
     width, eps = (spec["width"],), spec["eps"]
-    wide = total.double()
+    total = wide(total)
     if spec["kind"] == "layer":
-        y = torch.nn.functional.layer_norm(wide, width, weight, bias, eps)
+        y = torch.nn.functional.layer_norm(total, width, weight, bias, eps)
     else:
-        y = torch.nn.functional.rms_norm(wide, width, weight, eps)
-    return {"y": y, **({"sum": total.double()} if spec["sum_output"] else {})}
+        y = torch.nn.functional.rms_norm(total, width, weight, eps)
+    return {"y": y, **({"sum": total} if spec["sum_output"] else {})}
 
 
-def _softmax(spec: Plain, given: Tensors) -> dict[str, Any]:
+def _softmax(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
     import torch
 
-    x = given["x"].double()
+    x = wide(given["x"])
     y = torch.log_softmax(x, -1) if spec["log"] else torch.softmax(x, -1)
     if spec["floor"] is not None and not spec["log"]:
         y = y * (x.amax(-1, keepdim=True) > spec["floor"])
     return {"y": y}
 
 
+# ---- windows, channels last ------------------------------------------------------------------------------------
+
+
+def _pool(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
+    import torch
+
+    window = spec["window"]
+    top, left, bottom, right = window["pads"]
+    x = wide(given["x"]).permute(0, 3, 1, 2)
+    outside = float("-inf") if spec["kind"] == "max" else 0.0
+    x = torch.nn.functional.pad(x, (left, right, top, bottom), value=outside)
+    x = _reached(x, window, outside)
+    sizes = window["kernel"], window["stride"]
+    if spec["kind"] == "max":
+        y = torch.nn.functional.max_pool2d(x, *sizes, 0, window["dilation"])
+    else:
+        y = torch.nn.functional.avg_pool2d(x, *sizes, 0, divisor_override=1)
+        y = y / _counts(spec, y, given["x"])
+    return {"y": y.permute(0, 2, 3, 1)}
+
+
+def _reached(x: Any, window: Plain, outside: float) -> Any:
+    """x with what a window reaches past the padding, where it may (`ceil`)."""
+    import torch
+
+    more = []
+    for axis, size in ((1, x.shape[3]), (0, x.shape[2])):
+        reach = (window["kernel"][axis] - 1) * window["dilation"][axis] + 1
+        more += [0, max(0, (_extent(window, axis) - 1) * window["stride"][axis] + reach - size)]
+    return torch.nn.functional.pad(x, more, value=outside) if any(more) else x
+
+
+def _counts(spec: Plain, y: Any, like: Any) -> Any:
+    """How many elements each mean is of: padding counts or not; what lies past it never does."""
+    import torch
+
+    window = spec["window"]
+    top, left, bottom, right = window["pads"]
+    ones = torch.ones(1, 1, window["height"], window["width"], dtype=torch.float64, device=like.device)
+    padding = 1.0 if spec["count_include_pad"] else 0.0
+    ones = torch.nn.functional.pad(ones, (left, right, top, bottom), value=padding)
+    counts = torch.nn.functional.avg_pool2d(
+        _reached(ones, window, 0.0), window["kernel"], window["stride"], 0, divisor_override=1
+    )
+    return counts.to(y.dtype)
+
+
+def _extent(window: Plain, axis: int) -> int:
+    size, before, after = window[("height", "width")[axis]], window["pads"][axis], window["pads"][axis + 2]
+    spare = size + before + after - (window["kernel"][axis] - 1) * window["dilation"][axis] - 1
+    stride = window["stride"][axis]
+    count = (-(-spare // stride) if window["ceil"] else spare // stride) + 1
+    return int(count - 1 if window["ceil"] and (count - 1) * stride >= size + before else count)
+
+
+def _global_mean(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
+    return {"y": wide(given["x"]).mean(1)}
+
+
+def _depthwise(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
+    """y = outer(residual + inner(conv(x) + bias)), one filter for each channel"""
+    import torch
+
+    window, epilogue = spec["window"], spec["epilogue"]
+    top, left, bottom, right = window["pads"]
+    x = torch.nn.functional.pad(wide(given["x"]).permute(0, 3, 1, 2), (left, right, top, bottom))
+    weight = wide(given["weight"]).T.reshape(window["channels"], 1, *window["kernel"])
+    bias = wide(given["bias"]) if epilogue["bias"] else None
+    y = torch.nn.functional.conv2d(
+        x, weight, bias, window["stride"], 0, window["dilation"], window["channels"]
+    ).permute(0, 2, 3, 1)
+    y = _activated(epilogue["inner"], y)
+    if epilogue["residual"]:
+        y = y + wide(given["residual"])
+    return {"y": _activated(epilogue["outer"], y)}
+
+
+def _activated(name: str, x: Any) -> Any:
+    if name == "none":
+        return x
+    if name == "relu6":
+        return x.clamp(0, 6)
+    attrs = {"approximate": "tanh" if name == "gelu_tanh" else "none"}
+    return _elementwise()[name.removesuffix("_tanh")]({**_ATTRIBUTES, **attrs}, x)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------
 
 
-def _attention(spec: Plain, given: Tensors) -> dict[str, Any]:
+def _attention(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
     import torch
 
     batch, heads, kv_heads, size = spec["batch"], spec["heads"], spec["kv_heads"], spec["head_dim"]
@@ -84,13 +180,13 @@ def _attention(spec: Plain, given: Tensors) -> dict[str, Any]:
         q, k, v = whole.split([heads, kv_heads, kv_heads], 1)
     else:
         q, k, v = (given[name] if spec["layout"] == "bhsd" else given[name].transpose(1, 2) for name in "qkv")
-    k, v = (part.repeat_interleave(heads // kv_heads, 1).double() for part in (k, v))
-    scores = q.double() @ k.transpose(-1, -2) * spec["scale"]
+    k, v = (wide(part.repeat_interleave(heads // kv_heads, 1)) for part in (k, v))
+    scores = wide(q) @ k.transpose(-1, -2) * spec["scale"]
     if spec["causal"]:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))
     if spec["mask"] == "additive":
-        scores = scores + given["mask"].double()
+        scores = scores + wide(given["mask"])
     elif spec["mask"] == "keep":
         scores = scores.masked_fill(~given["mask"], float("-inf"))
     y = torch.softmax(scores, -1).nan_to_num(0.0) @ v
@@ -100,16 +196,16 @@ def _attention(spec: Plain, given: Tensors) -> dict[str, Any]:
 # ---- contractions ----------------------------------------------------------------------------------------------
 
 
-def _contraction(spec: Plain, given: Tensors) -> dict[str, Any]:
+def _contraction(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
     """acc[s, i, j] = sum over k of a[s, i, k]·b[s, j, k], then the epilogue's steps."""
-    sums = _sums(spec, given["a"].double(), given["b"].double())
+    sums = _sums(spec, wide(given["a"]), wide(given["b"]))
     program = spec["epilogue"]
     values = [sums]
     for operand in program["operands"]:
-        values.append(_broadcast(spec, operand, given[operand["name"]].double(), sums.shape))
+        values.append(_broadcast(spec, operand, wide(given[operand["name"]]), sums.shape))
     for step in program["steps"]:
         attrs = {str(name): value for name, value in step["attrs"]}
-        values.append(step_value(step["kind"], attrs, [values[place] for place in step["inputs"]], sums))
+        values.append(step_value(step["kind"], attrs, [values[place] for place in step["inputs"]], sums, wide))
     return {
         output["name"]: values[output["value"]].expand(sums.shape).reshape(_result_shape(spec, sums))
         for output in program["outputs"]
@@ -169,14 +265,14 @@ def _out(conv: Plain, axis: int) -> int:
     return int((size + conv["pads"][axis] + conv["pads"][axis + 2] - reach) // conv["stride"][axis] + 1)
 
 
-def step_value(kind: str, attrs: Plain, inputs: Sequence[Any], like: Any) -> Any:
-    """One elementwise operation in float64, by the name of its kind. KeyError for a kind that is not known here."""
+def step_value(kind: str, attrs: Plain, inputs: Sequence[Any], like: Any, wide: Wide) -> Any:
+    """One elementwise operation, by the name of its kind. KeyError for a kind that is not known here."""
     import torch
 
     if kind == "full":
         return torch.full((), float(attrs["value"]), dtype=like.dtype, device=like.device)
     if kind == "cast":
-        return inputs[0].to(getattr(torch, attrs["dtype"])).double()
+        return wide(inputs[0].to(getattr(torch, attrs["dtype"])))
     return _elementwise()[kind]({**_ATTRIBUTES, **attrs}, *inputs)
 
 
@@ -214,9 +310,14 @@ def _without_attributes(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda attrs, *inputs: function(*inputs)
 
 
-_RULES: dict[str, Callable[[Plain, Tensors], dict[str, Any]]] = {
+_RULES: dict[str, Callable[[Plain, Tensors, Wide], dict[str, Any]]] = {
     "NormSpec": _norm,
     "RowSoftmax": _softmax,
     "AttentionSpec": _attention,
     "ContractionSpec": _contraction,
+    "Pool": _pool,
+    "GlobalMean": _global_mean,
+    "Depthwise": _depthwise,
 }
+
+KNOWN = frozenset(_RULES)

@@ -30,7 +30,6 @@ __all__ = ["WgmmaTile", "arguments", "candidates", "prim_func", "refusal"]
 Expr = Any
 
 SM = "sm_90"
-MULTIPROCESSORS = 132  # H100 SXM, H200; on a GPU with fewer some blocks begin late, on one with more some stay empty
 
 _WARPS = hopper.WARPGROUP // WARP
 _GROUP = 8  # rows of tiles that are worked off together, column by column: what they read stays in the L2 cache
@@ -38,14 +37,14 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # 128·(40 + 2·232) is with
 _STEP = 16  # terms of a wgmma
 _STAGED = 32  # columns of the sums that a warp turns at once, in shared memory, from fragments to rows
 _PITCH = _STAGED + 8  # elements: the rows of a fragment fall into different banks
+_TURNED = 16 * _PITCH * 4 + 16  # bytes of a warp: that, and where its tile is
 
 
 @dataclass(frozen=True)
 class WgmmaTile:
     """How a product is cut: rows and columns of a tile, stages of the ring, who computes it.
 
-    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `cluster` blocks, one below the
-    other, copy a part of their common tile of b each, for all.
+    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `blocks` take tile after tile.
     """
 
     rows: int
@@ -53,7 +52,7 @@ class WgmmaTile:
     stages: int
     consumers: int = 2
     alternate: bool = False
-    cluster: int = 1
+    blocks: int = 132  # multiprocessors of an H100 or H200; with fewer, some begin late, with more, some stay empty
 
     @property
     def rows_each(self) -> int:
@@ -72,13 +71,14 @@ class WgmmaTile:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: slack up to an atom's boundary, the ring, what the epilogue turns, two barriers a stage."""
-        return hopper.ATOM + self.stages * self.stage_bytes + self.turned_bytes + 16 * self.stages
+        """Of a block: slack up to an atom's boundary, the ring, what the epilogue turns, barriers."""
+        barriers = 2 * self.stages + (self.consumers if self.alternate else 0)
+        return hopper.ATOM + self.stages * self.stage_bytes + self.turned_bytes + 8 * barriers
 
     @property
     def turned_bytes(self) -> int:
         """Of all warps' buffers in which sums become rows."""
-        return self.consumers * _WARPS * 16 * _PITCH * 4
+        return self.consumers * _WARPS * _TURNED
 
 
 def refusal(spec: ContractionSpec, limits: Architecture) -> str:
@@ -132,8 +132,7 @@ def _fits(spec: ContractionSpec, tile: WgmmaTile) -> bool:
 def _expected(spec: ContractionSpec, tile: WgmmaTile) -> float:
     """Time in arbitrary units: full rounds over the multiprocessors, each as long as a tile's products and sides."""
     tiles = (spec.batch or 1) * -(-(spec.rows or 4096) // tile.rows) * -(-spec.columns // tile.columns)
-    per_block = 2 if tile.alternate else 1
-    rounds = -(-tiles // (MULTIPROCESSORS * per_block)) * per_block
+    rounds = -(-tiles // tile.blocks)
     steps = -(-spec.depth // Panel.TERMS)
     # A step's products against the bytes of its tiles; the epilogue, which alternating warpgroups hide but once.
     products = tile.rows * tile.columns / 32
@@ -180,7 +179,7 @@ class _Kernel:
         self.columns_of_tiles = -(-self.spec.columns // tile.columns)
         rows_of_tiles = (self.call.rows + (tile.rows - 1)) // tile.rows
         tiles = rows_of_tiles * self.columns_of_tiles * self.call.batch
-        most = MULTIPROCESSORS
+        most = tile.blocks
         grid = min(tiles, most) if isinstance(tiles, int) else tvm.tirx.min(tiles, tvm.tirx.const(most, "int64"))
         block = scope.enter_context(T.launch_thread("blockIdx.x", grid))
         self.thread = scope.enter_context(T.launch_thread("threadIdx.x", tile.threads))
@@ -192,7 +191,7 @@ class _Kernel:
         self.tiles = _int32(tiles)
         # One allocation: what TMA and wgmma do with it TVM does not see, and could not plan around.
         self.shared = T.alloc_buffer((tile.shared_bytes // 4,), "float32", scope="shared.dyn")
-        window = T.cuda.cvta_generic_to_shared(self.shared.ptr_to([0]))
+        window = T.cuda.cvta_generic_to_shared(self.shared.access_ptr("rw"))
         self.ring = _variable("uint32", (window + hopper.u32(hopper.ATOM - 1)) & hopper.u32(-hopper.ATOM & 0xFFFFFFFF))
         self.turned = _variable("uint32", self.ring[0] + hopper.u32(tile.stages * tile.stage_bytes))
         self.barriers = _variable("uint32", self.turned[0] + hopper.u32(tile.turned_bytes))
@@ -205,15 +204,21 @@ class _Kernel:
         """Address of the barrier of a stage's readers."""
         return self.full(stage) + hopper.u32(8 * self.tile.stages)
 
+    def turn_of(self, consumer: Expr) -> Expr:
+        """Address of the barrier that says that a warpgroup may multiply its next tile."""
+        return self.barriers[0] + hopper.u32(16 * self.tile.stages) + consumer.astype("uint32") * hopper.u32(8)
+
     def body(self) -> None:
         """All threads: barriers, then each warpgroup its role."""
         tile = self.tile
         readers = _WARPS * (1 if tile.alternate else tile.consumers)
         with guarded(self.thread == 0):
             for stage in range(tile.stages):
-                at = tvm.tirx.const(stage, "int32")
+                at = _int32(stage)
                 hopper.init_barrier(self.full(at), 1)
                 hopper.init_barrier(self.empty(at), readers)
+            for consumer in range(tile.consumers if tile.alternate else 0):
+                hopper.init_barrier(self.turn_of(_int32(consumer)), _WARPS)
             hopper.publish_barriers()
             hopper.prefetch_map(self.map_a)
             hopper.prefetch_map(self.map_b)
@@ -261,7 +266,7 @@ class _Kernel:
     def consume(self) -> None:
         """A warpgroup that multiplies: its tiles, their sums in registers, the epilogue."""
         tile = self.tile
-        self.lane = self.thread % WARP
+        self.lane = lane = self.thread % WARP
         self.group = self.thread // hopper.WARPGROUP - 1
         self.warp = self.thread // WARP % _WARPS
         blocks = tile.rows_each // 64
@@ -274,31 +279,40 @@ class _Kernel:
         with T.serial(0, self._tiles_from(first, stride)) as turn:
             row, column, matrix = self._place(first + turn * stride)
             if tile.alternate:
-                # The ring holds the other warpgroups' stages, too.
+                # The ring holds the other warpgroups' stages, too. A wait by parity is right only for the phase that a
+                # barrier is in or the one before: not until the others have seen all of their stages may this one
+                # wait for its own. The first of them need not wait for its first tile (parity 1: a new barrier).
+                hopper.wait(self.turn_of(self.group), (turn + tvm.tirx.Select(self.group == 0, 1, 0)) % 2)
                 before = (turn * tile.consumers + self.group) * self.steps
                 T.buffer_store(stage, before % tile.stages, [0])
                 T.buffer_store(phase, before // tile.stages % 2, [0])
+            # Zeroed here, and not by a first product that drops them: the epilogue then need not keep the old ones.
+            for index in range(blocks * each):
+                T.buffer_store(sums, tvm.tirx.const(0.0, "float32"), [index])
             with T.serial(0, self.steps) as step:
                 hopper.wait(self.full(stage[0]), phase[0])
                 base = self.ring[0] + stage[0].astype("uint32") * hopper.u32(tile.stage_bytes)
                 own = 0 if tile.alternate else self.group * (tile.rows_each * hopper.SWIZZLE)
                 start = base if tile.alternate else base + own.astype("uint32")
-                self._multiply(sums, blocks, each, start, base + hopper.u32(self.a.bytes), step)
+                self._multiply(sums, blocks, each, start, base + hopper.u32(self.a.bytes))
                 hopper.commit_products()
                 # The group before this one is done, and so is its reading: its stage may be filled again.
                 hopper.await_products(1)
-                with guarded(tvm.tirx.And(step > 0, self.lane == 0)):
+                with guarded(tvm.tirx.And(step > 0, lane == 0)):
                     hopper.arrive(self.empty(last[0]))
                 T.buffer_store(last, stage[0], [0])
                 self._advance(stage, phase)
+            if tile.alternate:
+                with guarded(lane == 0):
+                    hopper.arrive(self.turn_of((self.group + 1) % tile.consumers))
             hopper.await_products(0)
             for index in range(blocks * each):
                 hopper.hold(sums[index])
-            with guarded(self.lane == 0):
+            with guarded(lane == 0):
                 hopper.arrive(self.empty(last[0]))
             self._epilogue(sums, blocks, each, row, column, matrix)
 
-    def _multiply(self, sums: Expr, blocks: int, each: int, a: Expr, b: Expr, step: Expr) -> None:
+    def _multiply(self, sums: Expr, blocks: int, each: int, a: Expr, b: Expr) -> None:
         """All products of a stage."""
         for index in range(blocks * each):
             hopper.hold(sums[index])
@@ -311,41 +325,67 @@ class _Kernel:
                     self.a.descriptor(a, block, part),
                     self.b.descriptor(b, 0, part),
                     (self.a, self.b),
-                    tvm.tirx.const(True, "bool") if part else step > 0,
+                    tvm.tirx.const(True, "bool"),
                 )
 
     def _epilogue(self, sums: Expr, blocks: int, each: int, row: Expr, column: Expr, matrix: Expr) -> None:
         """From fragments to rows by way of shared memory, a warp for itself; then the program, 16 bytes an access."""
         tile, lane = self.tile, self.lane
-        own = _variable("uint32", self.turned[0] + _bytes((self.group * _WARPS + self.warp) * (16 * _PITCH)))[0]
+        own = _variable("uint32", self.turned[0] + ((self.group * _WARPS + self.warp) * _TURNED).astype("uint32"))[0]
         epilogue = Epilogue(self.spec, self.call)
         lanes = _STAGED // epilogue.width  # that share a row
         turns = 16 * lanes // WARP
         values = T.alloc_buffer((epilogue.width,), "float32", scope="local")
         top = row + self.warp * 16 + (0 if tile.alternate else self.group * tile.rows_each)
-        batch = self._wide(matrix)
-        for block in range(blocks):
-            for chunk in range(tile.columns // _STAGED):
-                across = column + (chunk * _STAGED + lane % lanes * epilogue.width)
-                downs = [top + (block * 64 + turn * (WARP // lanes)) + lane // lanes for turn in range(turns)]
-                insides = [tvm.tirx.And(down < _int32(self.call.rows), across < self.spec.columns) for down in downs]
-                places = [(batch, self._wide(down), self._wide(across)) for down in downs]
-                # What the program reads is under way while the sums are turned.
-                held = [epilogue.read(*place, inside) for place, inside in zip(places, insides, strict=True)]
-                T.evaluate(T.cuda.warp_sync())
-                for eight in range(_STAGED // 8):
-                    for half in range(2):
-                        to = (lane // 4 + half * 8) * _PITCH + eight * 8 + lane % 4 * 2
-                        at = block * each + (chunk * _STAGED // 8 + eight) * 4 + half * 2
-                        hopper.store_shared(own + _bytes(to), [sums[at], sums[at + 1]])
-                T.evaluate(T.cuda.warp_sync())
-                for turn in range(turns):
-                    begin = (turn * (WARP // lanes) + lane // lanes) * _PITCH + lane % lanes * epilogue.width
-                    count = min(epilogue.width, 4)
-                    for start in range(0, epilogue.width, count):
-                        read = [values[start + i] for i in range(count)]
-                        hopper.load_shared(read, own + _bytes(begin + start))
-                    epilogue.write(values, 0, held[turn], *places[turn], insides[turn])
+        chunks = [(block, chunk) for block in range(blocks) for chunk in range(tile.columns // _STAGED)]
+
+        def places(block: int, chunk: int) -> list[tuple[Expr, Expr]]:
+            across = column + (chunk * _STAGED + lane % lanes * epilogue.width)
+            return [(top + (block * 64 + turn * (WARP // lanes)) + lane // lanes, across) for turn in range(turns)]
+
+        # Addresses that come out of shared memory after a barrier: else the assembler begins the reads of all parts at
+        # once, and spills the sums to hold what they bring.
+        position = (self.row, self.column)
+        for index, value in enumerate(position):
+            hopper.store_index(own + hopper.u32(_TURNED - 8 + 4 * index), value[0])
+        following = self._read(epilogue, matrix, places(*chunks[0]))
+        for number, (block, chunk) in enumerate(chunks):
+            held = following
+            T.evaluate(T.cuda.warp_sync())
+            for eight in range(_STAGED // 8):
+                for half in range(2):
+                    to = (lane // 4 + half * 8) * _PITCH + eight * 8 + lane % 4 * 2
+                    at = block * each + (chunk * _STAGED // 8 + eight) * 4 + half * 2
+                    hopper.store_shared(own + _bytes(to), [sums[at], sums[at + 1]])
+            T.evaluate(T.cuda.warp_sync())
+            if number + 1 < len(chunks):
+                # What the next part's program reads is under way while this part is computed.
+                for index, value in enumerate(position):
+                    hopper.load_index(value[0], own + hopper.u32(_TURNED - 8 + 4 * index))
+                following = self._read(epilogue, matrix, places(*chunks[number + 1]))
+            for turn, (down, across) in enumerate(places(block, chunk)):
+                begin = (turn * (WARP // lanes) + lane // lanes) * _PITCH + lane % lanes * epilogue.width
+                count = min(epilogue.width, 4)
+                for start in range(0, epilogue.width, count):
+                    into = [values[start + i] for i in range(count)]
+                    hopper.load_shared(into, own + _bytes(begin + start))
+                inside = tvm.tirx.And(down < _int32(self.call.rows), across < self.spec.columns)
+                place = (self._wide(matrix), self._wide(down), self._wide(across))
+                epilogue.write(values, 0, held[turn], *place, inside)
+
+    def _read(self, epilogue: Epilogue, matrix: Expr, places: list[tuple[Expr, Expr]]) -> list[list[Expr]]:
+        """What the program reads for these rows, from top to bottom; what they share once.
+
+        Outside of the result the last row's, or columns', in its place: registers that are left as they were would be
+        kept, for all parts, from tile to tile.
+        """
+        read: list[list[Expr]] = []
+        for down, across in places:
+            row = tvm.tirx.min(down, _int32(self.call.rows) - 1)
+            column = tvm.tirx.min(across, self.spec.columns - epilogue.width)
+            place = (self._wide(matrix), self._wide(row), self._wide(column))
+            read.append(epilogue.read(*place, above=read[0] if read else ()))
+        return read
 
     def _wide(self, index: Expr) -> Expr:
         """An index from which offsets are computed: 64 bits where the result may have 2^31 elements."""
@@ -355,20 +395,22 @@ class _Kernel:
 
     def _tiles_from(self, first: Expr, stride: Expr) -> Expr:
         """How many tiles there are at first, first + stride, ..."""
-        return tvm.tirx.floordiv(tvm.tirx.max(self.tiles - first, 0) + stride - 1, stride)
+        return tvm.tirx.truncdiv(tvm.tirx.max(self.tiles - first, 0) + stride - 1, stride)
 
     def _place(self, number: Expr) -> tuple[Expr, Expr, Expr]:
         """First row, first column and matrix of a tile: groups of rows of tiles, within one column after column."""
-        tile, columns = self.tile, self.columns_of_tiles
+        tile, columns, divide, rest = self.tile, self.columns_of_tiles, tvm.tirx.truncdiv, tvm.tirx.truncmod
         each = self.rows_of_tiles * columns
-        matrix = number // each if self.spec.batch != 1 else tvm.tirx.const(0, "int32")
-        inside = number % each if self.spec.batch != 1 else number
-        group = inside // (_GROUP * columns)
+        matrix, inside = _int32(0), number
+        if self.spec.batch != 1:
+            matrix, inside = _variable("int32", divide(number, each))[0], rest(number, each)
+        group = divide(inside, _int32(_GROUP * columns))
         high = tvm.tirx.min(self.rows_of_tiles - group * _GROUP, _GROUP)
-        rest = inside % (_GROUP * columns)
-        row = _variable("int32", (group * _GROUP + rest % high) * tile.rows)
-        column = _variable("int32", rest // high * tile.columns)
-        return row[0], column[0], _variable("int32", matrix)[0]
+        within = rest(inside, _int32(_GROUP * columns))
+        self.row = _variable("int32", group * _GROUP + rest(within, high))
+        self.column = _variable("int32", divide(within, high))
+        # Multiplied in each place where they are used: there TVM has to see that accesses are aligned.
+        return self.row[0] * tile.rows, self.column[0] * tile.columns, matrix
 
     def _advance(self, stage: Expr, phase: Expr) -> None:
         T.buffer_store(stage, stage[0] + 1, [0])
