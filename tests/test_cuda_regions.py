@@ -162,8 +162,11 @@ NORMS = {
         [(K.INSTANCE_NORM, (0, 1, 2)), (K.LEAKY_RELU, (3,), {"slope": 0.2}), (K.ADD, (0, 4))],
         [(5, full((2, 3, 8, 8)))],
     ),
-    "streamed": add_norm((2, 65536), "float32"),
-    "streamed_in_shared_memory": add_norm((2, 40000), "float16"),
+    "cluster": add_norm((2, 16384), "float32"),
+    "cluster_of_eight": add_norm((1, 65536), "bfloat16", K.RMS_NORM),
+    "cluster_ragged": add_norm((2, 20004), "float32"),
+    "streamed": add_norm((2, 65536), "float32", arch="sm_80"),
+    "streamed_in_shared_memory": add_norm((2, 40000), "float16", arch="sm_80"),
     "streamed_sandwich": Case(
         [full((1, 33000), "float16")] * 2 + [full((33000,), "float16")],
         [
@@ -172,6 +175,7 @@ NORMS = {
             (K.LAYER_NORM, (4, 2, None), {"axis": 1}),
         ],
         [(5, full((1, 33000), "float16")), (4, full((1, 33000), "float16"))],
+        arch="sm_80",
     ),
 }
 

@@ -186,23 +186,33 @@ class Row:
         return bool(last * self.tile.span > self.width)
 
 
-def across_threads(total: Expr, threads: int, lane: Expr, start: Expr, largest: bool = False) -> None:
-    """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them."""
+def across_threads(
+    total: Expr,
+    threads: int,
+    lane: Expr,
+    start: Expr,
+    largest: bool = False,
+    shared: tuple[Expr, int] | None = None,
+) -> None:
+    """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them.
+
+    shared: where each warp's is to be kept, and from which place on; by default in memory of its own.
+    """
     _shuffle(total, min(threads, _WARP), largest)
     if threads <= _WARP:
         return
     warps = threads // _WARP
-    partial = T.alloc_buffer((warps,), total.dtype, scope="shared")
+    partial, first = shared or (T.alloc_buffer((warps,), total.dtype, scope="shared"), 0)
     inner = lane % _WARP
     with T.If(inner == 0), T.Then():
-        store(partial, total[0], lane // _WARP)
+        store(partial, total[0], lane // _WARP + first)
     T.evaluate(T.tvm_storage_sync("shared"))
     if warps == _WARP:
-        store(total, partial[inner], 0)
+        store(total, partial[inner + first], 0)
     else:
         with T.If(inner < warps):
             with T.Then():
-                store(total, partial[inner], 0)
+                store(total, partial[inner + first], 0)
             with T.Else():
                 store(total, start, 0)
     _shuffle(total, _WARP, largest)

@@ -67,10 +67,11 @@ def launch(
     scalars: Sequence[int],
     dims: Sequence[int],
     shared: int = 0,
+    cluster: int = 1,
 ) -> None:
     """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
 
-    `shared`: bytes of dynamic shared memory.
+    `shared`: bytes of dynamic shared memory; `cluster`: how many blocks run together.
     """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
@@ -81,7 +82,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 7)(*dims, 1), ctypes.c_size_t(shared))
+    function(pointers, (ctypes.c_uint * 7)(*dims, cluster), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:
