@@ -148,7 +148,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
         compiler=cubin.compiler if cubin else "",
         cpu=",".join(str(target.arch) for target in targets),
         regions=[_described(region, cubin) for region in first.regions],
-        note=" ".join(note for note in notes if note),
+        note="; ".join(note for note in notes if note),
         codes=program.codes,
         symbols=list(dict.fromkeys(dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, str))),
         libraries=first.libraries,
