@@ -127,7 +127,9 @@ def numpy_dtype(name: str) -> Any:
     try:
         import ml_dtypes
     except ImportError:
-        raise RescompileError("numpy has no bfloat16 of its own: pip install ml_dtypes, or give torch tensors.") from None
+        raise RescompileError(
+            "numpy has no bfloat16 of its own: pip install ml_dtypes, or give torch tensors."
+        ) from None
     return np.dtype(ml_dtypes.bfloat16)
 
 

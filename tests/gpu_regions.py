@@ -90,7 +90,11 @@ def expected(case: Case, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What torch computes in float64."""
     wide = [value.double() if value.is_floating_point() else value for value in given]
     steps = tuple(
-        Step(step.kind, step.inputs, {**step.attrs, "dtype": "float64"} if "float" in str(step.attrs.get("dtype")) else step.attrs)
+        Step(
+            step.kind,
+            step.inputs,
+            {**step.attrs, "dtype": "float64"} if "float" in str(step.attrs.get("dtype")) else step.attrs,
+        )
         for step in case.spec.region.steps
     )
     region = Region(case.spec.region.operands, steps, case.spec.region.outputs)

@@ -12,7 +12,7 @@ from tests import simulated_gpu
 
 pytest.importorskip("tvm")
 
-from tests.gpu_regions import Case, check, full, source_of  # noqa: E402
+from tests.gpu_regions import Case, check, full, source_of
 
 K = OpKind
 NHWC, NHC = (0, 2, 3, 1), (0, 2, 1)

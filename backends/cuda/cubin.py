@@ -24,6 +24,12 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+# Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
+CUBIN_DRIVER = (13, 0)
+# Instructions of sm_90a, which no later architecture has, by what the source says of them.
+_HOPPER = ("wgmma.", "setmaxnreg.")
+
+
 @dataclass(frozen=True)
 class ResourceUsage:
     """What one kernel takes of a multiprocessor, as the assembler reports it; bytes, and registers of one thread."""
@@ -48,6 +54,11 @@ class Cubin:
     data: bytes
     usage: tuple[ResourceUsage, ...]
     compiler: str
+
+
+def assembled_for(source: str, arch: str) -> str:
+    """The architecture that source for `arch` must be assembled for: sm_90a where it uses Hopper's own instructions."""
+    return f"{arch}a" if arch == "sm_90" and any(word in source for word in _HOPPER) else arch
 
 
 def to_cubin(source: str, arch: str) -> Cubin | None:

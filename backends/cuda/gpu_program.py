@@ -134,7 +134,10 @@ class GpuProgram:
 
 def _at(infos: Sequence[TensorInfo], extents: Mapping[str, int]) -> list[TensorInfo]:
     return [
-        replace(info, shape=tuple(extents.get(extent, extent) if isinstance(extent, str) else extent for extent in info.shape))
+        replace(
+            info,
+            shape=tuple(extents.get(extent, extent) if isinstance(extent, str) else extent for extent in info.shape),
+        )
         for info in infos
     ]
 

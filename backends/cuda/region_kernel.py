@@ -7,9 +7,8 @@ A row that no block holds is read chunk by chunk in each pass, what is normalise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +19,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.cuda import scalars
-from rescompile.backends.cuda.index import ONE, Lanes, Sum, Term, expression, lanes, size_of
+from rescompile.backends.cuda.index import Lanes, Sum, Term, expression, lanes, size_of
 from rescompile.backends.cuda.region_nodes import Chosen, Guards, Load, Made, Node, Normed, Number, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
-from rescompile.backends.cuda.region_tile import RegionTile, candidates, children, is_stream, loads
+from rescompile.backends.cuda.region_tile import RegionTile, candidates, children, is_stream
 from rescompile.backends.cuda.rows import across_threads, function_frame, store, unrolled, vector
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.kernels import Argument
@@ -190,10 +189,9 @@ class _Thread:
                 if self._level(norm.source) == phase:
                     self._reduce(norm)
 
-    def _compute(
-        self, chunk: Expr, sources: Sequence[Node], roots: dict[int, Node], staged: dict[int, Expr]
-    ) -> None:
+    def _compute(self, chunk: Expr, sources: Sequence[Node], roots: dict[int, Node], staged: dict[int, Expr]) -> None:
         """Hold what is normalised next, and stage what is written, of one chunk."""
+
         def element(i: Expr) -> None:
             known: dict[Node, Expr] = {}
             done: set[Node] = set()
@@ -311,8 +309,10 @@ class _Thread:
         """What has to hold for a chunk to be inside the row; None where it is for every thread."""
         tile = self.tile
         if isinstance(chunk, int):
-            ragged = tile.parts * tile.span * tile.chunks > self.width if tile.parts > 1 else (
-                (chunk + 1) * tile.span > self.width
+            ragged = (
+                tile.parts * tile.span * tile.chunks > self.width
+                if tile.parts > 1
+                else ((chunk + 1) * tile.span > self.width)
             )
         else:
             ragged = tile.chunks * tile.span > self.width

@@ -151,7 +151,10 @@ class Trace:
             space = Space(rows, width)
             self._spread(space, source, place)
             for other in self.norms[1:]:
-                if other not in space.here or self._norm_space(other, spec.shape(self._source(other)))[:2] != (rows, width):
+                if other not in space.here or self._norm_space(other, spec.shape(self._source(other)))[:2] != (
+                    rows,
+                    width,
+                ):
                     raise GraphError("its norms are over different rows")
         else:
             root = max(self.region.outputs, key=lambda value: (spec.size(value).number, -value))

@@ -15,7 +15,17 @@ from rescompile.values import Dim, ValueType
 
 K = OpKind
 
-BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int8": 1, "uint8": 1}
+BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "bool": 1,
+    "int8": 1,
+    "uint8": 1,
+}
 # Elements of the widest access, by type: 16 bytes, as far as the code generator has a vector type.
 ACCESS = {**{dtype: 16 // size for dtype, size in BYTES.items()}, "bool": 1, "int8": 4, "uint8": 4}
 NORMS = frozenset((K.LAYER_NORM, K.RMS_NORM, K.GROUP_NORM, K.INSTANCE_NORM))

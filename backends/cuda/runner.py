@@ -126,9 +126,7 @@ class GpuRunner:
         )
         self._call(stream, memory, inputs, workspace, outputs)
 
-    def _call(
-        self, stream: int, memory: Memory, inputs: Sequence[Any], workspace: Any, outputs: Sequence[Any]
-    ) -> None:
+    def _call(self, stream: int, memory: Memory, inputs: Sequence[Any], workspace: Any, outputs: Sequence[Any]) -> None:
         import tvm_ffi
 
         view = memory.view
