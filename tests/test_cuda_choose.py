@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import choice_records
+from rescompile.backends.cuda import choice_records, composed
 from rescompile.backends.cuda.choice_records import Record, ShippedRecords, generators, read_shipped, write_shipped
 from rescompile.backends.cuda.choose import STATIC_ORDER, KernelChoice, explained
 from rescompile.backends.cuda.device import Timing, relative_gap, rotations
 from rescompile.backends.cuda.targets import architecture
-from rescompile.backends.kernels import NormSpec
+from rescompile.backends.kernels import AttentionSpec, NormSpec
 from rescompile.backends.kernels.specs import Argument
 from rescompile.errors import RescompileError
 from tests.gpu_clock import FACTS, MadeUpDevice
@@ -198,6 +198,24 @@ def test_without_time_the_first_is_taken_and_not_recorded(tmp_path: Path) -> Non
     assert found.candidate.tile == FIRST
     assert found.reason == "first by static order: no time left to measure"
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_is_composed_unless_a_library_is_faster(tmp_path: Path) -> None:
+    spec = AttentionSpec(1, 2, 4, 4, 8, 0.5, dtype="float16")
+    assert chosen(None, tmp_path, composed, spec=spec)[0].candidate.inline
+    libraries = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+    # None of these runs on a processor: what torch computes in three steps is left.
+    found, _ = chosen(MadeUpDevice([1e-6]), tmp_path, composed, spec=spec)
+    assert found.candidate.inline
+    assert [label for label, _ in found.refused] == [f"library attention(backend={name})" for name in libraries]
+    record = Record(
+        f"library attention(backend={libraries[0]})", 1e-6, {f"library attention(backend={libraries[0]})": 1e-6}
+    )
+    write_shipped(tmp_path / "a.json", H200, {repr(spec): record}, "", {})
+    choice = KernelChoice(LIMITS, libraries=True)
+    choice.pick(spec, [composed])
+    choice.choose(None, lambda function: function, tmp_path, shipped=read_shipped(tmp_path))
+    assert choice.choices[spec].candidate.library is not None
 
 
 # ---- records that come with the package -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import contraction, libraries, reference, region_kernel
+from rescompile.backends.cuda import composed, contraction, libraries, reference, region_kernel
 from rescompile.backends.cuda.contraction import (
     ContractionSpec,
     ConvGeometry,
@@ -236,23 +236,6 @@ def test_a_regions_reference_follows_views_and_orders() -> None:
     assert reference.evaluate(reference.described(unknown), given) is None
 
 
-def _attention(spec: AttentionSpec) -> list[Argument]:
-    def lay(heads: int, length: int, layout: str) -> tuple[int, ...]:
-        order = (heads, length) if layout == "bhsd" else (length, heads)
-        return (spec.batch, *order, spec.head_dim)
-
-    inputs = [
-        Argument("q", lay(spec.heads, spec.q_len, spec.layout), spec.dtype),
-        *(Argument(name, lay(spec.shared_heads, spec.k_len, spec.layout), spec.dtype) for name in "kv"),
-    ]
-    if spec.layout == "qkv":
-        width = (spec.heads + 2 * spec.shared_heads) * spec.head_dim
-        inputs = [Argument("qkv", (spec.batch, spec.q_len, width), spec.dtype)]
-    if spec.mask != "none":
-        inputs.append(Argument("mask", spec.mask_shape, "bool" if spec.mask == "keep" else spec.dtype))
-    return [*inputs, Argument("y", lay(spec.heads, spec.q_len, spec.out_layout), spec.dtype, output=True)]
-
-
 @pytest.mark.parametrize(
     "spec",
     [
@@ -264,7 +247,7 @@ def _attention(spec: AttentionSpec) -> list[Argument]:
     ids=["packed", "heads_first", "grouped_causal", "masked"],
 )
 def test_a_library_computes_attention(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = _attention(spec)
+    arguments = composed.arguments(spec)
     (call,) = library_candidates(spec, names(arguments))
     assert str(call) == "library attention(backend=EFFICIENT_ATTENTION)"
     # The processor has other implementations of the same function.

@@ -108,6 +108,9 @@ class _Program:
         return found
 
 
+_TORCH = "torch"  # in a target's `libs`: its libraries are there where the program runs
+
+
 def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Settings) -> Program:
     """A program for the GPUs of `targets`; this machine need not have one.
 
@@ -169,7 +172,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     constants.fold(work, settings.imports)
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(limits)
+    choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
     limit = None if settings.tuning is None else float(settings.tuning)
     choice.choose(_device(target), builder(target), settings.database, limit)
