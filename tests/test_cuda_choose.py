@@ -203,14 +203,12 @@ def test_without_time_the_first_is_taken_and_not_recorded(tmp_path: Path) -> Non
 def test_attention_is_composed_unless_a_library_is_faster(tmp_path: Path) -> None:
     spec = AttentionSpec(1, 2, 4, 4, 8, 0.5, dtype="float16")
     assert chosen(None, tmp_path, composed, spec=spec)[0].candidate.inline
-    libraries = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
-    # None of these runs on a processor: what torch computes in three steps is left.
-    found, _ = chosen(MadeUpDevice([1e-6]), tmp_path, composed, spec=spec)
-    assert found.candidate.inline
-    assert [label for label, _ in found.refused] == [f"library attention(backend={name})" for name in libraries]
-    record = Record(
-        f"library attention(backend={libraries[0]})", 1e-6, {f"library attention(backend={libraries[0]})": 1e-6}
-    )
+    composed_fastest = MadeUpDevice(lambda index: Timing(1e-5 / (1 + index)))
+    assert chosen(composed_fastest, tmp_path / "slow", composed, spec=spec)[0].candidate.inline
+    composed_slowest = MadeUpDevice(lambda index: Timing(1e-6 * (1 + index)))
+    assert chosen(composed_slowest, tmp_path / "fast", composed, spec=spec)[0].candidate.library is not None
+    label = "library attention(backend=FLASH_ATTENTION)"
+    record = Record(label, 1e-6, {label: 1e-6})
     write_shipped(tmp_path / "a.json", H200, {repr(spec): record}, "", {})
     choice = KernelChoice(LIMITS, libraries=True)
     choice.pick(spec, [composed])

@@ -28,6 +28,7 @@ from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
 from rescompile.backends.cuda.storage import StoragePlan, plan_storage
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
+from rescompile.backends.heads import pack_heads
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.reports import Region, generated
@@ -170,6 +171,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
+    pack_heads(work)
     group_epilogues(work)
     tell("lowering", 0, 3)
     choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
