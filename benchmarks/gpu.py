@@ -1,6 +1,6 @@
 """`make bench-gpu`: kernels and models on this machine's GPU against the libraries, Triton, eager and inductor.
 
-    python -m benchmarks.gpu [--set DIR] [--out DIR] [--seconds S] [--stages kernels,models,inductor]
+    python -m benchmarks.gpu [--set DIR] [--out DIR] [--seconds S] [--stages kernels,models,...]
                              [--only NAME] [--records] [--dry]
 
 Without `--set` everything is compiled first, which needs TVM. Without a GPU it says so and ends well. Each stage runs
@@ -27,9 +27,9 @@ from rescompile.backends.cuda import device
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-STAGES = ("kernels", "models", "inductor")
+STAGES = ("kernels", "models", "inductor-models", "inductor-kernels")
 # Parts of the time that the stages may take at most; what one leaves goes to the next.
-SHARES = {"kernels": 0.4, "models": 0.75, "inductor": 1.0}
+SHARES = {"kernels": 0.35, "models": 0.55, "inductor-models": 0.85, "inductor-kernels": 1.0}
 NO_GPU = "There is no CUDA GPU that torch can use here: nothing was measured."
 _REPORT_SECONDS = 10.0
 
@@ -57,13 +57,13 @@ class Run:
         except subprocess.TimeoutExpired:
             return 124
 
-    def regions(self, name: str, share: float, *flags: str) -> None:
-        """All regions of the set into a file of lines, with a new process behind each region that ends one."""
+    def lines(self, name: str, module: str, share: float, *flags: str) -> None:
+        """All of a stage into a file of lines, with a new process behind each region or model that ends one."""
         path = self.out / f"{name}.jsonl"
         while self.left(share) > 5:
             before = len(gpu_kernels.results(path)[1])
             status = self.child(
-                "benchmarks.gpu_kernels", str(self.folder), str(path), "--only", self.only,
+                module, str(self.folder), str(path), "--only", self.only,
                 "--seconds", str(self.left(share) - 3), *flags, share=share,
             )  # fmt: skip
             broken = gpu_kernels.results(path)[1]
@@ -95,7 +95,7 @@ def main(given: Sequence[str] | None = None) -> None:
     if found is None:
         print(NO_GPU)
         return
-    folder = options.set or packed(options.only, "models" in stages, found.facts["arch"])
+    folder = options.set or packed(options.only, any("models" in stage for stage in stages), found.facts["arch"])
     options.out.mkdir(parents=True, exist_ok=True)
     run = Run(folder.resolve(), options.out.resolve(), options.seconds, options.only)
     measure(run, stages)
@@ -110,26 +110,24 @@ def measure(run: Run, stages: Sequence[str]) -> None:
     ceilings = run.out / "ceilings.json"
     if not ceilings.is_file():
         run.child("benchmarks.gpu_rivals", str(ceilings), share=1.0)
-    if "kernels" in stages:
-        run.regions("kernels", SHARES["kernels"])
-    if "models" in stages:
-        run.child(
-            "benchmarks.gpu_models", str(run.folder), str(run.out / "models.jsonl"), "--only", run.only,
-            "--seconds", str(run.left(SHARES["models"])), share=SHARES["models"],
-        )  # fmt: skip
-    if "inductor" in stages:
-        run.regions("inductor", SHARES["inductor"], "--inductor")
+    modules = {"kernels": "benchmarks.gpu_kernels", "models": "benchmarks.gpu_models"}
+    for stage in STAGES:
+        if stage in stages:
+            what, inductor = (stage.removeprefix("inductor-"), stage.startswith("inductor-"))
+            run.lines(stage, modules[what], SHARES[stage], *(["--inductor"] if inductor else []))
 
 
 def collected(run: Run, facts: dict[str, str]) -> dict[str, Any]:
     """Everything that lies in the folder, as one result."""
     opened = Set.open(run.folder)
     kernels, broken = gpu_kernels.results(run.out / "kernels.jsonl")
-    inductor, _ = gpu_kernels.results(run.out / "inductor.jsonl")
+    inductor, _ = gpu_kernels.results(run.out / "inductor-kernels.jsonl")
     for name, line in inductor.items():
         if name in kernels:
             kernels[name]["rivals"].update(line["rivals"])
     models, broken_models = gpu_kernels.results(run.out / "models.jsonl")
+    for name, line in gpu_kernels.results(run.out / "inductor-models.jsonl")[0].items():
+        _beside(models.setdefault(name, {}), line)
     ceilings = run.out / "ceilings.json"
     return {
         "schema": 1,
@@ -142,6 +140,16 @@ def collected(run: Run, facts: dict[str, str]) -> dict[str, Any]:
         "broken": [*broken, *broken_models],
         "notes": run.notes,
     }
+
+
+def _beside(model: dict[str, Any], line: dict[str, Any]) -> None:
+    """Add what was measured beside inductor: its own time at the speed that ours had in the other run."""
+    found = model.setdefault("milliseconds", {})
+    theirs, ours = line["milliseconds"].get(gpu_report.INDUCTOR), line["milliseconds"].get("rescompile")
+    if theirs is not None:
+        before = found.get("rescompile")
+        found[gpu_report.INDUCTOR] = theirs if ours is None or before is None else theirs / ours * before
+    model.setdefault("failures", {}).update(line["failures"])
 
 
 def packed(only: str, models: bool, arch: str) -> Path:
