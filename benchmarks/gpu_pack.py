@@ -222,7 +222,8 @@ def _of_runtime(name: str) -> bool:
     if name.endswith(".dist-info/METADATA"):
         return True
     if name.startswith("tvm_ffi"):
-        return not any(part in name for part in ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/", "/cpp/"))
+        left_out = ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/")
+        return not any(part in name for part in left_out)
     return name in RUNTIME
 
 
