@@ -17,7 +17,7 @@ from rescompile.backends.compile import Progress, describe
 from rescompile.backends.cuda import device, intrinsics
 from rescompile.backends.cuda.build import builder
 from rescompile.backends.cuda.choose import KernelChoice
-from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, assembled_for, to_cubin
+from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
 from rescompile.backends.cuda.lower_region import KeptRegions
@@ -206,7 +206,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
     """Add the machine code, or the source where there is nothing to make machine code with."""
-    exact = assembled_for(built.source, arch)
+    exact = code_arch(built.source, arch)
     size = "".join(f".{name}={value}" for name, value in extents.items())
     program.sources[SOURCE if not program.sources else f"{arch}{size}.cu"] = built.source
     cubin = to_cubin(built.source, exact) if built.source else Cubin(b"", (), "none")
@@ -228,7 +228,7 @@ def _add_ptx(
     """PTX for later GPUs: of the newest target's code, or, where that is its own alone, of code for any."""
     from rescompile.backends.targets import resolve
 
-    if any(assembled_for(one.source, str(target.arch)) != target.arch for one in built):
+    if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
         target = resolve(f"cuda:{_PLAIN}")
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):

@@ -20,6 +20,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
+from rescompile.backends.cuda.cubin import ready_to_compile
 from rescompile.backends.link import link
 from rescompile.errors import RescompileError
 
@@ -45,6 +46,11 @@ def cuda_modules(module: Any) -> Iterator[Any]:
 
 def cuda_source(module: Any) -> str:
     """The CUDA source in a module and its imports, empty when there is none."""
+    return ready_to_compile(_generated(module))
+
+
+def _generated(module: Any) -> str:
+    """As TVM keeps it."""
     return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
 
 
@@ -72,8 +78,8 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        source, code, form = self.source.encode(), self.code, self.form.encode()
-        pack = (lambda module, *options: _packed(source, code, form, module, *options)) if code else None
+        code, form = self.code, self.form.encode()
+        pack = (lambda module, *options: _packed(code, form, module, *options)) if code else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 
     def jit(self, **_: Any) -> Any:
@@ -86,14 +92,12 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
         return self._loaded
 
 
-def _packed(
-    source: bytes, code: bytes, form: bytes, module: Any, is_system_lib: bool, prefix: str, workspace: str
-) -> str:
+def _packed(code: bytes, form: bytes, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
     """The imports of `module` as an object file, GPU code as machine code or PTX."""
     packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy().tobytes()
     host = next(part for part in (module, *_imports(module)) if part.kind == "llvm")
     target = host.get_function("_get_target_string")()
-    blob = with_code(packed, source, code, form)
+    blob = with_code(packed, _generated(module).encode(), code, form)
     made = tvm_ffi.get_global_func("codegen.codegen_blob")(blob, is_system_lib, target, prefix)
     path = Path(workspace) / f"{prefix}devc.o"
     made.write_to_file(str(path))

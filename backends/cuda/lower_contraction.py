@@ -73,7 +73,7 @@ def _by_kernel(e: Any, op: Op) -> bool:
 def _call(e: Any, op: Op, work: Op, made: Product, tail: Tail, outputs: list[Value]) -> bool:
     """Emit the call and bind the outputs; whether a family takes it."""
     spec = replace(made.spec, epilogue=tail.program())
-    families = families_for(spec, e.limits)
+    families = families_for(spec, e.choice.limits)
     if not families:
         return False
     extents = e.symbols.shape(made.shape)

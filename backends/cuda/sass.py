@@ -13,8 +13,13 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
 
 from rescompile.backends.cuda.cubin import Cubin
+from rescompile.backends.cuda.targets import REGISTERS, WARP, Architecture
 from rescompile.errors import RescompileError
 
 _SECTION = re.compile(r"\s*\.section\s+\.text\.(\w+)")
@@ -162,3 +167,41 @@ def _counted(name: str, mnemonics: list[str], registers: int, shared: int, spill
 def _width(mnemonic: str) -> int:
     found = _BITS.search(mnemonic)
     return 32 if found is None else _NARROW.get(found[1]) or int(found[1])
+
+
+# ---- occupancy -------------------------------------------------------------------------------------------------------
+
+_WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}  # that a multiprocessor holds
+_BLOCKS = {80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 100: 32, 103: 32, 120: 24}
+_GRANULE = 256  # registers: what a warp is given is a multiple of it
+_RESERVED = 1024  # bytes of shared memory that each block takes besides its own
+
+
+def occupancy(limits: Architecture, threads: int, registers: int, shared: int) -> int:
+    """Warps of a kernel that one multiprocessor holds at once (CUDA C++ Programming Guide, technical specifications).
+
+    threads: of a block; registers: of a thread; shared: bytes of a block. 0 where not even one block fits.
+    """
+    warps = -(-threads // WARP)
+    each = -(-registers * WARP // _GRANULE) * _GRANULE
+    by_registers = REGISTERS // each // warps if each else _BLOCKS[limits.number]
+    # A block can have all of a multiprocessor's shared memory but what is reserved for it.
+    by_shared = (limits.shared_bytes + _RESERVED) // (shared + _RESERVED)
+    return min(_WARPS[limits.number] // warps, _BLOCKS[limits.number], by_registers, by_shared) * warps
+
+
+def dynamic_shared(function: Any) -> int:
+    """Bytes of shared memory that a kernel's launch asks for: what its body allocates in the scope `shared.dyn`."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        buffer = node.buffer
+        if str(buffer.scope()) == "shared.dyn":
+            size = tvm.DataType(str(buffer.dtype)).itemsize
+            for extent in buffer.shape:
+                size *= int(extent)
+            total += size
+
+    tvm_ffi.structural_walk(function.body, [(tvm.tirx.AllocBuffer, visit)], order="post")
+    return total

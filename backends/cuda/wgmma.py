@@ -30,7 +30,6 @@ __all__ = ["WgmmaTile", "arguments", "candidates", "prim_func", "refusal"]
 Expr = Any
 
 SM = "sm_90"
-MULTIPROCESSORS = 132  # H100 SXM, H200; on a GPU with fewer some blocks begin late, on one with more some stay empty
 
 _WARPS = hopper.WARPGROUP // WARP
 _GROUP = 8  # rows of tiles that are worked off together, column by column: what they read stays in the L2 cache
@@ -44,8 +43,7 @@ _PITCH = _STAGED + 8  # elements: the rows of a fragment fall into different ban
 class WgmmaTile:
     """How a product is cut: rows and columns of a tile, stages of the ring, who computes it.
 
-    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `cluster` blocks, one below the
-    other, copy a part of their common tile of b each, for all.
+    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `blocks` take tile after tile.
     """
 
     rows: int
@@ -53,7 +51,7 @@ class WgmmaTile:
     stages: int
     consumers: int = 2
     alternate: bool = False
-    cluster: int = 1
+    blocks: int = 132  # multiprocessors of an H100 or H200; with fewer, some begin late, with more, some stay empty
 
     @property
     def rows_each(self) -> int:
@@ -72,8 +70,9 @@ class WgmmaTile:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a block: slack up to an atom's boundary, the ring, what the epilogue turns, two barriers a stage."""
-        return hopper.ATOM + self.stages * self.stage_bytes + self.turned_bytes + 16 * self.stages
+        """Of a block: slack up to an atom's boundary, the ring, what the epilogue turns, barriers."""
+        barriers = 2 * self.stages + (self.consumers if self.alternate else 0)
+        return hopper.ATOM + self.stages * self.stage_bytes + self.turned_bytes + 8 * barriers
 
     @property
     def turned_bytes(self) -> int:
@@ -132,8 +131,7 @@ def _fits(spec: ContractionSpec, tile: WgmmaTile) -> bool:
 def _expected(spec: ContractionSpec, tile: WgmmaTile) -> float:
     """Time in arbitrary units: full rounds over the multiprocessors, each as long as a tile's products and sides."""
     tiles = (spec.batch or 1) * -(-(spec.rows or 4096) // tile.rows) * -(-spec.columns // tile.columns)
-    per_block = 2 if tile.alternate else 1
-    rounds = -(-tiles // (MULTIPROCESSORS * per_block)) * per_block
+    rounds = -(-tiles // tile.blocks)
     steps = -(-spec.depth // Panel.TERMS)
     # A step's products against the bytes of its tiles; the epilogue, which alternating warpgroups hide but once.
     products = tile.rows * tile.columns / 32
@@ -180,7 +178,7 @@ class _Kernel:
         self.columns_of_tiles = -(-self.spec.columns // tile.columns)
         rows_of_tiles = (self.call.rows + (tile.rows - 1)) // tile.rows
         tiles = rows_of_tiles * self.columns_of_tiles * self.call.batch
-        most = MULTIPROCESSORS
+        most = tile.blocks
         grid = min(tiles, most) if isinstance(tiles, int) else tvm.tirx.min(tiles, tvm.tirx.const(most, "int64"))
         block = scope.enter_context(T.launch_thread("blockIdx.x", grid))
         self.thread = scope.enter_context(T.launch_thread("threadIdx.x", tile.threads))
@@ -192,7 +190,7 @@ class _Kernel:
         self.tiles = _int32(tiles)
         # One allocation: what TMA and wgmma do with it TVM does not see, and could not plan around.
         self.shared = T.alloc_buffer((tile.shared_bytes // 4,), "float32", scope="shared.dyn")
-        window = T.cuda.cvta_generic_to_shared(self.shared.ptr_to([0]))
+        window = T.cuda.cvta_generic_to_shared(self.shared.access_ptr("rw"))
         self.ring = _variable("uint32", (window + hopper.u32(hopper.ATOM - 1)) & hopper.u32(-hopper.ATOM & 0xFFFFFFFF))
         self.turned = _variable("uint32", self.ring[0] + hopper.u32(tile.stages * tile.stage_bytes))
         self.barriers = _variable("uint32", self.turned[0] + hopper.u32(tile.turned_bytes))
@@ -205,15 +203,21 @@ class _Kernel:
         """Address of the barrier of a stage's readers."""
         return self.full(stage) + hopper.u32(8 * self.tile.stages)
 
+    def turn_of(self, consumer: Expr) -> Expr:
+        """Address of the barrier that says that a warpgroup may multiply its next tile."""
+        return self.barriers[0] + hopper.u32(16 * self.tile.stages) + consumer.astype("uint32") * hopper.u32(8)
+
     def body(self) -> None:
         """All threads: barriers, then each warpgroup its role."""
         tile = self.tile
         readers = _WARPS * (1 if tile.alternate else tile.consumers)
         with guarded(self.thread == 0):
             for stage in range(tile.stages):
-                at = tvm.tirx.const(stage, "int32")
+                at = _int32(stage)
                 hopper.init_barrier(self.full(at), 1)
                 hopper.init_barrier(self.empty(at), readers)
+            for consumer in range(tile.consumers if tile.alternate else 0):
+                hopper.init_barrier(self.turn_of(_int32(consumer)), _WARPS)
             hopper.publish_barriers()
             hopper.prefetch_map(self.map_a)
             hopper.prefetch_map(self.map_b)
@@ -261,7 +265,7 @@ class _Kernel:
     def consume(self) -> None:
         """A warpgroup that multiplies: its tiles, their sums in registers, the epilogue."""
         tile = self.tile
-        self.lane = self.thread % WARP
+        self.lane = lane = self.thread % WARP
         self.group = self.thread // hopper.WARPGROUP - 1
         self.warp = self.thread // WARP % _WARPS
         blocks = tile.rows_each // 64
@@ -274,7 +278,10 @@ class _Kernel:
         with T.serial(0, self._tiles_from(first, stride)) as turn:
             row, column, matrix = self._place(first + turn * stride)
             if tile.alternate:
-                # The ring holds the other warpgroups' stages, too.
+                # The ring holds the other warpgroups' stages, too. A wait by parity is right only for the phase that a
+                # barrier is in or the one before: not until the others have seen all of their stages may this one
+                # wait for its own. The first of them need not wait for its first tile (parity 1: a new barrier).
+                hopper.wait(self.turn_of(self.group), (turn + tvm.tirx.Select(self.group == 0, 1, 0)) % 2)
                 before = (turn * tile.consumers + self.group) * self.steps
                 T.buffer_store(stage, before % tile.stages, [0])
                 T.buffer_store(phase, before // tile.stages % 2, [0])
@@ -287,14 +294,17 @@ class _Kernel:
                 hopper.commit_products()
                 # The group before this one is done, and so is its reading: its stage may be filled again.
                 hopper.await_products(1)
-                with guarded(tvm.tirx.And(step > 0, self.lane == 0)):
+                with guarded(tvm.tirx.And(step > 0, lane == 0)):
                     hopper.arrive(self.empty(last[0]))
                 T.buffer_store(last, stage[0], [0])
                 self._advance(stage, phase)
+            if tile.alternate:
+                with guarded(lane == 0):
+                    hopper.arrive(self.turn_of((self.group + 1) % tile.consumers))
             hopper.await_products(0)
             for index in range(blocks * each):
                 hopper.hold(sums[index])
-            with guarded(self.lane == 0):
+            with guarded(lane == 0):
                 hopper.arrive(self.empty(last[0]))
             self._epilogue(sums, blocks, each, row, column, matrix)
 
@@ -355,20 +365,22 @@ class _Kernel:
 
     def _tiles_from(self, first: Expr, stride: Expr) -> Expr:
         """How many tiles there are at first, first + stride, ..."""
-        return tvm.tirx.floordiv(tvm.tirx.max(self.tiles - first, 0) + stride - 1, stride)
+        return tvm.tirx.truncdiv(tvm.tirx.max(self.tiles - first, 0) + stride - 1, stride)
 
     def _place(self, number: Expr) -> tuple[Expr, Expr, Expr]:
         """First row, first column and matrix of a tile: groups of rows of tiles, within one column after column."""
-        tile, columns = self.tile, self.columns_of_tiles
+        tile, columns, divide, rest = self.tile, self.columns_of_tiles, tvm.tirx.truncdiv, tvm.tirx.truncmod
         each = self.rows_of_tiles * columns
-        matrix = number // each if self.spec.batch != 1 else tvm.tirx.const(0, "int32")
-        inside = number % each if self.spec.batch != 1 else number
-        group = inside // (_GROUP * columns)
+        matrix, inside = _int32(0), number
+        if self.spec.batch != 1:
+            matrix, inside = _variable("int32", divide(number, each))[0], rest(number, each)
+        group = divide(inside, _int32(_GROUP * columns))
         high = tvm.tirx.min(self.rows_of_tiles - group * _GROUP, _GROUP)
-        rest = inside % (_GROUP * columns)
-        row = _variable("int32", (group * _GROUP + rest % high) * tile.rows)
-        column = _variable("int32", rest // high * tile.columns)
-        return row[0], column[0], _variable("int32", matrix)[0]
+        within = rest(inside, _int32(_GROUP * columns))
+        row = _variable("int32", group * _GROUP + rest(within, high))
+        column = _variable("int32", divide(within, high))
+        # Multiplied in each place where they are used: there TVM has to see that accesses are aligned.
+        return row[0] * tile.rows, column[0] * tile.columns, matrix
 
     def _advance(self, stage: Expr, phase: Expr) -> None:
         T.buffer_store(stage, stage[0] + 1, [0])

@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "tensor_map.h"
+
 namespace {
 
 enum Status {
@@ -56,6 +58,10 @@ struct LaunchConfig {  // CUlaunchConfig
 
 using Kernel = void (*)(void** parameters, const unsigned* dims, std::size_t shared_bytes);
 using Work = std::function<void()>;
+
+struct alignas(64) Parameter {  // the largest is a tensor map
+  char bytes[128];
+};
 
 struct Function {
   Kernel launch;
@@ -148,6 +154,8 @@ Status copy(void* to, const void* from, std::size_t size, int kind, void* stream
   return enqueue(stream, [=] { std::memmove(to, from, size); });
 }
 
+Status refused(const char* why) { return std::fprintf(stderr, "simulated GPU: %s\n", why), invalid_value; }
+
 }  // namespace
 
 extern "C" {
@@ -222,17 +230,15 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters
   if (static_cast<long>(config->shared_bytes) > function->dynamic_shared) return invalid_value;
   ++counters.launches;
   // The values of the parameters are those of now, whenever the kernel runs.
-  auto values = std::make_shared<std::vector<std::vector<char>>>();
-  for (std::size_t i = 0; i < function->parameter_bytes.size(); ++i) {
-    const char* value = static_cast<const char*>(parameters[i]);
-    values->emplace_back(value, value + function->parameter_bytes[i]);
-  }
+  auto values = std::make_shared<std::vector<Parameter>>();
+  for (std::size_t i = 0; i < function->parameter_bytes.size(); ++i)
+    std::memcpy(values->emplace_back().bytes, parameters[i], function->parameter_bytes[i]);
   std::vector<unsigned> dims(config->grid, config->grid + 3);
   dims.insert(dims.end(), config->block, config->block + 3);
   const std::size_t shared = config->shared_bytes;
   return enqueue(config->stream, [function, values, dims, shared] {
     std::vector<void*> pointers;
-    for (auto& value : *values) pointers.push_back(value.data());
+    for (auto& value : *values) pointers.push_back(value.bytes);
     function->launch(pointers.data(), dims.data(), shared);
   });
 }
@@ -245,7 +251,33 @@ int cuFuncSetAttribute(void* handle, int attribute, int value) {
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size, "simulated"), success; }
 int cuGetErrorName(int, const char** text) { return *text = "failure of the simulated GPU", success; }
 int cuGetErrorString(int, const char** text) { return *text = "failure of the simulated GPU", success; }
-int cuTensorMapEncodeTiled() { return invalid_value; }
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* extents,
+                           const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  // The conditions of the CUDA driver API's description, as far as they concern 16 and 32-bit numbers.
+  const unsigned bytes = type == 6 || type == 9 ? 2 : type == 7 || type == 11 ? 4 : 0;
+  if (!bytes || interleave || fill || promotion < 0 || promotion > 3) return refused("a tensor map of another kind");
+  if (swizzle != 3) return refused("a tensor map without 128-byte swizzle");
+  if (reinterpret_cast<uintptr_t>(map) % 64) return refused("a tensor map that is not aligned to 64 bytes");
+  if (reinterpret_cast<uintptr_t>(address) % 16) return refused("a tensor map of an address not aligned to 16 bytes");
+  if (rank < 1 || rank > 5) return refused("a tensor map of a rank outside of 1 to 5");
+  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, static_cast<uint8_t>(rank),
+                   static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle), static_cast<uint8_t>(type)};
+  for (unsigned i = 0; i < rank; ++i) {
+    if (extents[i] < 1 || extents[i] > uint64_t{1} << 32) return refused("an extent outside of 1 to 2^32");
+    if (box[i] < 1 || box[i] > 256) return refused("a box outside of 1 to 256 elements");
+    if (steps[i] != 1) return refused("a traversal in steps");
+    made.extents[i] = extents[i];
+    made.box[i] = static_cast<uint16_t>(box[i]);
+    if (i + 1 == rank) break;
+    const uint64_t inner = i ? strides[i - 1] * extents[i] : bytes * extents[0];
+    if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40 || strides[i] < inner)
+      return refused("a stride that is not a multiple of 16 bytes, is too large, or makes rows overlap");
+    made.strides[i] = strides[i];
+  }
+  if (box[0] * bytes % 16 || box[0] * bytes > 128) return refused("an inner box that is no part of the swizzle's width");
+  return *static_cast<CUtensorMap*>(map) = made, success;
+}
 
 int cudaDriverGetVersion(int* version) { return *version = static_cast<int>(settings.driver), success; }
 int cudaRuntimeGetVersion(int* version) { return *version = 13000, success; }
