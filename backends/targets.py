@@ -50,6 +50,15 @@ class CompileTarget:
         return str(self.tvm.attrs["arch"]) if self.cuda else None
 
 
+def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
+    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90`."""
+    if not isinstance(target, str) or not target.startswith("cuda:") or "," not in target:
+        return [resolve(target, threads)]
+    names = [name.strip().removeprefix("cuda:") for name in target.removeprefix("cuda:").split(",")]
+    found = {made.name: made for made in (resolve(f"cuda:{name}", threads) for name in names if name)}
+    return list(found.values())
+
+
 def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:
     """The machine of that name. RescompileError, with the nearest name, when there is none."""
     threading.prepare()
