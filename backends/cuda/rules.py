@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.cuda import composed, softmax
+from rescompile.backends.cuda import composed, flash, softmax
 from rescompile.backends.cuda.choose import KernelChoice, explained
 from rescompile.backends.cuda.libraries import GLOBAL
 from rescompile.backends.cuda.lower_contraction import conv as product_conv
@@ -99,10 +99,10 @@ class CudaEmitter(Emitter):
         return self.choice.limits
 
     def call(self, op: Op, spec: Any, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
-        """Call what computes attention; nothing where it is to be composed."""
+        """Call what computes attention, one kernel before all else; nothing where it is to be composed."""
         if not isinstance(spec, AttentionSpec):
             return super().call(op, spec, given, rows)
-        return self.call_kernel(op, spec, composed, "attention", given)
+        return self.call_kernel(op, spec, (flash, composed), "attention", given)
 
     def takes(self, spec: Any, *families: Any) -> bool:
         """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""

@@ -96,7 +96,7 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
 
 
 def run_functions(
-    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]], *, optimise: str = "-O1"
 ) -> dict[str, list[np.ndarray[Any, Any]]]:
     """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
 
@@ -111,7 +111,7 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(source, optimise=optimise)), folder / "functions.so")
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
