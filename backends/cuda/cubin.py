@@ -19,7 +19,7 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 # Instructions that belong to one compute capability, and assemble only for its name with an a: no later GPU has them.
 _SPECIFIC = {"sm_90": re.compile(r"\bwgmma\.|\bsetmaxnreg\.")}
 # What cuda.h says of a tensor map, which NVRTC has no copy of.
-_TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
+TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
 typedef struct CUtensorMap_st CUtensorMap;
 """
 
@@ -126,7 +126,7 @@ def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
     if path is None:
         return None
     if "CUtensorMap" in source:
-        source = _TENSOR_MAP + source
+        source = TENSOR_MAP + source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

@@ -117,6 +117,16 @@ def run_functions(
     return _in_child("functions.py", folder, list(calls))
 
 
+def run_scenarios(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What scenarios.py found, by name, from a process with the simulated GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / "scenarios.py"), *driver(), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(HERE / script), *driver(), str(folder), *names]
