@@ -3,6 +3,7 @@
 #   make lint     ruff: lint, format, import rules    make types    mypy --strict on the package
 #   make bench    benchmarks/results/*.json and the README's table
 #   make bench-fusion     what each tool fuses, and what the pass costs (FUSION_ARGS="models.json --only resnet")
+#   make sass     machine code of the GPU kernels into benchmarks/results/sass.{json,md}; no GPU needed
 #   make sweep    detection over the families of torchvision, timm and transformers (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
@@ -14,7 +15,7 @@ SWEEP_ARGS ?=
 FUSION_ARGS ?=
 READY = $(VENV)/.ready
 
-.PHONY: env demo test lint types bench bench-fusion sweep clean
+.PHONY: env demo test lint types bench bench-fusion sweep sass clean
 .DEFAULT_GOAL := env
 
 env: $(READY)
@@ -52,6 +53,9 @@ bench-fusion: $(READY)
 
 sweep: $(READY)
 	$(VENV)/bin/python -m benchmarks.sweep $(SWEEP_ARGS)
+
+sass: $(READY)
+	$(VENV)/bin/python -m benchmarks.sass
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
