@@ -18,6 +18,7 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 # Of cuda.h, which comes with a toolkit and not with NVRTC: what a kernel takes a tensor map as.
 _TENSOR_MAP = "struct alignas(64) CUtensorMap { unsigned long long opaque[16]; };\n"
 
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (?!uchar dynamic_shared)(\w+) (\w+)\[\];")
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -57,6 +58,7 @@ def to_cubin(source: str, arch: str) -> Cubin | None:
 
     RescompileError when a compiler is there and turns the source down.
     """
+    source = _one_shared(source)
     said = []
     for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
@@ -94,9 +96,22 @@ def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
     path = nvrtc.library()
     if path is None:
         return None
+    source = _one_shared(source)
     source = _TENSOR_MAP + source if "CUtensorMap" in source else source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
+
+
+def _one_shared(source: str) -> str:
+    """The source with one name for dynamic shared memory, which each of its kernels sees as it needs it.
+
+    Kernels of several types would else declare the same names differently.
+    """
+    return _DYNAMIC_SHARED.sub(
+        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
+        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
+        source,
+    )
 
 
 def usage(log: str) -> tuple[ResourceUsage, ...]:

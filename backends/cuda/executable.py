@@ -9,7 +9,6 @@ with its length before it. Here `cuda` and the source become `cubin` and the mac
 from __future__ import annotations
 
 import os
-import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,7 +24,6 @@ from rescompile.backends.link import link
 from rescompile.errors import RescompileError
 
 _LENGTH = struct.Struct("<Q")
-_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
 _HOST_CODE = b"_lib"  # stands in the import tree for what is linked beside it
 _KEEP_SOURCE = "TVM_COMPILE_FORCE_FALLBACK"  # read by TVM, each time that it has generated GPU code
 _UNEXPECTED = "TVM packs GPU code in a form that is not that of version 0.27: install the version that is pinned."
@@ -46,16 +44,8 @@ def cuda_modules(module: Any) -> Iterator[Any]:
 
 
 def cuda_source(module: Any) -> str:
-    """The CUDA source in a module and its imports, empty when there is none.
-
-    Dynamic shared memory has one name in a source, so that kernels declare it alike and see it as they need it.
-    """
-    source = "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
-    return _DYNAMIC_SHARED.sub(
-        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
-        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
-        source,
-    )
+    """The CUDA source in a module and its imports, empty when there is none."""
+    return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
 
 
 @contextmanager
