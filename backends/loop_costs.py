@@ -1,4 +1,4 @@
-"""What a generated loop nest moves and computes: bytes from its buffers and iteration domains, operations from its blocks."""
+"""What a generated loop nest moves and computes: bytes from its buffers and domains, operations from its blocks."""
 
 from __future__ import annotations
 
@@ -29,36 +29,31 @@ class LoopCost:
 
 def cost_of(function: tvm.tirx.PrimFunc) -> LoopCost:
     """The cost of one call. Of a buffer that it looks up in, no more elements count than the lookup has results."""
-    buffers = [function.buffer_map[parameter] for parameter in function.params if parameter in function.buffer_map]
+    buffers = [parameter for parameter in function.params if hasattr(parameter, "shape")]
     dtype = str(buffers[0].dtype) if buffers else ""
     sizes = [_product(buffer.shape) for buffer in buffers]
     if any(size is None for size in sizes):
         return LoopCost(None, None, dtype)
-    touched = _touched(function)
     moved = 0
+    touched = _touched(function)
     for buffer, size in zip(buffers, sizes, strict=True):
-        elements = min(int(size or 0), touched.get(buffer.data, int(size or 0)))
-        moved += elements * tvm.DataType(str(buffer.dtype)).itemsize
+        # A block is one element of what it writes: it reads of each buffer no more than it has iterations.
+        reach = sum(domain for source, domain in touched if source.same_as(buffer))
+        moved += min(int(size or 0), reach or int(size or 0)) * tvm.DataType(str(buffer.dtype)).itemsize
     flops = None
     with contextlib.suppress(*TVM_ERRORS):
         flops = int(estimate_tir_flops(tvm.IRModule({"main": function})))
     return LoopCost(moved, flops, dtype)
 
 
-def _touched(function: tvm.tirx.PrimFunc) -> dict[Any, int]:
-    """By a buffer's pointer, elements that blocks read or write of it, at most one in each of their iterations."""
-    found: dict[Any, int] = {}
+def _touched(function: tvm.tirx.PrimFunc) -> list[tuple[Any, int]]:
+    """Buffers that blocks read or write, with the block's iterations; nothing of a block that has none."""
+    found: list[tuple[Any, int]] = []
 
     def visit(block: Any) -> None:
         domain = _product([variable.dom.extent for variable in block.iter_vars])
-        if not block.iter_vars or domain is None:
-            return
-        for region in [*block.reads, *block.writes]:
-            within = _product([part.extent for part in region.region])
-            data = region.buffer.data
-            if within is None:
-                within = 1
-            found[data] = found.get(data, 0) + domain * within
+        if block.iter_vars and domain is not None:
+            found.extend((region.source, domain) for region in [*block.reads, *block.writes])
 
     tvm_ffi.structural_walk(function.body, [(s_tir.SBlock, visit)], order="post")
     return found

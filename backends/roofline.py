@@ -104,7 +104,9 @@ def named_gpu(name: str) -> Gpu:
     plain = {known.lower(): gpu for known, gpu in GPUS.items()}
     wanted = name.lower().replace(" ", "").replace("_", "-")
     if wanted not in plain:
-        raise RescompileError(f"There are no peaks of a GPU '{name}'{nearest(name, GPUS)}: use one of {', '.join(GPUS)}.")
+        raise RescompileError(
+            f"There are no peaks of a GPU '{name}'{nearest(name, GPUS)}: use one of {', '.join(GPUS)}."
+        )
     return plain[wanted]
 
 

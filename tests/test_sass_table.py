@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from benchmarks import sass as table  # noqa: E402
-from benchmarks.sass_kernels import ARCHITECTURES, kernels  # noqa: E402
-from rescompile.backends.cuda import nvrtc, sass  # noqa: E402
-from rescompile.backends.cuda.targets import architecture  # noqa: E402
+from benchmarks import sass as table
+from benchmarks.sass_kernels import ARCHITECTURES, kernels
+from rescompile.backends.cuda import nvrtc, sass
+from rescompile.backends.cuda.targets import architecture
 
 LISTING = """
 \t.section\t.text.f_kernel,"ax",@progbits
