@@ -12,9 +12,10 @@ from math import prod
 from typing import Any
 
 import tvm
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rescompile.backends.cuda.contraction import BYTES, ContractionSpec, arguments
+from rescompile.backends.cuda.contraction import ContractionSpec, arguments
 from rescompile.backends.cuda.epilogue import Call, Epilogue, contraction_function, guarded
 from rescompile.backends.cuda.mma_operand import MmaOperand, OperandTile
 from rescompile.backends.cuda.mma_source import ImageSource, MatrixSource
@@ -73,9 +74,9 @@ class _Block:
     def emit(self) -> None:
         """The whole kernel."""
         spec, tile = self.spec, self.tile
-        self.shared = T.alloc_buffer(
-            (tile.shared_bytes(spec.dtype) // BYTES[spec.dtype],), spec.dtype, scope="shared.dyn"
-        )
+        # Bytes: kernels of one source may differ in their types, and dynamic shared memory is one array for all.
+        self.shared = T.alloc_buffer((tile.shared_bytes(spec.dtype),), "uint8", scope="shared.dyn")
+        IRBuilder.name("staged", self.shared)
         left, right = self._operands()
         sums_each = tile.warp_rows * tile.warp_columns // WARP
         self.sums = local(sums_each)
@@ -266,14 +267,14 @@ class _Block:
                         compute(index, held[index])
             else:
                 self._sync()
-                with T.serial(0, rounds) as index:
-                    with guarded(unit(index)[0] < 16 * units if 16 * units % lanes else None):
-                        _, row, column = unit(index)
-                        compute(index, epilogue.read(self.batch, first + row, self._column(column), inside(index)))
+                partial = 16 * units % lanes > 0
+                with T.serial(0, rounds) as index, guarded(unit(index)[0] < 16 * units if partial else None):
+                    _, row, column = unit(index)
+                    compute(index, epilogue.read(self.batch, first + row, self._column(column), inside(index)))
 
     def _staged(self, at: Expr) -> Expr:
         """Address of a sum in shared memory, where the operands were."""
-        return T.address_of(self.shared[at * (4 // BYTES[self.spec.dtype])])
+        return T.address_of(self.shared[at * 4])
 
     def _column(self, column: Expr) -> Expr:
         return self.first_column + self.warp_column * self.tile.warp_columns + column

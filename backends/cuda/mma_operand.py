@@ -1,4 +1,4 @@
-"""One operand of an mma.sync contraction: from global to shared memory by cp.async, from there to registers by ldmatrix.
+"""One operand of an mma.sync contraction: global to shared memory by cp.async, from there to registers by ldmatrix.
 
 A step of the operand lies in shared memory as it lies in global memory: rows along its outer axis with depth last, or
 rows along depth with the outer axis last. Chunks of 16 bytes change places within a row by an exclusive or with bits of
@@ -123,13 +123,16 @@ class MmaOperand:
             value = local(1, self.tile.dtype)
             store(value, buffer[where] if inside is None else self._or_zero(inside, buffer[where]), 0)
             word = T.reinterpret("uint16", value[0])
-            T.evaluate(T.ptx["st.shared.b16"](T.address_of(self.shared[to]), word))
+            T.evaluate(T.ptx["st.shared.b16"](self._address(to), word))
             return
         read = tvm.tirx.const(size, "uint32")
         if inside is not None:
             read = tvm.tirx.Select(inside, read, tvm.tirx.const(0, "uint32"))
         name = f"cp.async.{'cg' if size == ACCESS else 'ca'}.shared.global"
-        T.evaluate(T.ptx[name](T.address_of(self.shared[to]), T.address_of(buffer[where]), size, read))
+        T.evaluate(T.ptx[name](self._address(to), T.address_of(buffer[where]), size, read))
+
+    def _address(self, element: Expr) -> Expr:
+        return T.address_of(self.shared[element * self.tile.size])
 
     def _or_zero(self, inside: Expr, value: Expr) -> Expr:
         return T.if_then_else(inside, value, literal(0, self.tile.dtype))
@@ -175,7 +178,7 @@ class MmaOperand:
                 at = deep * tile.width + (across ^ self._bits(row)) * tile.chunk
             name = f"ldmatrix.sync.aligned.m8n8.x4{'' if tile.depth_last else '.trans'}.shared.b16"
             into = [registers[part * 4 + i] for i in range(4)]
-            T.evaluate(T.ptx[name](*into, T.address_of(self.shared[base + at])))
+            T.evaluate(T.ptx[name](*into, self._address(base + at)))
 
     def _load_words(self, registers: Expr, step: int, slot: Expr) -> None:
         tile, lane = self.tile, self.lane
@@ -186,7 +189,7 @@ class MmaOperand:
                 row = (self.slice * tile.steps + step) * 8 + high * 4 + lane % 4
                 # A fragment of 16 rows holds its halves of rows side by side, one of 8 columns its halves of depth.
                 index = part // 2 * 4 + high * 2 + part % 2 if tile.left else part * 2 + high
-                word = T.address_of(self.shared[base + self._swizzled(row, column)])
+                word = self._address(base + self._swizzled(row, column))
                 T.evaluate(T.ptx["ld.shared.b32"](registers[index], word))
 
     def round(self, registers: Expr) -> None:

@@ -72,9 +72,10 @@ class ImageSource:
         self.step = step
         self.offsets = local(accesses, self.kind)
         if self.padded:
-            self.tops, self.lefts = local(accesses, "int32"), local(accesses, "int32")
-        # Of the tap that is read, for all accesses of a step where they share it: row, column, and where its channel is.
-        self.tap = local(3, "int32")
+            # A bit for each column and each row of the kernel: whether it meets the image.
+            self.meets = local(accesses, "int32")
+        # Of the tap that is read, for all accesses of a step where they share it: its bits, and where its channel is.
+        self.tap = local(2, "int32")
 
     def place(self, index: int, row: Expr, element: Expr) -> None:
         """Compute where the window of a row begins."""
@@ -84,8 +85,7 @@ class ImageSource:
         top = rest // conv.out_width * conv.stride[0] - conv.pads[0]
         left = rest % conv.out_width * conv.stride[1] - conv.pads[1]
         if self.padded:
-            store(self.tops, top, index)
-            store(self.lefts, left, index)
+            store(self.meets, self._meets(top, left), index)
         offset = as_kind(image, self.kind) * (conv.height * conv.width * total)
         offset = offset + ((top * conv.width + left) * total + self.group * self.channels)
         store(self.offsets, as_kind(offset, self.kind), index)
@@ -103,25 +103,37 @@ class ImageSource:
         else:
             term = step * self.step + element
             tap, channel = term // channels, term % channels
-        store(self.tap, tap // conv.kernel[1] * conv.dilation[0], 0)
-        store(self.tap, tap % conv.kernel[1] * conv.dilation[1], 1)
-        store(self.tap, (self.tap[0] * conv.width + self.tap[1]) * (channels * self.spec.groups) + channel, 2)
+        down, across = tap // conv.kernel[1], tap % conv.kernel[1]
+        one = tvm.tirx.const(1, "int32")
+        store(self.tap, (one << across) | (one << (down + conv.kernel[1])), 0)
+        pixel = down * (conv.dilation[0] * conv.width) + across * conv.dilation[1]
+        store(self.tap, pixel * (channels * self.spec.groups) + channel, 1)
+
+    def _meets(self, top: Expr, left: Expr) -> Expr:
+        conv = self.conv
+        total: Expr = 0
+        for start, extent, count, dilation, first in (
+            (left, conv.width, conv.kernel[1], conv.dilation[1], 0),
+            (top, conv.height, conv.kernel[0], conv.dilation[0], conv.kernel[1]),
+        ):
+            for tap in range(count):
+                at = start + tap * dilation
+                bit = tvm.tirx.const(1 << (first + tap), "int32")
+                here = tvm.tirx.all(at >= 0, at < extent)
+                total = total + tvm.tirx.Select(here, bit, tvm.tirx.const(0, "int32"))
+        return total
 
     def access(self, index: int, row: Expr, element: Expr, step: Expr) -> tuple[Expr, Expr]:
         """Where an access reads, and whether that is inside; None: always."""
-        conv = self.conv
         conditions = []
         if self.spec.depth % self.step:
             conditions.append(step * self.step + element < self.spec.depth)
         if self.padded:
-            # A negative place is a large one without a sign.
-            for start, extent, place in ((self.tops, conv.height, 0), (self.lefts, conv.width, 1)):
-                at = (start[index] + self.tap[place]).astype("uint32")
-                conditions.append(at < tvm.tirx.const(extent, "uint32"))
+            conditions.append(tvm.tirx.EQ(self.meets[index] & self.tap[0], self.tap[0]))
         inside = None
         for condition in conditions:
             inside = condition if inside is None else tvm.tirx.all(inside, condition)
-        return self.offsets[index] + self.tap[2], inside
+        return self.offsets[index] + self.tap[1], inside
 
 
 def as_kind(value: Expr, dtype: str) -> Expr:

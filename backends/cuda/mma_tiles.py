@@ -11,6 +11,7 @@ WARP = 32
 # Multiprocessors of the product that a compute capability stands for; others are taken to have as many.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_87": 16, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148}
 _REGISTERS = 65536  # of a multiprocessor
+_BITS = 31  # rows and columns of a kernel whose meeting an image is noted in one register
 _PADDING = 8  # floats between rows of sums in shared memory: the rows of a fragment then lie in different banks
 
 
@@ -92,6 +93,8 @@ def refusal(spec: ContractionSpec, limits: Architecture) -> str:
         return "matrices are shared among products whose count is not known"
     if spec.conv is not None and spec.depth // spec.conv.taps * BYTES[spec.dtype] < ACCESS // 4:
         return f"a group has only {spec.depth // spec.conv.taps} channels"
+    if spec.conv is not None and sum(spec.conv.kernel) > _BITS:
+        return "its kernel is too large"
     if not spec.a_depth_last and spec.rows is None:
         return "its left operand lies along rows whose count is not known"
     return ""

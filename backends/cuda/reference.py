@@ -319,3 +319,5 @@ _RULES: dict[str, Callable[[Plain, Tensors, Wide], dict[str, Any]]] = {
     "GlobalMean": _global_mean,
     "Depthwise": _depthwise,
 }
+
+KNOWN = frozenset(_RULES)

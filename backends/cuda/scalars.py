@@ -50,6 +50,9 @@ def literal(number: float | bool, dtype: str) -> Expr:
     """A number of that type, rounded here: a longer literal makes compilers warn."""
     if dtype == "float32":
         return tirx.const(float(np.float32(number)), dtype)
+    if dtype == "float64" and float(f"{number:.12f}") != number:
+        # The code generator writes a float64 with so many places: its bits say it exactly.
+        return tirx.reinterpret(dtype, tirx.const(int(np.float64(number).view(np.int64)), "int64"))
     return tirx.const(float(number) if "float" in dtype else int(number), dtype)
 
 

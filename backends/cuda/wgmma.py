@@ -30,7 +30,6 @@ __all__ = ["WgmmaTile", "arguments", "candidates", "prim_func", "refusal"]
 Expr = Any
 
 SM = "sm_90"
-MULTIPROCESSORS = 132  # H100 SXM, H200; on a GPU with fewer some blocks begin late, on one with more some stay empty
 
 _WARPS = hopper.WARPGROUP // WARP
 _GROUP = 8  # rows of tiles that are worked off together, column by column: what they read stays in the L2 cache
@@ -44,8 +43,7 @@ _PITCH = _STAGED + 8  # elements: the rows of a fragment fall into different ban
 class WgmmaTile:
     """How a product is cut: rows and columns of a tile, stages of the ring, who computes it.
 
-    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `cluster` blocks, one below the
-    other, copy a part of their common tile of b each, for all.
+    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `blocks` take tile after tile.
     """
 
     rows: int
@@ -53,7 +51,7 @@ class WgmmaTile:
     stages: int
     consumers: int = 2
     alternate: bool = False
-    cluster: int = 1
+    blocks: int = 132  # multiprocessors of an H100 or H200; with fewer, some begin late, with more, some stay empty
 
     @property
     def rows_each(self) -> int:
@@ -133,8 +131,7 @@ def _fits(spec: ContractionSpec, tile: WgmmaTile) -> bool:
 def _expected(spec: ContractionSpec, tile: WgmmaTile) -> float:
     """Time in arbitrary units: full rounds over the multiprocessors, each as long as a tile's products and sides."""
     tiles = (spec.batch or 1) * -(-(spec.rows or 4096) // tile.rows) * -(-spec.columns // tile.columns)
-    per_block = 2 if tile.alternate else 1
-    rounds = -(-tiles // (MULTIPROCESSORS * per_block)) * per_block
+    rounds = -(-tiles // tile.blocks)
     steps = -(-spec.depth // Panel.TERMS)
     # A step's products against the bytes of its tiles; the epilogue, which alternating warpgroups hide but once.
     products = tile.rows * tile.columns / 32
@@ -181,7 +178,7 @@ class _Kernel:
         self.columns_of_tiles = -(-self.spec.columns // tile.columns)
         rows_of_tiles = (self.call.rows + (tile.rows - 1)) // tile.rows
         tiles = rows_of_tiles * self.columns_of_tiles * self.call.batch
-        most = MULTIPROCESSORS
+        most = tile.blocks
         grid = min(tiles, most) if isinstance(tiles, int) else tvm.tirx.min(tiles, tvm.tirx.const(most, "int64"))
         block = scope.enter_context(T.launch_thread("blockIdx.x", grid))
         self.thread = scope.enter_context(T.launch_thread("threadIdx.x", tile.threads))
@@ -193,7 +190,7 @@ class _Kernel:
         self.tiles = _int32(tiles)
         # One allocation: what TMA and wgmma do with it TVM does not see, and could not plan around.
         self.shared = T.alloc_buffer((tile.shared_bytes // 4,), "float32", scope="shared.dyn")
-        window = T.cuda.cvta_generic_to_shared(self.shared.access_ptr('rw'))
+        window = T.cuda.cvta_generic_to_shared(self.shared.access_ptr("rw"))
         self.ring = _variable("uint32", (window + hopper.u32(hopper.ATOM - 1)) & hopper.u32(-hopper.ATOM & 0xFFFFFFFF))
         self.turned = _variable("uint32", self.ring[0] + hopper.u32(tile.stages * tile.stage_bytes))
         self.barriers = _variable("uint32", self.turned[0] + hopper.u32(tile.turned_bytes))
@@ -382,7 +379,7 @@ class _Kernel:
         within = rest(inside, _int32(_GROUP * columns))
         row = _variable("int32", group * _GROUP + rest(within, high))
         column = _variable("int32", divide(within, high))
-        # Multiplied where they are read: accesses are wide only where it shows that they begin on a multiple.
+        # Multiplied in each place where they are used: there TVM has to see that accesses are aligned.
         return row[0] * tile.rows, column[0] * tile.columns, matrix
 
     def _advance(self, stage: Expr, phase: Expr) -> None:

@@ -31,19 +31,24 @@ _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
-def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
-    """A shared library with a function `launch_NAME(parameters, dims, shared bytes)` for each kernel of the source."""
+def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = None) -> bytes:
+    """A shared library with a function `launch_NAME(parameters, dims, shared bytes)` for each kernel of the source.
+
+    `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
+    """
     body = source[source.index('extern "C" __global__') :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
         given = ", ".join(f"*static_cast<{kind}*>(parameters[{i}])" for i, kind in enumerate(types))
         launches.append(
-            f'extern "C" const char* launch_{kernel["name"]}'
-            "(void** parameters, const unsigned* dims, std::size_t shared, int cluster) {\n"
-            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n"
-            "  return gpu::launch(dims, shared, cluster);\n}\n"
+            f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
+            f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
+            f'extern "C" const unsigned parameters_{kernel["name"]}[] = {{'
+            f"{''.join(f'sizeof({kind}), ' for kind in types)}0}};\n"
         )
+    if arch is not None:
+        launches.append(f'extern "C" const int simulated_arch = {arch};\n')
     body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
@@ -74,10 +79,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function.restype = ctypes.c_char_p
-    wrong = function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared), 1)
-    if wrong:
-        raise RuntimeError(f"The simulated GPU failed: {wrong.decode()}")
+    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:
@@ -117,7 +119,7 @@ def run_functions(
 
 def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(HERE / script), *_driver(), str(folder), *names]
+    command = [sys.executable, str(HERE / script), *driver(), str(folder), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
@@ -146,17 +148,17 @@ store = _store
 
 
 @cache
-def _driver() -> tuple[str, str]:
-    """The driver and the runtime, under the names that TVM's CUDA runtime asks for."""
+def driver() -> tuple[str, str]:
+    """The driver and the runtime, under the names that TVM's CUDA runtime asks for. All of it is in the second."""
     folder = Path(tempfile.mkdtemp(prefix="simulated-gpu-"))
-    versions = folder / "versions"
+    versions, empty = folder / "versions", folder / "empty.cpp"
     versions.write_text("libcudart.so.13 { global: *; };\n")
-    made = []
-    for name, options in (("libcuda.so.1", []), ("libcudart.so.13", [f"-Wl,--version-script={versions}"])):
-        path = folder / name
-        _build(["-O1", f"-Wl,-soname,{name}", *options, "-o", str(path), str(HERE / "driver.cpp"), "-ldl"])
-        made.append(str(path))
-    return made[0], made[1]
+    empty.touch()
+    cuda, cudart = folder / "libcuda.so.1", folder / "libcudart.so.13"
+    _build([f"-Wl,-soname,{cuda.name}", "-o", str(cuda), str(empty)])
+    linked = [f"-Wl,-soname,{cudart.name}", f"-Wl,--version-script={versions}", "-o", str(cudart)]
+    _build(["-O1", *linked, str(HERE / "driver.cpp"), "-ldl"])
+    return str(cuda), str(cudart)
 
 
 def _build(options: list[str]) -> None:

@@ -2,7 +2,7 @@
 //
 // The threads of a block are fibers that run one after the other until each waits: at __syncthreads for its block, at a
 // shuffle or a tensor-core store for its warp, for a condition. Blocks run one after the other, those of a cluster
-// together. Tensor-core fragments live in lane 0. What is wrong, a deadlock among it, ends the launch with a message.
+// together. Tensor-core fragments live in lane 0. What is wrong, a deadlock among it, ends the process with a message.
 #pragma once
 #include <ucontext.h>
 
@@ -10,10 +10,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
 typedef unsigned int uint;
@@ -116,6 +117,7 @@ inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 // Device functions of generated kernels that are one instruction each: the larger number, NaN if either is.
 inline float larger_f32(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
 template <class T>
@@ -159,8 +161,8 @@ inline Extents block_index, block_size, grid_size;
 inline std::vector<uint64_t> exchange;  // what each thread offers in a shuffle
 inline std::vector<std::vector<uint64_t>> dynamic_shared;  // of each block of the cluster
 inline std::size_t shared_bytes;  // that a launch asked for
+inline int cluster = 1;           // blocks along x that run together
 inline std::function<void()> kernel;
-inline std::string failure;
 // What a part of the simulator does before each cluster, when nobody can go on (true: something), and after the last.
 struct Engine {
   void (*begin)();
@@ -176,10 +178,9 @@ inline void wait(Waits what) {
   swapcontext(&running->context, &scheduler);
 }
 
-// The launch ends here; from a fiber this does not return.
-inline void fail(const std::string& what) {
-  if (failure.empty()) failure = what;
-  if (running) wait(Waits::Done);
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simulated GPU: %s\n", what);
+  std::abort();
 }
 
 inline void wait_until(std::function<bool()> condition) {
@@ -226,37 +227,32 @@ inline void run_cluster(const std::vector<Extents>& blocks) {
   };
   if (engine.begin) engine.begin();
   do {
-    for (int i = 0; i < threads && failure.empty(); ++i) {
+    for (int i = 0; i < threads; ++i) {
       if (fibers[i].waits != Waits::Nothing) continue;
       running = &fibers[i];
       block_index = running->block;
       swapcontext(&scheduler, &running->context);
     }
-    running = nullptr;
-  } while (failure.empty() && (release(Waits::Condition) || release(Waits::Warp) || release(Waits::Block) ||
-                               (engine.idle && engine.idle())));
+  } while (release(Waits::Condition) || release(Waits::Warp) || release(Waits::Block) ||
+           (engine.idle && engine.idle()));
   for (int i = 0; i < threads; ++i)
     if (fibers[i].waits != Waits::Done) fail("deadlock: a thread waits for what never happens");
-  if (engine.end && failure.empty()) engine.end();
+  if (engine.end) engine.end();
 }
 
-// What went wrong, null if nothing did. `cluster`: blocks along x that run together.
-inline const char* launch(const unsigned* dims, std::size_t dynamic_bytes, int cluster = 1) {
+inline void launch(const unsigned* dims, std::size_t dynamic_bytes) {
   shared_bytes = dynamic_bytes;
   grid_size = {static_cast<int>(dims[0]), static_cast<int>(dims[1]), static_cast<int>(dims[2])};
   block_size = {static_cast<int>(dims[3]), static_cast<int>(dims[4]), static_cast<int>(dims[5])};
-  failure.clear();
-  running = nullptr;
   for (int z = 0; z < grid_size.z; ++z)
     for (int y = 0; y < grid_size.y; ++y)
-      for (int x = 0; x < grid_size.x && failure.empty(); x += cluster) {
+      for (int x = 0; x < grid_size.x; x += cluster) {
         // Shared memory begins as garbage on a GPU: here as NaN, so that reading it unwritten shows.
         dynamic_shared.assign(cluster, std::vector<uint64_t>(shared_bytes / 8 + 8, ~uint64_t{0}));
         std::vector<Extents> blocks;
         for (int i = 0; i < cluster; ++i) blocks.push_back({x + i, y, z});
         run_cluster(blocks);
       }
-  return failure.empty() ? nullptr : failure.c_str();
 }
 
 inline uchar* shared(int cta) {

@@ -2,7 +2,7 @@
 //
 // What is asynchronous happens as late as it may: a copy when no thread can go on, the youngest first, a wgmma when it is
 // waited for. So data that is read, or memory that is overwritten, too early gives a wrong number, a barrier that never
-// completes a deadlock. What the PTX manual forbids and a GPU would not notice ends the launch with a message.
+// completes a deadlock. What the PTX manual forbids and a GPU would not notice ends the process with a message.
 #pragma once
 #include <array>
 #include <deque>
@@ -34,13 +34,11 @@ inline bool published;  // since the last mbarrier.init a fence has made them kn
 constexpr uint64_t barrier_mark = 0x6d62617272696572;
 
 inline Barrier& barrier_at(Place place) {
-  static Barrier none;
   const auto found = barriers.find(place);
   uint64_t mark = 0;
   if (found != barriers.end()) std::memcpy(&mark, shared_at(place), 8);
   if (mark == barrier_mark) return found->second;
   fail(found == barriers.end() ? "an mbarrier that nobody initialised" : "an mbarrier whose memory was overwritten");
-  return none;
 }
 
 inline Place here(uint32_t address) { return {running->cta, address}; }
@@ -273,26 +271,9 @@ inline const bool hopper_engine_is_set = (engine = hopper_engine, true);
 }  // namespace gpu
 
 inline void hold_register(float&) {}
-inline void tvm_builtin_cuda_warp_sync() { __syncwarp(); }
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
-
-inline void tvm_builtin_ptx_st_vec_shared_v2_f32(uint32_t to, float x, float y) {
-  float* place = gpu::shared_pointer<float>(to);
-  place[0] = x, place[1] = y;
-}
-inline void tvm_builtin_ptx_ld_shared_f32(float& x, uint32_t from) { x = *gpu::shared_pointer<float>(from); }
-inline void tvm_builtin_ptx_ld_vec_shared_v2_f32(float& x, float& y, uint32_t from) {
-  if (from % 8) gpu::fail("an access of 8 bytes that is not aligned");
-  const float* place = gpu::shared_pointer<float>(from);
-  x = place[0], y = place[1];
-}
-inline void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& x, float& y, float& z, float& w, uint32_t from) {
-  if (from % 16) gpu::fail("an access of 16 bytes that is not aligned");
-  const float* place = gpu::shared_pointer<float>(from);
-  x = place[0], y = place[1], z = place[2], w = place[3];
-}
 
 inline void tvm_builtin_ptx_mbarrier_init_init_shared__cta_b64(uint32_t at, uint32_t n) { gpu::init_barrier(at, n); }
 inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() { gpu::published = true; }
