@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
+from rescompile.backends.cuda.bool_vectors import corrected
 from rescompile.errors import RescompileError
 
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
@@ -86,7 +87,7 @@ def to_cubin(source: str, arch: str) -> Cubin | None:
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    arch, source = code_arch(source, arch), ready_to_compile(source)
+    arch, source = code_arch(source, arch), ready_to_compile(corrected(source))
     for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):

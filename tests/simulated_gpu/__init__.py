@@ -36,6 +36,8 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
+    from rescompile.backends.cuda.bool_vectors import corrected
+
     body = source[source.index('extern "C" __global__') :]
     launches = []
     for kernel in _KERNEL.finditer(body):
@@ -53,7 +55,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
-        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{corrected(body)}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
