@@ -118,7 +118,7 @@ def test_calls_of_libraries_read_and_write_planned_memory() -> None:
     tvm_ffi.register_global_func("tests.triple", library, override=True)
 
     def build(b: Any, x: Any) -> list[Any]:
-        words = relax.StringImm("as text")
+        words = tvm.ir.StringImm("as text")
         doubled = b.emit_te(topi.add, x, x)
         tripled = b.emit(relax.op.call_dps_packed("tests.triple", (words, doubled), x.ty))
         return [b.emit_te(topi.negative, tripled)]

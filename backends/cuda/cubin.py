@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
+from rescompile.backends.cuda.bool_vectors import corrected
 from rescompile.errors import RescompileError
 
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
@@ -70,14 +71,14 @@ def code_arch(source: str, arch: str) -> str:
 
 
 def ready_to_compile(source: str) -> str:
-    """TVM's source with one name for dynamic shared memory: kernels declare it alike and see it as they need it.
+    """TVM's source, its booleans corrected, with one name for dynamic shared memory: kernels declare that alike.
 
     A source that is so already stays as it is.
     """
     return _DYNAMIC_SHARED.sub(
         r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
         r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
-        source,
+        corrected(source),
     )
 
 

@@ -27,6 +27,7 @@ COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
+_CODE = ('extern "C" __global__', "template <class V, int N> struct Booleans")  # what comes before is TVM's headers
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
@@ -36,7 +37,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
-    body = source[source.index('extern "C" __global__') :]
+    body = source[min(found for mark in _CODE if (found := source.find(mark)) >= 0) :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
@@ -96,7 +97,7 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
 
 
 def run_functions(
-    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]], *, optimise: str = "-O1"
 ) -> dict[str, list[np.ndarray[Any, Any]]]:
     """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
 
@@ -111,7 +112,7 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(source, optimise=optimise)), folder / "functions.so")
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
