@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
-from rescompile.backends.cuda.bool_vectors import corrected
 from rescompile.backends.cuda.cubin import TENSOR_MAP, ready_to_compile
 
 OLDEST = (9, 0)  # of CUDA 13.0, the oldest whose drivers libcudart.so.13 takes
@@ -37,7 +36,7 @@ class Ptx:
 
 def to_ptx(source: str, arch: str) -> Ptx | None:
     """PTX for an architecture and all later ones; None where neither nvcc nor NVRTC makes any."""
-    source = corrected(ready_to_compile(source))
+    source = ready_to_compile(source)
     text = _by_nvcc(source, arch) or _by_nvrtc(source, arch)
     if text is None:
         return None

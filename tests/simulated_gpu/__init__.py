@@ -27,6 +27,7 @@ COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
+_CODE = ('extern "C" __global__', "template <class V, int N> struct Booleans")  # what comes before is TVM's headers
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
@@ -36,9 +37,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
-    from rescompile.backends.cuda.bool_vectors import corrected
-
-    body = source[source.index('extern "C" __global__') :]
+    body = source[min(found for mark in _CODE if (found := source.find(mark)) >= 0) :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
@@ -55,7 +54,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
-        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{corrected(body)}\n{"".join(launches)}')
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
