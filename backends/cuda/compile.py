@@ -201,7 +201,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if contest is not None:
         contest.annotate(regions)
     source = cuda_source(executable.mod)
-    return _Built(executable.mod, source, lowered.weights, plans[0], regions, _packed_functions(module), kept.note())
+    return _Built(executable.mod, source, lowered.weights, plans[0], regions, packed_functions(module), kept.note())
 
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
@@ -273,7 +273,7 @@ def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:
     }
 
 
-def _packed_functions(module: tvm.IRModule) -> list[str]:
+def packed_functions(module: tvm.IRModule) -> list[str]:
     """What the code calls that neither it nor TVM's runtime holds."""
     found: dict[str, None] = {}
 
