@@ -65,6 +65,13 @@ CASES = {
     "tall_tile": Case(
         ContractionSpec(300, 136, 72, BRAIN, dtype="bfloat16", b_depth_last=False), WgmmaTile(256, 128, 3, blocks=1)
     ),
+    "cluster": Case(
+        ContractionSpec(None, 200, 200, _residual("float16")), WgmmaTile(128, 128, 2, cluster=2, blocks=4), 300
+    ),
+    "alternating_cluster": Case(
+        ContractionSpec(200, 200, 328, BRAIN, dtype="bfloat16", b_depth_last=False),
+        WgmmaTile(64, 128, 2, alternate=True, cluster=2, blocks=2),
+    ),
     "alternating": Case(ContractionSpec(200, 200, 456, WIDE), WgmmaTile(128, 128, 3, alternate=True, blocks=1)),
     "alternating_wide": Case(
         ContractionSpec(None, 264, 136, _residual("bfloat16"), dtype="bfloat16"),

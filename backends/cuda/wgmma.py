@@ -7,7 +7,8 @@ sum each, into a ring in shared memory. The other warpgroups multiply. Each stag
 and the bytes of both tiles) and `empty` (one arrival of each warp that reads it).
 
 Either two warpgroups share a tile, half of its rows each, or each has a tile of its own (`alternate`): they then take
-turns with the tensor cores, and one's epilogue is hidden behind the other's products.
+turns with the tensor cores, and one's epilogue is hidden behind the other's products. The blocks of a `cluster` have
+neighbouring tiles, one below the other, with the same tile of b: each copies a part of it to all of them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ _TURNED = 16 * _PITCH * 4 + 16  # bytes of a warp: that, and where its tile is
 class WgmmaTile:
     """How a product is cut: rows and columns of a tile, stages of the ring, who computes it.
 
-    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `blocks` take tile after tile.
+    `consumers` warpgroups share each tile, or have tiles of their own and alternate. `blocks` take tile after tile;
+    `cluster` of them, with tiles one below the other, copy b for each other.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class WgmmaTile:
     stages: int
     consumers: int = 2
     alternate: bool = False
+    cluster: int = 1
     blocks: int = 132  # multiprocessors of an H100 or H200; with fewer, some begin late, with more, some stay empty
 
     @property
@@ -158,9 +161,10 @@ class _Kernel:
         self.spec, self.tile, self.call = spec, tile, call
         self.a = Panel(tile.rows, spec.a_depth_last)
         self.b = Panel(tile.columns, spec.b_depth_last)
+        self.part_b = Panel(tile.columns // tile.cluster, spec.b_depth_last)  # that one block copies
         self.steps = -(-spec.depth // Panel.TERMS)
         self.map_a = self._map("a", self.a, spec.a_share, call.rows)
-        self.map_b = self._map("b", self.b, spec.b_share, spec.columns)
+        self.map_b = self._map("b", self.part_b, spec.b_share, spec.columns)
 
     def _map(self, name: str, panel: Panel, share: int, extent: Expr) -> Expr:
         spec = self.spec
@@ -177,15 +181,22 @@ class _Kernel:
         """Grid, threads, shared memory."""
         tile = self.tile
         self.columns_of_tiles = -(-self.spec.columns // tile.columns)
-        rows_of_tiles = (self.call.rows + (tile.rows - 1)) // tile.rows
+        # Of a cluster's tiles together: it takes them, and they are counted, as one.
+        height = tile.rows * tile.cluster
+        rows_of_tiles = (self.call.rows + (height - 1)) // height
         tiles = rows_of_tiles * self.columns_of_tiles * self.call.batch
-        most = tile.blocks
+        most = tile.blocks // tile.cluster
         grid = min(tiles, most) if isinstance(tiles, int) else tvm.tirx.min(tiles, tvm.tirx.const(most, "int64"))
-        block = scope.enter_context(T.launch_thread("blockIdx.x", grid))
+        self.rank: Expr = _int32(0)
+        if tile.cluster > 1:
+            self.rank = scope.enter_context(T.launch_thread("clusterCtaIdx.x", tile.cluster))
+        block = scope.enter_context(T.launch_thread("blockIdx.x", grid * tile.cluster))
         self.thread = scope.enter_context(T.launch_thread("threadIdx.x", tile.threads))
         # Without it the assembler ignores setmaxnreg.
         scope.enter_context(T.attr(_int32(0), "tirx.launch_bounds_min_blocks_per_sm", _int32(1)))
-        self.block = block.astype("int32")
+        self.block = (
+            block.astype("int32") if tile.cluster == 1 else tvm.tirx.truncdiv(block.astype("int32"), tile.cluster)
+        )
         self.grid = grid if isinstance(grid, int) else grid.astype("int32")
         self.rows_of_tiles = _int32(rows_of_tiles)
         self.tiles = _int32(tiles)
@@ -211,7 +222,7 @@ class _Kernel:
     def body(self) -> None:
         """All threads: barriers, then each warpgroup its role."""
         tile = self.tile
-        readers = _WARPS * (1 if tile.alternate else tile.consumers)
+        readers = _WARPS * (1 if tile.alternate else tile.consumers) * tile.cluster
         with guarded(self.thread == 0):
             for stage in range(tile.stages):
                 at = _int32(stage)
@@ -222,7 +233,7 @@ class _Kernel:
             hopper.publish_barriers()
             hopper.prefetch_map(self.map_a)
             hopper.prefetch_map(self.map_b)
-        T.evaluate(T.tvm_storage_sync("shared"))
+        self.meet()
         limited = tile.consumers > 1
         with T.If(self.thread < hopper.WARPGROUP):
             with T.Then():
@@ -234,6 +245,23 @@ class _Kernel:
                 if limited:
                     hopper.take_registers(_CONSUMER_REGISTERS)
                 self.consume()
+        if tile.cluster > 1:
+            # No block may end while another one copies to it, or arrives at its barriers.
+            T.evaluate(T.cuda.warp_sync())
+            self.meet()
+
+    def meet(self) -> None:
+        """All threads of the block, or of the cluster."""
+        T.evaluate(T.cuda.cluster_sync() if self.tile.cluster > 1 else T.tvm_storage_sync("shared"))
+
+    def release(self, stage: Expr) -> None:
+        """A warp: it has read a stage; its own block's copies may fill it, and those of the cluster's other blocks."""
+        if self.tile.cluster == 1:
+            with guarded(self.lane == 0):
+                hopper.arrive(self.empty(stage))
+            return
+        with guarded(self.lane < self.tile.cluster):
+            hopper.arrive_at(self.empty(stage), self.lane)
 
     def produce(self) -> None:
         """One thread: fill the ring, tile after tile."""
@@ -243,18 +271,20 @@ class _Kernel:
             row, column, matrix = self._place(self.block + turn * self.grid)
             with T.serial(0, self.steps) as step:
                 # In the first round nobody has read the stage: the wait for parity 1 passes at once.
-                hopper.wait(self.empty(stage[0]), phase[0] ^ 1)
+                hopper.wait(self.empty(stage[0]), phase[0] ^ 1, cluster=tile.cluster > 1)
                 hopper.expect_bytes(self.full(stage[0]), tile.stage_bytes)
                 base = self.ring[0] + stage[0].astype("uint32") * hopper.u32(tile.stage_bytes)
                 term = step * Panel.TERMS
                 self.a.load(base, self.map_a, row, term, self._matrix(matrix, self.spec.a_share), self.full(stage[0]))
-                self.b.load(
-                    base + hopper.u32(self.a.bytes),
+                part = tile.columns // tile.cluster
+                self.part_b.load(
+                    base + hopper.u32(self.a.bytes) + (self.rank * (part * hopper.SWIZZLE)).astype("uint32"),
                     self.map_b,
-                    column,
+                    column + self.rank * part,
                     term,
                     self._matrix(matrix, self.spec.b_share),
                     self.full(stage[0]),
+                    (1 << tile.cluster) - 1 if tile.cluster > 1 else 0,
                 )
                 self._advance(stage, phase)
 
@@ -290,7 +320,7 @@ class _Kernel:
             for index in range(blocks * each):
                 T.buffer_store(sums, tvm.tirx.const(0.0, "float32"), [index])
             with T.serial(0, self.steps) as step:
-                hopper.wait(self.full(stage[0]), phase[0])
+                hopper.wait(self.full(stage[0]), phase[0], cluster=tile.cluster > 1)
                 base = self.ring[0] + stage[0].astype("uint32") * hopper.u32(tile.stage_bytes)
                 own = 0 if tile.alternate else self.group * (tile.rows_each * hopper.SWIZZLE)
                 start = base if tile.alternate else base + own.astype("uint32")
@@ -298,8 +328,8 @@ class _Kernel:
                 hopper.commit_products()
                 # The group before this one is done, and so is its reading: its stage may be filled again.
                 hopper.await_products(1)
-                with guarded(tvm.tirx.And(step > 0, lane == 0)):
-                    hopper.arrive(self.empty(last[0]))
+                with guarded(step > 0):
+                    self.release(last[0])
                 T.buffer_store(last, stage[0], [0])
                 self._advance(stage, phase)
             if tile.alternate:
@@ -308,8 +338,7 @@ class _Kernel:
             hopper.await_products(0)
             for index in range(blocks * each):
                 hopper.hold(sums[index])
-            with guarded(lane == 0):
-                hopper.arrive(self.empty(last[0]))
+            self.release(last[0])
             self._epilogue(sums, blocks, each, row, column, matrix)
 
     def _multiply(self, sums: Expr, blocks: int, each: int, a: Expr, b: Expr) -> None:
@@ -407,7 +436,7 @@ class _Kernel:
         group = divide(inside, _int32(_GROUP * columns))
         high = tvm.tirx.min(self.rows_of_tiles - group * _GROUP, _GROUP)
         within = rest(inside, _int32(_GROUP * columns))
-        self.row = _variable("int32", group * _GROUP + rest(within, high))
+        self.row = _variable("int32", (group * _GROUP + rest(within, high)) * tile.cluster + self.rank)
         self.column = _variable("int32", divide(within, high))
         # Multiplied in each place where they are used: there TVM has to see that accesses are aligned.
         return self.row[0] * tile.rows, self.column[0] * tile.columns, matrix
