@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -24,6 +29,7 @@ from rescompile.backends.cuda.contraction import (  # noqa: E402
     EpilogueProgram,
     EpilogueStep,
 )
+from rescompile.backends.cuda.cubin import Cubin, by_nvrtc, code_arch, compilers  # noqa: E402
 from rescompile.backends.cuda.executable import cross_compiling, cuda_source  # noqa: E402
 from rescompile.backends.cuda.targets import architecture, cuda_target  # noqa: E402
 from rescompile.backends.cuda.wgmma import WgmmaTile  # noqa: E402
@@ -48,6 +54,9 @@ def _residual(dtype: str) -> EpilogueProgram:
 
 PLAIN, WIDE = EpilogueProgram.plain("float16"), EpilogueProgram.plain("float32")
 BRAIN = EpilogueProgram.plain("bfloat16")
+
+
+LARGE = ContractionSpec(4096, 4096, 4096, _residual("float16"))
 
 
 @dataclass(frozen=True)
@@ -151,3 +160,126 @@ def test_product_is_as_exact_as_its_type(name: str, computed: dict[str, np.ndarr
     got = torch.from_numpy(computed[name].astype(np.float64))
     tolerance = ROUNDING[case.spec.epilogue.outputs[0].dtype]
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()) / 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"depth": 100}, "rows of a"),
+        ({"columns": 100, "b_depth_last": False}, "rows of b"),
+        ({"rows": None, "a_depth_last": False}, "rows of a"),
+        ({"dtype": "float32", "epilogue": WIDE}, "16-bit"),
+        ({"rows": 2 * 49, "depth": 9 * 64, "conv": ConvGeometry(2, 7, 7, (3, 3), pads=(1, 1, 1, 1))}, "gathered"),
+    ],
+)
+def test_what_cannot_be_copied_is_refused(change: dict[str, Any], said: str) -> None:
+    assert said in wgmma.refusal(replace(LARGE, **change), HOPPER)
+    assert wgmma.candidates(replace(LARGE, **change), HOPPER) == []
+
+
+def test_other_gpus_have_no_wgmma() -> None:
+    assert not wgmma.refusal(LARGE, HOPPER)
+    for other in ("sm_80", "sm_100"):
+        assert "sm_90a" in wgmma.refusal(LARGE, architecture(other))
+
+
+def test_small_products_get_small_tiles() -> None:
+    assert wgmma.candidates(LARGE, HOPPER)[0].cluster == 2
+    first = wgmma.candidates(replace(LARGE, rows=40, columns=64), HOPPER)[0]
+    assert (first.rows, first.columns) == (64, 64)
+    assert all(tile.cluster == 1 for tile in wgmma.candidates(replace(LARGE, rows=100), HOPPER))
+
+
+def test_tiles_fit_into_shared_memory() -> None:
+    assert all(tile.shared_bytes <= HOPPER.shared_bytes for tile in wgmma.candidates(LARGE, HOPPER))
+
+
+def test_only_sources_with_wgmma_are_for_one_capability() -> None:
+    assert code_arch('asm volatile("wgmma.fence.sync.aligned;")', "sm_90") == "sm_90a"
+    assert code_arch('asm volatile("cp.async.bulk.tensor.2d")', "sm_90") == "sm_90"
+    assert code_arch('asm volatile("wgmma.fence.sync.aligned;")', "sm_80") == "sm_80"
+
+
+# The product that most models are made of, on tiles of every shape.
+SHIPPED = {f"tile_{number}": Case(LARGE, tile) for number, tile in enumerate(wgmma.candidates(LARGE, HOPPER)[:6])}
+SMALL = Case(ContractionSpec(64, 64, 320, PLAIN), WgmmaTile(64, 64, 2, consumers=1, blocks=1))
+# What is changed in the kernel's source, and what has to come of it.
+BROKEN = {
+    "intact": ("", "", "right"),
+    "stage_released_before_it_is_read": (r"tvm_\w+wait_group_sync_aligned_1\(\);", "", "wrong numbers"),
+    "bytes_that_never_come": (r"\(uint\)16384\);\n", "(uint)16400);\n", "deadlock"),
+    "barriers_not_published": (r"tvm_\w+fence_mbarrier_init\w+\(\);", "", "fence.mbarrier_init"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if simulated_gpu.COMPILER is None:
+        pytest.skip("no g++ here")
+    folder = tmp_path_factory.mktemp("broken")
+
+    def edited(source: str) -> str:
+        kernels = re.split(r"(?=\nextern \"C\" __global__)", source)
+        for name, (pattern, replacement, _) in BROKEN.items():
+            (place,) = [i for i, text in enumerate(kernels) if f" {name}_kernel(" in text and "{" in text]
+            before, kernels[place] = kernels[place], re.sub(pattern, replacement, kernels[place])
+            assert not pattern or kernels[place] != before
+        return "".join(kernels)
+
+    simulated_gpu.build_functions(folder, _module(dict.fromkeys(BROKEN, SMALL)), edit=edited)
+    return folder
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_simulated_gpu_sees_a_broken_protocol(name: str, broken: Path) -> None:
+    given = _given(SMALL)
+    try:
+        made = simulated_gpu.call_functions(broken, {name: [_array(value) for value in given.values()]})[name][-1]
+        close = np.allclose(made.astype(np.float64), _expected(SMALL, given).numpy(), atol=0.05, rtol=0.01)
+        said = "right" if close else "wrong numbers"
+    except RuntimeError as error:
+        said = str(error)
+    assert BROKEN[name][2] in said
+
+
+@pytest.fixture(scope="module")
+def assembled() -> Cubin:
+    if "nvrtc" not in compilers():
+        pytest.skip("no NVRTC here")
+    made = by_nvrtc(_source(SHIPPED), "sm_90")
+    assert isinstance(made, Cubin), made
+    return made
+
+
+def test_no_tile_spills(assembled: Cubin) -> None:
+    assert {kernel.kernel: kernel.spills for kernel in assembled.usage} == {f"{name}_kernel": 0 for name in SHIPPED}
+
+
+def test_registers_are_what_setmaxnreg_counts_on(assembled: Cubin) -> None:
+    for kernel in assembled.usage:
+        tile = SHIPPED[kernel.kernel.removesuffix("_kernel")].tile
+        # With three warpgroups a launch gives each thread 168; one gives some up, the others take them.
+        assert kernel.registers == 168 if tile.consumers == 2 else kernel.registers <= 255
+
+
+def test_machine_code_multiplies_by_warpgroups_and_copies_by_tma(assembled: Cubin, tmp_path: Path) -> None:
+    disassembler = next(Path(root).glob("cu*/bin/nvdisasm") for root in _nvidia())
+    path = tmp_path / "kernels.cubin"
+    path.write_bytes(assembled.data)
+    command = [str(next(disassembler)), "-c", str(path)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"\.section\s+\.text\.(\w+)_kernel", sass)
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        tile = SHIPPED[name].tile
+        used = Counter(re.findall(r"\b(HGMMA\.\S+|UTMALDG\.\S+|LDL|STL|[LS][TD]G\.\S+|USETMAXREG)", text))
+        shapes = {key for key in used if key.startswith("HGMMA")}
+        assert shapes == {f"HGMMA.64x{tile.columns}x16.F32"}, name
+        assert any(key.startswith("UTMALDG") for key in used), name
+        assert ("UTMALDG.2D.MULTICAST" in used) == (tile.cluster > 1), name
+        assert used["LDL"] + used["STL"] == 0, name
+        assert {key.removesuffix(".CONSTANT") for key in used if key[1:3] in ("TG", "DG")} <= {"STG.E.128", "LDG.E.128"}
+
+
+def _nvidia() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    return list(spec.submodule_search_locations or []) if spec else []

@@ -114,6 +114,9 @@ def candidates(spec: ContractionSpec, limits: Architecture) -> list[WgmmaTile]:
 
 
 _TILES = (
+    WgmmaTile(128, 256, 4, cluster=2),
+    WgmmaTile(256, 128, 4, cluster=2),
+    WgmmaTile(128, 128, 6, alternate=True, cluster=2),
     WgmmaTile(128, 256, 4),
     WgmmaTile(256, 128, 4),
     WgmmaTile(128, 128, 6, alternate=True),
@@ -124,25 +127,32 @@ _TILES = (
     WgmmaTile(64, 128, 6, consumers=1),
     WgmmaTile(64, 64, 8, consumers=1),
 )
+_RATE = 2048  # multiply-adds of 16-bit numbers in a clock of a multiprocessor
+_CACHE_RATE = 38  # bytes that the L2 cache gives each multiprocessor in a clock, when all ask
+_WRITE_RATE = 24  # bytes of the result that a multiprocessor writes in a clock, with the residual that it reads
 
 
 def _fits(spec: ContractionSpec, tile: WgmmaTile) -> bool:
-    """Whether no half of the tile lies outside of the product: a smaller one does the same then."""
-    rows = spec.rows is None or spec.rows > tile.rows // 2 or tile.rows == 64
-    return rows and (spec.columns > tile.columns // 2 or tile.columns == 64)
+    """Whether no half of the tile, or tile of the cluster, lies outside of the product: a smaller one does it then."""
+    least = tile.rows * (tile.cluster - 1) if tile.cluster > 1 else tile.rows // 2 if tile.rows > 64 else 0
+    tall = spec.rows is None or spec.rows > least
+    return tall and (spec.columns > tile.columns // 2 or tile.columns == 64)
 
 
 def _expected(spec: ContractionSpec, tile: WgmmaTile) -> float:
-    """Time in arbitrary units: full rounds over the multiprocessors, each as long as a tile's products and sides."""
-    tiles = (spec.batch or 1) * -(-(spec.rows or 4096) // tile.rows) * -(-spec.columns // tile.columns)
+    """Clocks: full rounds over the multiprocessors, each of a tile's products or copies, and of its epilogue.
+
+    A dynamic count of rows is taken for 4,096.
+    """
+    high = -(-(spec.rows or 4096) // (tile.rows * tile.cluster)) * tile.cluster
+    tiles = (spec.batch or 1) * high * -(-spec.columns // tile.columns)
     rounds = -(-tiles // tile.blocks)
     steps = -(-spec.depth // Panel.TERMS)
-    # A step's products against the bytes of its tiles; the epilogue, which alternating warpgroups hide but once.
-    products = tile.rows * tile.columns / 32
-    copies = (tile.rows + tile.columns) * hopper.SWIZZLE / 38
-    epilogue = tile.rows * tile.columns * 4 / 48
-    hidden = 1 if tile.alternate else rounds
-    return rounds * steps * max(products, copies) + hidden * epilogue
+    products = tile.rows * tile.columns * Panel.TERMS / _RATE
+    copies = (tile.rows + tile.columns / tile.cluster) * hopper.SWIZZLE / _CACHE_RATE
+    epilogue = tile.rows * tile.columns * BYTES[spec.dtype] / _WRITE_RATE
+    # Alternating warpgroups hide all but the last.
+    return rounds * steps * max(products, copies) + (1 if tile.alternate else rounds) * epilogue
 
 
 def prim_func(spec: ContractionSpec, tile: WgmmaTile, name: str) -> tvm.tirx.PrimFunc:
