@@ -48,8 +48,12 @@ def u32(value: int) -> Expr:
     return tvm.tirx.const(value, "uint32")
 
 
-def tensor_map(name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: Sequence[int]) -> Expr:
+def tensor_map(
+    name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: Sequence[int], steps: Sequence[int] = ()
+) -> Expr:
     """A tensor map that the host makes before the launch, of a dense tensor, its innermost axis first.
+
+    A copy brings box[i] elements along axis i, each `steps[i]` from the one before.
 
     What a box covers outside of the tensor reads as zero (CUDA driver API, cuTensorMapEncodeTiled, which demands: the
     address and all strides multiples of 16 bytes, boxes of at most 256 elements, the innermost one 128 bytes wide with
@@ -62,14 +66,16 @@ def tensor_map(name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: 
     for extent in shape[:-1]:
         pitch = pitch * extent
         strides.append(pitch)
+    steps = steps or [1] * len(box)
     T.evaluate(
         T.tensormap_encode_tiled(
             handle,
             data,
             *shape,
             *strides,
-            *(_int64(side) for side in box),
-            *(_int64(1) for _ in box),
+            # The API counts what a box spans: ceil(span / step) elements are copied.
+            *(_int64(side * step) for side, step in zip(box, steps, strict=True)),
+            *(_int64(step) for step in steps),
             descriptor_dtype=dtype,
             rank=len(shape),
             swizzle=_SWIZZLE_128B,

@@ -94,7 +94,7 @@ inline void land(const BoxCopy& copy) {
     int64_t source = 0;
     bool inside = true;
     for (int axis = 0; axis < map.rank; ++axis) {
-      const int64_t index = int64_t{copy.at[axis]} + i[axis];
+      const int64_t index = int64_t{copy.at[axis]} + i[axis] * map.steps[axis];
       inside = inside && index >= 0 && index < static_cast<int64_t>(map.extents[axis]);
       source += index * static_cast<int64_t>(axis ? map.strides[axis - 1] : map.element_bytes);
     }
