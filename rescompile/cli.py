@@ -278,6 +278,12 @@ def compile_(
         str,
         typer.Option("--buckets", metavar="SIZES", help="sizes of a dynamic batch to compile for, on a GPU: 1,8,32"),
     ] = "",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="list the regions: what computes them, what they move, what bounds them")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="the GPU to predict times for: H200, A100, L40S, ...")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL through TVM into ARTIFACT.
@@ -287,25 +293,27 @@ def compile_(
     from rescompile import api
     from rescompile.backends.require import require_tvm
     from rescompile.cli_files import check_writable
+    from rescompile.cli_run import describe, explained, predicted_gpu, program_data
 
     require_tvm()
     from rescompile.backends import targets
 
-    targets.resolve_all(target)
+    predicted = predicted_gpu(targets.resolve_all(target)[0], gpu)
     sizes = _sizes(buckets)
     specs = _passes(passes, api.COMPILE_PASSES)
     check_writable(output)
     graph = _load(model, inputs, trust)
-    from rescompile.cli_run import describe, program_data
 
     with stage(f"Compiling for {target}"):
         tuning = api.Tuning(trials=tune, database=None if database is None else str(database))
         program = api.compile(graph, target=target, passes=specs, tune=tuning, buckets=sizes)
         program.save(output)
     if as_json:
-        say_json(program_data(program))
+        say_json(program_data(program, predicted))
     else:
         say(describe(program, output))
+        if explain:
+            say(explained(program, predicted))
 
 
 @app.command()

@@ -28,6 +28,7 @@ from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
 from rescompile.backends.cuda.storage import StoragePlan, plan_storage
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
+from rescompile.backends.heads import pack_heads
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.reports import Region, generated
@@ -108,6 +109,9 @@ class _Program:
         return found
 
 
+_TORCH = "torch"  # in a target's `libs`: its libraries are there where the program runs
+
+
 def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Settings) -> Program:
     """A program for the GPUs of `targets`; this machine need not have one.
 
@@ -167,9 +171,10 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
+    pack_heads(work)
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(limits)
+    choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
     limit = None if settings.tuning is None else float(settings.tuning)
     choice.choose(_device(target), builder(target), settings.database, limit)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
+from rescompile.backends.cuda.bool_vectors import corrected
 from rescompile.errors import RescompileError
 
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
@@ -31,7 +32,7 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
-_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (?!dynamic_shared_)(\w+)\[\];")
 # Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
 CUBIN_DRIVER = (13, 0)
 
@@ -72,11 +73,11 @@ def code_arch(source: str, arch: str) -> str:
 
 
 def ready_to_compile(source: str) -> str:
-    """TVM's source with one name for dynamic shared memory: kernels declare it alike and see it as they need it."""
+    """TVM's source, its booleans corrected, with one name for dynamic shared memory: kernels declare that alike."""
     return _DYNAMIC_SHARED.sub(
         r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
         r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
-        source,
+        corrected(source),
     )
 
 
