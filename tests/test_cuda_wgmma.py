@@ -226,8 +226,21 @@ def test_only_sources_with_wgmma_are_for_one_capability() -> None:
     assert code_arch('asm volatile("wgmma.fence.sync.aligned;")', "sm_80") == "sm_80"
 
 
-# The product that most models are made of, on tiles of every shape.
-SHIPPED = {f"tile_{number}": Case(LARGE, tile) for number, tile in enumerate(wgmma.candidates(LARGE, HOPPER)[:6])}
+# What models are made of, on tiles of each kind.
+SHIPPED = {
+    "cluster": Case(LARGE, WgmmaTile(128, 256, 4, cluster=2)),
+    "tall": Case(replace(LARGE, rows=None), WgmmaTile(256, 128, 4)),
+    "alternating": Case(
+        replace(LARGE, dtype="bfloat16", epilogue=_residual("bfloat16"), b_depth_last=False),
+        WgmmaTile(128, 128, 6, alternate=True),
+    ),
+    "conv": Case(
+        ContractionSpec(
+            None, 256, 9 * 256, _residual("float16"), conv=ConvGeometry(None, 14, 14, (3, 3), pads=(1,) * 4)
+        ),
+        WgmmaTile(128, 256, 4),
+    ),
+}
 SMALL = Case(ContractionSpec(64, 64, 320, PLAIN), WgmmaTile(64, 64, 2, consumers=1, blocks=1))
 # What is changed in the kernel's source, and what the simulated GPU has to say, if it can know.
 BROKEN = {
@@ -306,9 +319,10 @@ def test_machine_code_multiplies_by_warpgroups_and_copies_by_tma(assembled: Cubi
         tile = SHIPPED[name].tile
         used = Counter(re.findall(r"\b(HGMMA\.\S+|UTMALDG\.\S+|LDL|STL|[LS][TD]G\.\S+|USETMAXREG)", text))
         shapes = {key for key in used if key.startswith("HGMMA")}
-        assert shapes == {f"HGMMA.64x{tile.columns}x16.F32"}, name
+        brain = ".BF16" if SHIPPED[name].spec.dtype == "bfloat16" else ""
+        assert shapes == {f"HGMMA.64x{tile.columns}x16.F32{brain}"}, name
         assert any(key.startswith("UTMALDG") for key in used), name
-        assert ("UTMALDG.2D.MULTICAST" in used) == (tile.cluster > 1), name
+        assert any("MULTICAST" in key for key in used) == (tile.cluster > 1), name
         assert used["LDL"] + used["STL"] == 0, name
         assert {key.removesuffix(".CONSTANT") for key in used if key[1:3] in ("TG", "DG")} <= {"STG.E.128", "LDG.E.128"}
 
