@@ -1,4 +1,4 @@
-"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,tf32]`, or anything that TVM calls a target."""
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[+tf32]`, or anything that TVM calls a target."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
     if isinstance(target, str) and target.startswith("cpu:"):
         machine = Machine.named(target.removeprefix("cpu:"), count)
         return CompileTarget(target, machine.tvm_target(), machine, count, host=False)
-    found = re.fullmatch(r"cuda:(sm_\d+)(,tf32)?", target) if isinstance(target, str) else None
+    found = re.fullmatch(r"cuda:(sm_\d+)(\+tf32)?", target) if isinstance(target, str) else None
     if found is not None:
         return replace(_cuda(str(target), {"arch": found[1]}), tf32=found[2] is not None)
     return _of_tvm(target, count)
