@@ -1,4 +1,4 @@
-"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[+tf32]`, or anything that TVM calls a target."""
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,sm_80][,tf32]`, or anything TVM calls a target."""
 
 from __future__ import annotations
 
@@ -51,12 +51,15 @@ class CompileTarget:
 
 
 def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
-    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90`."""
-    if not isinstance(target, str) or not target.startswith("cuda:") or "," not in target:
+    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90[,tf32]`."""
+    if not isinstance(target, str) or not target.startswith("cuda:"):
         return [resolve(target, threads)]
-    names = [name.strip().removeprefix("cuda:") for name in target.removeprefix("cuda:").split(",")]
-    found = {made.name: made for made in (resolve(f"cuda:{name}", threads) for name in names if name)}
-    return list(found.values())
+    parts = [part.strip().removeprefix("cuda:") for part in target.removeprefix("cuda:").split(",")]
+    names = [part for part in parts if part != "tf32"]
+    if len(names) < 2:
+        return [resolve(target, threads)]
+    option = ",tf32" if "tf32" in parts else ""
+    return list({name: resolve(f"cuda:{name}{option}") for name in names}.values())
 
 
 def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:
@@ -69,7 +72,7 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
     if isinstance(target, str) and target.startswith("cpu:"):
         machine = Machine.named(target.removeprefix("cpu:"), count)
         return CompileTarget(target, machine.tvm_target(), machine, count, host=False)
-    found = re.fullmatch(r"cuda:(sm_\d+)(\+tf32)?", target) if isinstance(target, str) else None
+    found = re.fullmatch(r"cuda:(sm_\d+)(,tf32)?", target) if isinstance(target, str) else None
     if found is not None:
         return replace(_cuda(str(target), {"arch": found[1]}), tf32=found[2] is not None)
     return _of_tvm(target, count)

@@ -219,8 +219,11 @@ def pack_runtime(folder: Path) -> None:
 
 
 def _of_runtime(name: str) -> bool:
+    if name.endswith(".dist-info/METADATA"):
+        return True
     if name.startswith("tvm_ffi"):
-        return not any(part in name for part in ("/include/", "/3rdparty/", "/testing/", "_testing"))
+        left_out = ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/")
+        return not any(part in name for part in left_out)
     return name in RUNTIME
 
 

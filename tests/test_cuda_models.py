@@ -80,7 +80,7 @@ MODELS = {
     "images": (Images().half(), (torch.randn(1, 3, 30, 30).half(),), "cuda:sm_90"),
     "layers": (Layers().bfloat16(), (torch.randn(2, 18, 32).bfloat16(),), "cuda:sm_90"),
     "products": (Products().half(), (torch.randn(2, 3, 24, 16).half(), torch.randn(2, 3, 40, 16).half()), "cuda:sm_90"),
-    "tf32": (nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), (torch.randn(5, 24),), "cuda:sm_90+tf32"),
+    "tf32": (nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), (torch.randn(5, 24),), "cuda:sm_90,tf32"),
 }
 TOLERANCE = {"images": 5e-3, "layers": 3e-2, "products": 5e-3, "tf32": 5e-3}
 
