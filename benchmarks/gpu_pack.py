@@ -223,7 +223,7 @@ def _of_runtime(name: str) -> bool:
     if name.endswith(".dist-info/METADATA"):
         return True
     if name.startswith("tvm_ffi"):
-        left_out = ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/")
+        left_out = ("/include/", "/3rdparty/", "/cython/", "/src/")
         return not any(part in name for part in left_out)
     return name in RUNTIME
 
