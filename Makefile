@@ -4,6 +4,7 @@
 #   make bench    benchmarks/results/*.json and the README's table
 #   make bench-fusion     what each tool fuses, and what the pass costs (FUSION_ARGS="models.json --only resnet")
 #   make bench-gpu    kernels and models on a GPU, benchmarks/results/gpu-*; one line where there is none (GPU_ARGS="--only norm")
+#   make sass     machine code of the GPU kernels into benchmarks/results/sass.{json,md}; no GPU needed
 #   make sweep    detection over the families of torchvision, timm and transformers (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
@@ -16,7 +17,7 @@ FUSION_ARGS ?=
 GPU_ARGS ?=
 READY = $(VENV)/.ready
 
-.PHONY: env demo test lint types bench bench-fusion bench-gpu sweep clean
+.PHONY: env demo test lint types bench bench-fusion bench-gpu sweep sass clean
 .DEFAULT_GOAL := env
 
 env: $(READY)
@@ -57,6 +58,9 @@ bench-gpu: $(READY)
 
 sweep: $(READY)
 	$(VENV)/bin/python -m benchmarks.sweep $(SWEEP_ARGS)
+
+sass: $(READY)
+	$(VENV)/bin/python -m benchmarks.sass
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
     notes = [_note(cubin), _libraries(first.regions), first.note, *program.notes]
     notes += settings.contest.report.notes if settings.contest is not None else ()
     manifest = Manifest(
-        target=",".join(target.name for target in targets),
+        target=_named(targets),
         device="cuda",
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
@@ -229,7 +229,7 @@ def _add_ptx(
     from rescompile.backends.targets import resolve
 
     if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
-        target = resolve(f"cuda:{_PLAIN}")
+        target = replace(resolve(f"cuda:{_PLAIN}"), tf32=target.tf32)
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):
         ptx = to_ptx(one.source, str(target.arch)) if one.source else None
@@ -254,6 +254,14 @@ def _buckets(graph: Graph, sizes: Sequence[int]) -> list[Extents]:
             f"the others; compile without sizes, or for one fixed batch."
         )
     return [{symbol: size} for size in sorted(set(sizes))]
+
+
+def _named(targets: Sequence[CompileTarget]) -> str:
+    """The targets as they are spelled."""
+    if len(targets) == 1:
+        return targets[0].name
+    names = [str(target.arch) for target in targets]
+    return f"cuda:{','.join(names)}{',tf32' if targets[0].tf32 else ''}"
 
 
 def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:

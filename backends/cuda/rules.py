@@ -141,6 +141,7 @@ class CudaEmitter(Emitter):
                 tile=choice.candidate.label,
                 flops=getattr(spec, "flops", None) if static else None,
                 bytes=bytes_of(buffers) if static else None,
+                dtype=str(getattr(spec, "dtype", "")),
                 **explained(choice),
             )
         library = choice.candidate.library
@@ -175,6 +176,7 @@ class CudaEmitter(Emitter):
                 spec=str(spec),
                 tile=str(row_tile(spec.width, dtype)),
                 bytes=bytes_of(buffers) if static else None,
+                dtype=str(getattr(spec, "dtype", "")),
             )
         function = self._kernels[spec]
 

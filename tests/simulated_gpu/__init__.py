@@ -27,6 +27,7 @@ COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
+_CODE = ('extern "C" __global__', "template <class V, int N> struct Booleans")  # what comes before is TVM's headers
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
@@ -36,7 +37,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
-    body = source[source.index('extern "C" __global__') :]
+    body = source[min(found for mark in _CODE if (found := source.find(mark)) >= 0) :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
@@ -115,6 +116,16 @@ def run_functions(
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
+
+
+def run_scenarios(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What scenarios.py found, by name, from a process with the simulated GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / "scenarios.py"), *driver(), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
