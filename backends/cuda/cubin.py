@@ -32,7 +32,7 @@ _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
-_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (?!dynamic_shared_)(\w+)\[\];")
 # Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
 CUBIN_DRIVER = (13, 0)
 
