@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rescompile.backends.cuda.index import lanes
 from rescompile.backends.cuda.region_nodes import Chosen, Load, Made, Node, Normed, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.cuda.targets import Architecture
 
 _WARP = 32
@@ -47,7 +48,9 @@ def candidates(spec: RegionSpec, limits: Architecture | None = None) -> list[Reg
     if not trace.norms:
         return _element_tiles(width, vector, trace.space.rows.number if not trace.space.rows.names else None)
     shared = limits.shared_bytes if limits is not None else _STATIC_SHARED
-    return _row_tiles(spec, trace, width, vector, shared)
+    tiles = _row_tiles(spec, trace, width, vector, shared)
+    # Without shuffles a row is summed in shared memory, by a block of its own.
+    return list(dict.fromkeys(replace(tile, rows=1) for tile in tiles)) if is_portable() else tiles
 
 
 def vector_of(spec: RegionSpec, trace: Trace) -> int:
@@ -55,7 +58,7 @@ def vector_of(spec: RegionSpec, trace: Trace) -> int:
     width = trace.space.width.number
     streams = [load for value in spec.region.outputs for load in loads(trace.root(value)) if is_stream(spec, load)]
     tensors = [*(spec.operands[load.operand] for load in streams), *spec.outputs]
-    vector = max(1, min(8, max(ACCESS[tensor.dtype] for tensor in tensors)))
+    vector = max(1, min(widest_lanes(), max(ACCESS[tensor.dtype] for tensor in tensors)))
     while width % vector:
         vector //= 2
     # Lanes that no access joins would only cost registers.

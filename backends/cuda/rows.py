@@ -16,6 +16,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.kernels import Argument
 
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
@@ -49,7 +50,7 @@ class RowTile:
 
 def row_tile(width: int, dtype: str) -> RowTile:
     """The tile for rows of `width` elements, `dtype` being the widest type that is read or written."""
-    vector = _ACCESS // _bytes(dtype)
+    vector = min(_ACCESS // _bytes(dtype), widest_lanes())
     while width % vector:
         vector //= 2
     accesses = width // vector
@@ -57,7 +58,7 @@ def row_tile(width: int, dtype: str) -> RowTile:
         threads = 1
         while threads < min(accesses, _WARP):
             threads *= 2
-        return RowTile(vector, threads, -(-accesses // threads), _THREADS // threads)
+        return RowTile(vector, threads, -(-accesses // threads), 1 if is_portable() else _THREADS // threads)
     warps = min(-(-width // (_WARP * _PER_THREAD)), -(-accesses // _WARP))
     threads = _WARP * warps
     return RowTile(vector, threads, -(-accesses // threads), 1)
@@ -178,6 +179,9 @@ class Row:
 
 def across_threads(total: Expr, threads: int, lane: Expr, start: Expr, largest: bool = False) -> None:
     """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them."""
+    if is_portable():
+        _in_shared(total, threads, lane, largest)
+        return
     _shuffle(total, min(threads, _WARP), largest)
     if threads <= _WARP:
         return
@@ -196,6 +200,24 @@ def across_threads(total: Expr, threads: int, lane: Expr, start: Expr, largest: 
             with T.Else():
                 store(total, start, 0)
     _shuffle(total, _WARP, largest)
+
+
+def _in_shared(total: Expr, threads: int, lane: Expr, largest: bool) -> None:
+    """The same without shuffles, of a block that has one row: a tree in shared memory."""
+    if threads == 1:
+        return
+    partial = T.alloc_buffer((threads,), total.dtype, scope="shared")
+    store(partial, total[0], lane)
+    T.evaluate(T.tvm_storage_sync("shared"))
+    half = 1
+    while 2 * half < threads:
+        half *= 2
+    while half:
+        with T.If(lane < min(half, threads - half)), T.Then():
+            store(partial, _joined(partial[lane], partial[lane + half], largest), lane)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        half //= 2
+    store(total, partial[0], 0)
 
 
 def local(size: int, dtype: str = "float32") -> Expr:
