@@ -1,4 +1,4 @@
-"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,tf32]`, or anything that TVM calls a target."""
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,sm_80][,tf32]`, or anything TVM calls a target."""
 
 from __future__ import annotations
 
@@ -57,12 +57,15 @@ class CompileTarget:
 
 
 def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
-    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90`."""
-    if not isinstance(target, str) or not target.startswith("cuda:") or "," not in target:
+    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90[,tf32]`."""
+    if not isinstance(target, str) or not target.startswith("cuda:"):
         return [resolve(target, threads)]
-    names = [name.strip().removeprefix("cuda:") for name in target.removeprefix("cuda:").split(",")]
-    found = {made.name: made for made in (resolve(f"cuda:{name}", threads) for name in names if name)}
-    return list(found.values())
+    parts = [part.strip().removeprefix("cuda:") for part in target.removeprefix("cuda:").split(",")]
+    names = [part for part in parts if part != "tf32"]
+    if len(names) < 2:
+        return [resolve(target, threads)]
+    option = ",tf32" if "tf32" in parts else ""
+    return list({name: resolve(f"cuda:{name}{option}") for name in names}.values())
 
 
 def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:

@@ -31,7 +31,7 @@ from rescompile.backends.cuda import nvrtc, plain
 from rescompile.backends.cuda.build import Assemble, compiled
 from rescompile.backends.cuda.choice_records import generators, versions
 from rescompile.backends.cuda.choose import Candidate, Wanted, candidates
-from rescompile.backends.cuda.contest import bytes_of, static
+from rescompile.backends.cuda.contest import bytes_of, shapes
 from rescompile.backends.cuda.contraction import ContractionSpec, EpilogueProgram
 from rescompile.backends.cuda.cubin import Cubin, to_cubin, usage
 from rescompile.backends.cuda.library_candidates import library_candidates
@@ -115,7 +115,9 @@ def _packed(
                 made.append(_library(folder, name, {label: function}, target, arch, assemble))
             except (*TVM_ERRORS, RescompileError) as error:
                 failures[label] = _last_line(error)
-    arguments = [replace(part, shape=static(part.shape)) for part in wanted.arguments]
+    arguments = [
+        replace(part, shape=shape) for part, shape in zip(wanted.arguments, shapes(wanted.arguments), strict=True)
+    ]
     libraries = library_candidates(entry.spec, tuple(part.name for part in arguments))
     alone = None
     if isinstance(entry.spec, ContractionSpec):
@@ -127,6 +129,7 @@ def _packed(
         "kernels": generators(),
         "key": repr(entry.spec),
         "spec": described(entry.spec),
+        "norm": None if entry.norm is None else described(entry.norm),
         "arguments": [asdict(part) for part in arguments],
         "flops": getattr(entry.spec, "flops", None),
         "bytes": bytes_of(arguments),
@@ -216,8 +219,11 @@ def pack_runtime(folder: Path) -> None:
 
 
 def _of_runtime(name: str) -> bool:
+    if name.endswith(".dist-info/METADATA"):
+        return True
     if name.startswith("tvm_ffi"):
-        return not any(part in name for part in ("/include/", "/3rdparty/", "/testing/", "_testing"))
+        left_out = ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/")
+        return not any(part in name for part in left_out)
     return name in RUNTIME
 
 

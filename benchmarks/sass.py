@@ -19,7 +19,7 @@ import tvm
 
 from benchmarks.sass_kernels import ARCHITECTURES, kernels
 from rescompile.backends.cuda import sass
-from rescompile.backends.cuda.cubin import Cubin, by_nvrtc, corrected, ready_to_compile
+from rescompile.backends.cuda.cubin import Cubin, by_nvrtc
 from rescompile.backends.cuda.executable import cross_compiling, cuda_source
 from rescompile.backends.cuda.schedule import thread_extents
 from rescompile.backends.cuda.targets import architecture, cuda_target
@@ -42,7 +42,7 @@ def measure(arch: str) -> dict[str, dict[str, Any]]:
         functions[kernel.name], tiles[kernel.name] = kernel.function(arch)
     with cross_compiling():
         made = tvm.compile(tvm.IRModule(functions), target=cuda_target(arch))
-    cubin = by_nvrtc(ready_to_compile(corrected(cuda_source(made.mod))), arch)
+    cubin = by_nvrtc(cuda_source(made.mod), arch)
     if not isinstance(cubin, Cubin):
         raise RescompileError(f"The table needs NVRTC: {cubin or 'pip install nvidia-cuda-nvrtc'}.")
     found = {}

@@ -20,6 +20,7 @@ from rescompile.printing import print_type
 from rescompile.specs import InputSpec
 
 if TYPE_CHECKING:
+    from rescompile.backends.artifact import Code
     from rescompile.backends.program import Program
     from rescompile.backends.roofline import Gpu
     from rescompile.backends.targets import CompileTarget
@@ -133,7 +134,32 @@ def describe(program: Program, path: Path) -> str:
     kernels = Counter(str(region.get("kernel", "other")) for region in manifest.regions)
     listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
     lines.append(f"  regions: {listed}")
+    if manifest.codes:
+        lines += [f"  code for {_code(code)}" for code in manifest.codes]
+        lines.append(
+            f"  memory: {_bytes(manifest.storage.get('weights'))} of weights, {_activations(manifest.storage)}"
+        )
+    if manifest.note:
+        lines.append(f"  {manifest.note}")
     return "\n".join(lines)
+
+
+def _code(code: Code) -> str:
+    """One library of a program for GPUs, as text."""
+    form = {"cubin": "", "ptx": " and later, as PTX", "cuda": ", as CUDA source"}[code.form]
+    sizes = "".join(f", {name} = {size}" for name, size in code.extents.items())
+    return f"{code.arch}{form}{sizes}"
+
+
+def _activations(storage: dict[str, int | None]) -> str:
+    peak, apart = storage.get("activations"), storage.get("activations_unshared")
+    if peak is None:
+        return "activations as the extents of the inputs ask for"
+    return f"{_bytes(peak)} of activations in {storage.get('tensors')} tensors ({_bytes(apart)} if none shared memory)"
+
+
+def _bytes(count: int | None) -> str:
+    return f"{(count or 0) / 2**20:.1f} MiB"
 
 
 def explained(program: Program, gpu: Gpu | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
 from rescompile.backends.cuda.storage import StoragePlan, plan_storage
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
+from rescompile.backends.heads import pack_heads
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.reports import Region, generated
@@ -108,6 +109,9 @@ class _Program:
         return found
 
 
+_TORCH = "torch"  # in a target's `libs`: its libraries are there where the program runs
+
+
 def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Settings) -> Program:
     """A program for the GPUs of `targets`; this machine need not have one.
 
@@ -136,7 +140,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
     notes = [_note(cubin), _libraries(first.regions), first.note, *program.notes]
     notes += settings.contest.report.notes if settings.contest is not None else ()
     manifest = Manifest(
-        target=",".join(target.name for target in targets),
+        target=_named(targets),
         device="cuda",
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
@@ -167,9 +171,10 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
+    pack_heads(work)
     group_epilogues(work)
     tell("lowering", 0, 3)
-    choice = KernelChoice(limits)
+    choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
     limit = None if settings.tuning is None else float(settings.tuning)
     choice.choose(_device(target), builder(target), settings.database, limit)
@@ -224,7 +229,7 @@ def _add_ptx(
     from rescompile.backends.targets import resolve
 
     if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
-        target = resolve(f"cuda:{_PLAIN}")
+        target = replace(resolve(f"cuda:{_PLAIN}"), tf32=target.tf32)
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):
         ptx = to_ptx(one.source, str(target.arch)) if one.source else None
@@ -249,6 +254,14 @@ def _buckets(graph: Graph, sizes: Sequence[int]) -> list[Extents]:
             f"the others; compile without sizes, or for one fixed batch."
         )
     return [{symbol: size} for size in sorted(set(sizes))]
+
+
+def _named(targets: Sequence[CompileTarget]) -> str:
+    """The targets as they are spelled."""
+    if len(targets) == 1:
+        return targets[0].name
+    names = [str(target.arch) for target in targets]
+    return f"cuda:{','.join(names)}{',tf32' if targets[0].tf32 else ''}"
 
 
 def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:

@@ -23,7 +23,7 @@ LARGEST_BOX = 256  # elements of a tensor map's box along any axis
 ALIGNMENT = 16  # bytes, of a tensor's address and of each of its strides
 
 _SWIZZLE_128B, _PROMOTE_L2_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-_HOLD = "hold_register"
+_HOLD = "hold_float"
 _HOLD_SOURCE = (
     f'__forceinline__ __device__ void {_HOLD}(float& value) {{\n  asm volatile("" : "+f"(value) : : "memory");\n}}\n'
 )
@@ -213,6 +213,16 @@ def store_shared(to: Expr, values: Sequence[Expr]) -> None:
 def load_shared(into: Sequence[Expr], address: Expr) -> None:
     """Read 1, 2 or 4 neighbouring float32 of shared memory."""
     T.evaluate(T.ptx[f"ld.shared{_VECTORS[len(into)]}.f32"](*into, address))
+
+
+def store_index(to: Expr, value: Expr) -> None:
+    """Write an int32 to shared memory."""
+    T.evaluate(T.ptx["st.shared.s32"](to, value))
+
+
+def load_index(into: Expr, address: Expr) -> None:
+    """Read an int32 of shared memory."""
+    T.evaluate(T.ptx["ld.shared.s32"](into, address))
 
 
 def take_registers(count: int) -> None:

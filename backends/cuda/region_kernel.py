@@ -501,7 +501,9 @@ class _Thread:
         """One pass over the row: write outputs, keep what is normalised, add up terms of it."""
         for node in stashed:
             size = self.tile.chunks * self.tile.span
-            self.held[node] = (T.alloc_buffer((size,), self.sources[node], scope="shared.dyn"), True)
+            dtype = self.sources[node]
+            # Kernels of one source that share a name have to agree in its type.
+            self.held[node] = (IRBuilder.name(f"row_{dtype}", T.alloc_buffer((size,), dtype, scope="shared.dyn")), True)
         fresh = set(stashed)
         wanted = [*stashed, *(norm.source for norm, _, _ in sums), *roots.values()]
         held = {node: self.held.pop(node) for node in stashed}

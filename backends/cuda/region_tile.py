@@ -149,7 +149,7 @@ def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, shared: 
             found.append(RegionTile(vector, threads, -(-accesses // threads)))
     if not found:
         row = width * held
-        for threads in (1024, 512):
+        for threads in (512,):
             stash = row <= shared - (2 << 10)
             found.append(RegionTile(vector, threads, -(-accesses // threads), streams=True, stash=stash))
     return list(dict.fromkeys(found))

@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.cuda import softmax
+from rescompile.backends.cuda import composed, flash, softmax
 from rescompile.backends.cuda.choose import KernelChoice, explained
 from rescompile.backends.cuda.libraries import GLOBAL
 from rescompile.backends.cuda.lower_contraction import conv as product_conv
@@ -26,8 +26,8 @@ from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import Architecture, architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.kernels import Argument, NormSpec
-from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
+from rescompile.backends.kernels import Argument, AttentionSpec, NormSpec
+from rescompile.backends.lower_attention import MASKED, attention_by_kernel, attention_in_relax, softmax_in_relax
 from rescompile.backends.lower_reduce import REDUCTIONS, product
 from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
@@ -98,6 +98,12 @@ class CudaEmitter(Emitter):
         """What the GPU can do."""
         return self.choice.limits
 
+    def call(self, op: Op, spec: Any, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
+        """Call what computes attention, one kernel before all else; nothing where it is to be composed."""
+        if not isinstance(spec, AttentionSpec):
+            return super().call(op, spec, given, rows)
+        return self.call_kernel(op, spec, (flash, composed), "attention", given)
+
     def takes(self, spec: Any, *families: Any) -> bool:
         """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
         return any(not family.refusal(spec, self.choice.limits) for family in families)
@@ -111,7 +117,7 @@ class CudaEmitter(Emitter):
         given: Mapping[str, Expr],
         rows: Rows = None,
     ) -> list[Expr]:
-        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
+        """Call what was chosen to compute a spec with buffers by name; the outputs, none where it is to be composed.
 
         Args:
             families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
@@ -120,6 +126,8 @@ class CudaEmitter(Emitter):
         """
         served = tuple(families) if isinstance(families, Sequence) else (families,)
         choice = self.choice.pick(spec, served)
+        if choice.candidate.inline:
+            return []
         buffers: list[Argument] = served[0].arguments(spec)
         if spec not in self._calls:
             name = f"{stem}_{len(self.regions)}"
@@ -213,8 +221,9 @@ def conv(e: Emitter, op: Op) -> None:
 
 
 def attention(e: Emitter, op: Op) -> None:
-    """y = softmax(scale·q·kᵀ + mask)·v: two products, and one pass over the scores between them"""
-    e.bind(op.output, attention_in_relax(e, op, _attention_weights))
+    """y = softmax(scale·q·kᵀ + mask)·v: a library's, or two products and one pass over the scores between them"""
+    if not attention_by_kernel(e, op):
+        e.bind(op.output, attention_in_relax(e, op, _attention_weights))
 
 
 def _attention_weights(e: Emitter, op: Op, scores: Expr, dtype: str) -> Expr:

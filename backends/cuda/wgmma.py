@@ -37,6 +37,7 @@ _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232  # 128·(40 + 2·232) is with
 _STEP = 16  # terms of a wgmma
 _STAGED = 32  # columns of the sums that a warp turns at once, in shared memory, from fragments to rows
 _PITCH = _STAGED + 8  # elements: the rows of a fragment fall into different banks
+_TURNED = 16 * _PITCH * 4 + 16  # bytes of a warp: that, and where its tile is
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class WgmmaTile:
     @property
     def turned_bytes(self) -> int:
         """Of all warps' buffers in which sums become rows."""
-        return self.consumers * _WARPS * 16 * _PITCH * 4
+        return self.consumers * _WARPS * _TURNED
 
 
 def refusal(spec: ContractionSpec, limits: Architecture) -> str:
@@ -285,12 +286,15 @@ class _Kernel:
                 before = (turn * tile.consumers + self.group) * self.steps
                 T.buffer_store(stage, before % tile.stages, [0])
                 T.buffer_store(phase, before // tile.stages % 2, [0])
+            # Zeroed here, and not by a first product that drops them: the epilogue then need not keep the old ones.
+            for index in range(blocks * each):
+                T.buffer_store(sums, tvm.tirx.const(0.0, "float32"), [index])
             with T.serial(0, self.steps) as step:
                 hopper.wait(self.full(stage[0]), phase[0])
                 base = self.ring[0] + stage[0].astype("uint32") * hopper.u32(tile.stage_bytes)
                 own = 0 if tile.alternate else self.group * (tile.rows_each * hopper.SWIZZLE)
                 start = base if tile.alternate else base + own.astype("uint32")
-                self._multiply(sums, blocks, each, start, base + hopper.u32(self.a.bytes), step)
+                self._multiply(sums, blocks, each, start, base + hopper.u32(self.a.bytes))
                 hopper.commit_products()
                 # The group before this one is done, and so is its reading: its stage may be filled again.
                 hopper.await_products(1)
@@ -308,7 +312,7 @@ class _Kernel:
                 hopper.arrive(self.empty(last[0]))
             self._epilogue(sums, blocks, each, row, column, matrix)
 
-    def _multiply(self, sums: Expr, blocks: int, each: int, a: Expr, b: Expr, step: Expr) -> None:
+    def _multiply(self, sums: Expr, blocks: int, each: int, a: Expr, b: Expr) -> None:
         """All products of a stage."""
         for index in range(blocks * each):
             hopper.hold(sums[index])
@@ -321,41 +325,67 @@ class _Kernel:
                     self.a.descriptor(a, block, part),
                     self.b.descriptor(b, 0, part),
                     (self.a, self.b),
-                    tvm.tirx.const(True, "bool") if part else step > 0,
+                    tvm.tirx.const(True, "bool"),
                 )
 
     def _epilogue(self, sums: Expr, blocks: int, each: int, row: Expr, column: Expr, matrix: Expr) -> None:
         """From fragments to rows by way of shared memory, a warp for itself; then the program, 16 bytes an access."""
         tile, lane = self.tile, self.lane
-        own = _variable("uint32", self.turned[0] + _bytes((self.group * _WARPS + self.warp) * (16 * _PITCH)))[0]
+        own = _variable("uint32", self.turned[0] + ((self.group * _WARPS + self.warp) * _TURNED).astype("uint32"))[0]
         epilogue = Epilogue(self.spec, self.call)
         lanes = _STAGED // epilogue.width  # that share a row
         turns = 16 * lanes // WARP
         values = T.alloc_buffer((epilogue.width,), "float32", scope="local")
         top = row + self.warp * 16 + (0 if tile.alternate else self.group * tile.rows_each)
-        batch = self._wide(matrix)
-        for block in range(blocks):
-            for chunk in range(tile.columns // _STAGED):
-                across = column + (chunk * _STAGED + lane % lanes * epilogue.width)
-                downs = [top + (block * 64 + turn * (WARP // lanes)) + lane // lanes for turn in range(turns)]
-                insides = [tvm.tirx.And(down < _int32(self.call.rows), across < self.spec.columns) for down in downs]
-                places = [(batch, self._wide(down), self._wide(across)) for down in downs]
-                # What the program reads is under way while the sums are turned.
-                held = [epilogue.read(*place, inside) for place, inside in zip(places, insides, strict=True)]
-                T.evaluate(T.cuda.warp_sync())
-                for eight in range(_STAGED // 8):
-                    for half in range(2):
-                        to = (lane // 4 + half * 8) * _PITCH + eight * 8 + lane % 4 * 2
-                        at = block * each + (chunk * _STAGED // 8 + eight) * 4 + half * 2
-                        hopper.store_shared(own + _bytes(to), [sums[at], sums[at + 1]])
-                T.evaluate(T.cuda.warp_sync())
-                for turn in range(turns):
-                    begin = (turn * (WARP // lanes) + lane // lanes) * _PITCH + lane % lanes * epilogue.width
-                    count = min(epilogue.width, 4)
-                    for start in range(0, epilogue.width, count):
-                        read = [values[start + i] for i in range(count)]
-                        hopper.load_shared(read, own + _bytes(begin + start))
-                    epilogue.write(values, 0, held[turn], *places[turn], insides[turn])
+        chunks = [(block, chunk) for block in range(blocks) for chunk in range(tile.columns // _STAGED)]
+
+        def places(block: int, chunk: int) -> list[tuple[Expr, Expr]]:
+            across = column + (chunk * _STAGED + lane % lanes * epilogue.width)
+            return [(top + (block * 64 + turn * (WARP // lanes)) + lane // lanes, across) for turn in range(turns)]
+
+        # Addresses that come out of shared memory after a barrier: else the assembler begins the reads of all parts at
+        # once, and spills the sums to hold what they bring.
+        position = (self.row, self.column)
+        for index, value in enumerate(position):
+            hopper.store_index(own + hopper.u32(_TURNED - 8 + 4 * index), value[0])
+        following = self._read(epilogue, matrix, places(*chunks[0]))
+        for number, (block, chunk) in enumerate(chunks):
+            held = following
+            T.evaluate(T.cuda.warp_sync())
+            for eight in range(_STAGED // 8):
+                for half in range(2):
+                    to = (lane // 4 + half * 8) * _PITCH + eight * 8 + lane % 4 * 2
+                    at = block * each + (chunk * _STAGED // 8 + eight) * 4 + half * 2
+                    hopper.store_shared(own + _bytes(to), [sums[at], sums[at + 1]])
+            T.evaluate(T.cuda.warp_sync())
+            if number + 1 < len(chunks):
+                # What the next part's program reads is under way while this part is computed.
+                for index, value in enumerate(position):
+                    hopper.load_index(value[0], own + hopper.u32(_TURNED - 8 + 4 * index))
+                following = self._read(epilogue, matrix, places(*chunks[number + 1]))
+            for turn, (down, across) in enumerate(places(block, chunk)):
+                begin = (turn * (WARP // lanes) + lane // lanes) * _PITCH + lane % lanes * epilogue.width
+                count = min(epilogue.width, 4)
+                for start in range(0, epilogue.width, count):
+                    into = [values[start + i] for i in range(count)]
+                    hopper.load_shared(into, own + _bytes(begin + start))
+                inside = tvm.tirx.And(down < _int32(self.call.rows), across < self.spec.columns)
+                place = (self._wide(matrix), self._wide(down), self._wide(across))
+                epilogue.write(values, 0, held[turn], *place, inside)
+
+    def _read(self, epilogue: Epilogue, matrix: Expr, places: list[tuple[Expr, Expr]]) -> list[list[Expr]]:
+        """What the program reads for these rows, from top to bottom; what they share once.
+
+        Outside of the result the last row's, or columns', in its place: registers that are left as they were would be
+        kept, for all parts, from tile to tile.
+        """
+        read: list[list[Expr]] = []
+        for down, across in places:
+            row = tvm.tirx.min(down, _int32(self.call.rows) - 1)
+            column = tvm.tirx.min(across, self.spec.columns - epilogue.width)
+            place = (self._wide(matrix), self._wide(row), self._wide(column))
+            read.append(epilogue.read(*place, above=read[0] if read else ()))
+        return read
 
     def _wide(self, index: Expr) -> Expr:
         """An index from which offsets are computed: 64 bits where the result may have 2^31 elements."""
@@ -377,10 +407,10 @@ class _Kernel:
         group = divide(inside, _int32(_GROUP * columns))
         high = tvm.tirx.min(self.rows_of_tiles - group * _GROUP, _GROUP)
         within = rest(inside, _int32(_GROUP * columns))
-        row = _variable("int32", group * _GROUP + rest(within, high))
-        column = _variable("int32", divide(within, high))
+        self.row = _variable("int32", group * _GROUP + rest(within, high))
+        self.column = _variable("int32", divide(within, high))
         # Multiplied in each place where they are used: there TVM has to see that accesses are aligned.
-        return row[0] * tile.rows, column[0] * tile.columns, matrix
+        return self.row[0] * tile.rows, self.column[0] * tile.columns, matrix
 
     def _advance(self, stage: Expr, phase: Expr) -> None:
         T.buffer_store(stage, stage[0] + 1, [0])

@@ -27,6 +27,7 @@ COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
+_CODE = ('extern "C" __global__', "template <class V, int N> struct Booleans")  # what comes before is TVM's headers
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
@@ -36,9 +37,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
-    from rescompile.backends.cuda.bool_vectors import corrected
-
-    body = source[source.index('extern "C" __global__') :]
+    body = source[min(found for mark in _CODE if (found := source.find(mark)) >= 0) :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
@@ -55,7 +54,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
-        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{corrected(body)}\n{"".join(launches)}')
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
@@ -112,7 +111,7 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
 
 
 def run_functions(
-    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]], *, optimise: str = "-O1"
 ) -> dict[str, list[np.ndarray[Any, Any]]]:
     """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
 
@@ -127,10 +126,20 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(source, optimise=optimise)), folder / "functions.so")
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
+
+
+def run_scenarios(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What scenarios.py found, by name, from a process with the simulated GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / "scenarios.py"), *driver(), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:

@@ -41,10 +41,10 @@ enum Status {
 
 // What a test may choose, and what it may count.
 struct Settings {
-  long major = 9, minor = 0, devices = 1, driver = 13000, shared_limit = 227 << 10, load_status = 0, graph_status = 0;
+  long major = 9, minor = 0, devices = 2, driver = 13000, shared_limit = 227 << 10, load_status = 0, graph_status = 0;
 } settings;
 struct Counters {
-  long mallocs = 0, frees = 0, live = 0, launches = 0, graph_launches = 0, captures = 0, synchronisations = 0, loads = 0;
+  long mallocs = 0, frees = 0, live = 0, launches = 0, graph_launches = 0, captures = 0, synchronisations = 0, loads = 0, copies = 0;
 } counters;
 std::map<void*, std::size_t> sizes;
 thread_local int current_device = 0;
@@ -151,6 +151,7 @@ Status copy(void* to, const void* from, std::size_t size, int kind, void* stream
     drain(stream_of(stream));
     return status;
   }
+  ++counters.copies;
   return enqueue(stream, [=] { std::memmove(to, from, size); });
 }
 
@@ -175,7 +176,8 @@ long simulated_get(const char* what) {
       {"mallocs", counters.mallocs},       {"frees", counters.frees},
       {"live", counters.live},             {"launches", counters.launches},
       {"captures", counters.captures},     {"graph_launches", counters.graph_launches},
-      {"synchronisations", counters.synchronisations}, {"loads", counters.loads}};
+      {"synchronisations", counters.synchronisations}, {"loads", counters.loads},
+      {"copies", counters.copies}};
   const auto found = known.find(what);
   return found == known.end() ? -1 : found->second;
 }

@@ -270,10 +270,13 @@ inline const bool hopper_engine_is_set = (engine = hopper_engine, true);
 
 }  // namespace gpu
 
-inline void hold_register(float&) {}
+inline void hold_float(float&) {}
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
+
+inline void tvm_builtin_ptx_st_shared_s32(uint32_t to, int32_t x) { *gpu::shared_pointer<int32_t>(to) = x; }
+inline void tvm_builtin_ptx_ld_shared_s32(int32_t& x, uint32_t from) { x = *gpu::shared_pointer<int32_t>(from); }
 
 inline void tvm_builtin_ptx_mbarrier_init_init_shared__cta_b64(uint32_t at, uint32_t n) { gpu::init_barrier(at, n); }
 inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() { gpu::published = true; }
