@@ -17,15 +17,17 @@ from rescompile.backends.heads import pack_heads
 from rescompile.backends.kernel_set import KernelSet
 from rescompile.backends.kernels import schedule_default
 from rescompile.backends.layouts import wanted_borders
+from rescompile.backends.lower_conv import padded_input
 from rescompile.backends.program import Program
+from rescompile.backends.region_draft import keeps
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.reports import generated
+from rescompile.backends.rules import CPU_RULES
 from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.errors import RescompileError
 from rescompile.graph import Graph
-from rescompile.kinds import OpKind
 
 if TYPE_CHECKING:
     from rescompile.backends.tuning_contest import Contest
@@ -41,18 +43,18 @@ def compile_cpu(
     contest: Contest | None = None,
 ) -> Program:
     """A program for `target`, which is a processor; a `contest` puts tuned schedules beside its kernels."""
-    work = working_copy(graph)
+    work = working_copy(graph, keeps)
     constants.fold(work, imports)
     pack_heads(work)
     group_epilogues(work)
-    borders = wanted_borders(work, frozenset((OpKind.CONV, OpKind.FUSED_CONV)))
+    borders = wanted_borders(work, padded_input)
     if target.machine is None:
         raise RescompileError(f"The target '{target.name}' is not a processor: use cpu.")
     kernels = KernelSet(target.machine)
-    lowering.lower(Emitter(work, kernels, borders), imports, contents=False)
+    lowering.lower(Emitter(work, kernels, borders), imports, contents=False, rules=CPU_RULES)
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
-    lowered = lowering.lower(Emitter(work, kernels, borders), imports)
+    lowered = lowering.lower(Emitter(work, kernels, borders), imports, rules=CPU_RULES)
     schedule = schedule_generated(lowered.regions)
     if contest is not None:
         schedule = contest.schedule(kernels.called(lowered.regions), schedule_default)

@@ -47,7 +47,7 @@ class Emitter:
         self.graph = graph
         self.kernels = kernels
         self.bb = relax.BlockBuilder()
-        self.symbols = Symbols()
+        self.symbols = Symbols(graph.extents)
         self.borders = borders or {}
         self.regions: dict[str, Region] = {}
         self._functions: dict[Spec, Expr] = {}

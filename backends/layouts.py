@@ -7,11 +7,10 @@ producer of a value writes the widest border that any reader wants, so that no r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rescompile.graph import Graph, Op, Value
-from rescompile.kinds import OpKind
 
 Pair = tuple[int, int]
 
@@ -43,7 +42,12 @@ def to_channels_first(rank: int) -> tuple[int, ...]:
 
 def spatial_pads(op: Op) -> tuple[int, int, int, int]:
     """Top, left, bottom, right of a convolution or pool; a one-dimensional one has height 1."""
-    pads = tuple(op.attr("pads"))
+    return spatial_pads_of(op.attr("pads"))
+
+
+def spatial_pads_of(given: Sequence[int]) -> tuple[int, int, int, int]:
+    """The same of the attribute."""
+    pads = tuple(given)
     if len(pads) == 2:
         return 0, pads[0], 0, pads[1]
     if len(pads) == 0:
@@ -58,16 +62,16 @@ def pair(extents: Sequence[int], flat: bool) -> Pair:
     return (1, found[0]) if flat else (found[0], found[1])
 
 
-def wanted_borders(graph: Graph, readers: frozenset[OpKind]) -> dict[Value, Pair]:
-    """For each value, the border that the operations of the kinds `readers` read around it."""
+def wanted_borders(
+    graph: Graph, readers: Callable[[Op], tuple[Value, tuple[int, int, int, int]] | None]
+) -> dict[Value, Pair]:
+    """For each value, the border that operations read around it: `readers` says which, and how much padding."""
     wanted: dict[Value, Pair] = {}
     for op in graph:
-        if op.kind not in readers or len(op.attr("pads")) > 4:
+        found = readers(op)
+        if found is None:
             continue
-        value = op.inputs[0]
-        if value is None:
-            continue
-        top, left, bottom, right = spatial_pads(op)
+        value, (top, left, bottom, right) = found
         vertical, horizontal = wanted.get(value, (0, 0))
         border = (max(vertical, top, bottom), max(horizontal, left, right))
         if border != (0, 0):

@@ -10,8 +10,9 @@ from rescompile.backends.emitter import DTYPES, Emitter
 from rescompile.backends.kernels import ConvSpec, Epilogue
 from rescompile.backends.layouts import Layout, pair, spatial_pads
 from rescompile.backends.lower_linear import epilogue, packed, residual_of, residual_value
+from rescompile.backends.lower_region import region_border
 from rescompile.errors import GraphError
-from rescompile.graph import Op
+from rescompile.graph import Op, Value
 from rescompile.kinds import OpKind
 
 R = relax.op
@@ -124,6 +125,15 @@ def conv_transpose(e: Emitter, op: Op) -> None:
     )
     out = epilogue(e, op, out, None, [1, -1] + [1] * rank)
     e.bind(op.output, e.cast(out, op.output.dtype or dtype))
+
+
+def padded_input(op: Op) -> tuple[Value, tuple[int, int, int, int]] | None:
+    """What a convolution of at most two dimensions reads, and its padding; None for any other operation."""
+    if op.kind is OpKind.FUSED_REGION:
+        return region_border(op)
+    if op.kind not in (OpKind.CONV, OpKind.FUSED_CONV) or len(op.attr("pads")) > 4 or op.inputs[0] is None:
+        return None
+    return op.inputs[0], spatial_pads(op)
 
 
 CONVOLUTIONS: dict[OpKind, Any] = {

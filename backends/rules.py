@@ -12,6 +12,7 @@ from rescompile.backends.lower_linear import PRODUCTS
 from rescompile.backends.lower_norm import NORMS
 from rescompile.backends.lower_pool import POOLS
 from rescompile.backends.lower_reduce import REDUCTIONS
+from rescompile.backends.lower_region import region
 from rescompile.backends.lower_shape import MOVES
 from rescompile.graph import Op
 from rescompile.kinds import OpKind
@@ -28,3 +29,6 @@ RULES: dict[OpKind, Rule] = {
     **ATTENTIONS,
     **POOLS,
 }
+
+# With kernels of their own: what `region_draft.keeps` leaves whole.
+CPU_RULES: dict[OpKind, Rule] = {**RULES, OpKind.FUSED_REGION: region}

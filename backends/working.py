@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rescompile.extents import extent_of
 from rescompile.fused_region import parse, step_types
 from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
@@ -21,6 +22,7 @@ class WorkingGraph(Graph):
     def __init__(self, name: str = "") -> None:
         super().__init__(name)
         self.source_ir = "memory"
+        self.extents: dict[str, int] = {}  # what symbols stand for, where they were given a value
 
     def native_data(self, value: Value) -> np.ndarray[Any, Any]:
         """Contents of a constant, from the source graph or from a rewrite."""
@@ -125,6 +127,15 @@ def working_copy(graph: Graph, keeps: Callable[[Op], bool] = _nothing) -> Workin
         twins.update(zip(op.outputs, made.outputs, strict=True))
     copy.set_outputs([twin(value) for value in graph.outputs])
     return copy
+
+
+def specialise(graph: WorkingGraph, extents: Mapping[str, int]) -> None:
+    """Give symbols a value, in the shapes of all values."""
+    for value in graph.values:
+        if value.shape is not None and any(isinstance(dim, str) for dim in value.shape):
+            known = [(dim, extent_of(dim, extents)) for dim in value.shape]
+            value.shape = tuple(dim if number is None else number for dim, number in known)
+    graph.extents = {**graph.extents, **extents}
 
 
 def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[Value]:

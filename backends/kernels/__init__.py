@@ -14,6 +14,8 @@ A kernel is described by a frozen *spec* (what is computed) and a *tile* (how it
 - Buffer order. Contractions: x, weight, [bias], [residual], y. Norms: x, [residual], [weight], [bias], y, [sum].
   Attention: qkv or q, k, v, then [mask], y. All others: x, y.
 - A dimension None in an `Argument` is the dynamic row count (linears, norms, softmax with rows=None).
+- Regions. A `Program` is a fused region with the `Place` of each operand and result. Alone it is a `RegionSpec`, around
+  norms a `RowsSpec`, behind a contraction or a window the spec's `tail`.
 - `schedule_default(func)` schedules any other legalised PrimFunc (elementwise, reductions, small contractions).
 - Functions carry op_pattern 8 (opaque), so that Relax never fuses into them.
 - Buffers of these kernels need only the alignment of their element type. TVM's own ops assume 64 bytes, and crash
@@ -24,8 +26,11 @@ from __future__ import annotations
 
 from rescompile.backends.kernels.chooser import Choice, choose
 from rescompile.backends.kernels.default_schedule import schedule_default
+from rescompile.backends.kernels.elementwise import RegionSpec
 from rescompile.backends.kernels.families import Spec, arguments, candidates, pack_bias, pack_weight, prim_func
 from rescompile.backends.kernels.machine import Machine
+from rescompile.backends.kernels.region import Place, Program
+from rescompile.backends.kernels.row_region import RowsSpec
 from rescompile.backends.kernels.specs import (
     ACTIVATIONS,
     Argument,
@@ -39,6 +44,7 @@ from rescompile.backends.kernels.specs import (
     PoolSpec,
     SoftmaxSpec,
 )
+from rescompile.backends.kernels.tail import Tail
 from rescompile.backends.kernels.tiles import Tile
 
 __all__ = [
@@ -53,9 +59,14 @@ __all__ = [
     "LinearSpec",
     "Machine",
     "NormSpec",
+    "Place",
     "PoolSpec",
+    "Program",
+    "RegionSpec",
+    "RowsSpec",
     "SoftmaxSpec",
     "Spec",
+    "Tail",
     "Tile",
     "arguments",
     "candidates",

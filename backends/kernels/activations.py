@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import tvm
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.kernels.emit import Expr, const, let, maximum, minimum, select
@@ -17,6 +18,18 @@ _LOG2E = 1.44269504088896341
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _EXP_RANGE = (-87.33, 88.37)
+_SQRT_HALF = 0.70710678118654752440
+_LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
 _TANH_RANGE = 7.90531110763549805
 _TANH_P = (
     -2.76076847742355e-16,
@@ -65,6 +78,29 @@ def exp(x: Expr, dtype: str) -> Expr:
     mantissa = _horner(r, _EXP, dtype) * r * r + r + const(1.0, dtype)
     scale = T.reinterpret("float32", T.shift_left(n.astype("int32") + const(127, "int32"), const(23, "int32")))
     return select(x < low, const(0.0, dtype), mantissa * scale)
+
+
+def log(x: Expr, dtype: str) -> Expr:
+    """ln x; float32 below the normal numbers counts as the smallest of them, zero gives −∞, negative numbers NaN."""
+    if dtype == "float64":
+        return T.log(x)
+    x = let(x)
+    smallest, one = const(1.17549435e-38, dtype), const(1.0, dtype)
+    bits = let(T.reinterpret("int32", maximum(x, smallest)))
+    exponent = let(T.shift_right(bits, const(23, "int32")) - const(126, "int32"))
+    half = const(0x3F000000, "int32")
+    mantissa = let(T.reinterpret("float32", (bits & const(0x007FFFFF, "int32")) | half))
+    low = let(mantissa < const(_SQRT_HALF, dtype))
+    power = let(exponent.astype(dtype) - select(low, one, const(0.0, dtype)))
+    r = let(select(low, mantissa + mantissa, mantissa) - one)
+    square = let(r * r)
+    tail = _horner(r, _LOG, dtype) * r * square + power * const(_LN2_LOW, dtype) - square * const(0.5, dtype)
+    result = let(r + tail + power * const(_LN2_HIGH, dtype))
+    endless = const(float("inf"), dtype)
+    result = select(x < endless, result, x)
+    zero = const(0.0, dtype)
+    edge = select(tvm.tirx.EQ(x, zero), -endless, const(float("nan"), dtype))
+    return select(x > zero, result, edge)
 
 
 def _odd_quotient(x: Expr, limit: float, over: Sequence[float], under: Sequence[float], dtype: str) -> Expr:

@@ -278,6 +278,7 @@ class Entry:
         self.scalars = scalars
         self.seconds: list[float] = []
         self.output = next(i for i, argument in enumerate(described) if argument.output)
+        self.shared = described[self.output].shared
         self.buffers = [[tensor_of(value)] for value in values]
         self.packed: dict[int, np.ndarray] = {}
         for i, argument in enumerate(described):
@@ -297,7 +298,7 @@ class Entry:
         buffers = [copies[0] for copies in self.buffers]
         for i, packed in self.packed.items():
             buffers[i] = tensor_of(packed)
-        blank = np.full(buffers[self.output].shape, np.nan, np.float32)
+        blank = np.full(buffers[self.output].shape, 0.0 if self.shared else np.nan, np.float32)
         buffers[self.output].copyfrom(blank.astype(_numpy(str(buffers[self.output].dtype))))
         self.function(*buffers, *self.scalars)
         output: np.ndarray = buffers[self.output].numpy().astype(np.float64)

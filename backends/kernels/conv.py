@@ -34,13 +34,17 @@ from rescompile.backends.kernels.layout import bordered, copy_with_border
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.matmul import emit_matmul
 from rescompile.backends.kernels.register_tile import RegisterTile, pixels_for
+from rescompile.backends.kernels.rows import SERIAL_ELEMENTS
 from rescompile.backends.kernels.specs import Argument, ConvSpec, Pair, compute_dtype
+from rescompile.backends.kernels.tail import Following
 from rescompile.backends.kernels.tiles import Tile, accumulators, lane_widths, task_splits
 
 
 def _is_matmul(spec: ConvSpec) -> bool:
     """A 1×1 convolution on plain buffers is a matrix product over all pixels."""
-    plain = not any((*spec.pads, *spec.in_border, *spec.out_border, *spec.residual_border))
+    # A tail has the borders of its results in its own hands.
+    borders = spec.in_border if spec.tail is not None else (*spec.in_border, *spec.out_border, *spec.residual_border)
+    plain = not any((*spec.pads, *borders))
     return spec.kernel == (1, 1) and spec.stride == (1, 1) and spec.groups == 1 and plain
 
 
@@ -51,22 +55,27 @@ def _blocks(spec: ConvSpec, tile: Tile) -> Blocks:
 
 
 def arguments(spec: ConvSpec, tile: Tile) -> list[Argument]:
-    """x NHWC with its border, packed weight, [bias (OC)], [residual NHWC with its border], y NHWC with its border."""
+    """x NHWC with its border, packed weight, [bias (OC)], [residual NHWC with its border], y NHWC with its border.
+
+    With a tail, its own buffers instead of residual and y.
+    """
     blocks = _blocks(spec, tile)
     out = (spec.batch, spec.out_height, spec.out_width, spec.out_channels)
     depth = () if spec.depthwise else (blocks.group_in,)
-    x = bordered((spec.batch, spec.height, spec.width, spec.in_channels), spec.in_border)
+    x = bordered((spec.batch, spec.height, spec.width, spec.in_pitch or spec.in_channels), spec.in_border)
     extra = []
     if spec.epilogue.bias:
         extra.append(Argument("bias", (spec.out_channels,), spec.dtype))
     if spec.epilogue.residual:
         extra.append(Argument("residual", bordered(out, spec.residual_border), spec.dtype))
-    return [
+    given = [
         Argument("x", x, spec.dtype),
         Argument("weight", (blocks.count, *spec.kernel, *depth, tile.lanes), spec.dtype),
         *extra,
-        Argument("y", bordered(out, spec.out_border), spec.dtype, output=True),
     ]
+    if spec.tail is not None:
+        return [*given, *spec.tail.arguments]
+    return [*given, Argument("y", bordered(out, spec.out_border), spec.dtype, output=True)]
 
 
 def pack_weight(spec: ConvSpec, tile: Tile, weight: np.ndarray) -> np.ndarray:
@@ -107,9 +116,11 @@ def build(spec: ConvSpec, tile: Tile, name: str, dynamic_tasks: bool = False) ->
         operands = list(given)
         block_tasks: Expr = operands.pop() if dynamic_tasks else tile.block_tasks
         row_tasks: Expr = operands.pop() if dynamic_tasks else tile.row_tasks
-        x, weight, *rest, y = operands
+        x, weight, *rest = operands
         extra: list[Flat] = rest
         bias = extra.pop(0) if spec.epilogue.bias else None
+        following = None if spec.tail is None else Following(spec.tail, extra)
+        y = None if following is not None else extra.pop()
         residual = extra.pop(0) if spec.epilogue.residual else None
         if _is_matmul(spec):
             emit_matmul(
@@ -126,19 +137,23 @@ def build(spec: ConvSpec, tile: Tile, name: str, dynamic_tasks: bool = False) ->
                 row_tasks=row_tasks,
                 block_tasks=block_tasks,
                 dtype=spec.dtype,
+                in_pitch=spec.in_pitch,
+                in_first=spec.in_first,
+                following=following,
             )
             return
-        _emit_spatial(spec, tile, x, weight, bias, residual, y, row_tasks, block_tasks)
+        _emit_spatial(spec, tile, x, weight, bias, residual, y, row_tasks, block_tasks, following)
 
     return prim_func(name, arguments(spec, tile), body, ("row_tasks", "block_tasks") if dynamic_tasks else ())
 
 
 def _emit_spatial(
-    spec: ConvSpec, tile: Tile, x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat,
-    row_tasks: Expr, block_tasks: Expr,
+    spec: ConvSpec, tile: Tile, x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat | None,
+    row_tasks: Expr, block_tasks: Expr, following: Following | None,
 ) -> None:  # fmt: skip
     blocks = _blocks(spec, tile)
     border = spec.in_border
+    pitch, first_channel = spec.in_pitch or spec.in_channels, spec.in_first
     in_shape = (spec.batch, spec.height, spec.width, spec.in_channels)
     # What the last window reaches below and to the right; less than pads[2:] where the stride skips the end.
     reach = [
@@ -152,11 +167,11 @@ def _emit_spatial(
     if any(need > have for need, have in zip(needed, border, strict=True)):
         border = (max(border[0], needed[0]), max(border[1], needed[1]))
         padded = scratch(prod(bordered(in_shape, border)), spec.dtype)
-        copy_with_border(x, padded, in_shape, spec.in_border, border)
-        x = padded
+        copy_with_border(x, padded, in_shape, spec.in_border, border, pitch, first_channel)
+        x, pitch, first_channel = padded, spec.in_channels, 0
     out_shape = (spec.batch, spec.out_height, spec.out_width, spec.out_channels)
     _, out_h, out_w, _ = out_shape
-    in_plane = bordered(in_shape, border)
+    in_plane = bordered((*in_shape[:3], pitch), border)
     y_plane = bordered(out_shape, spec.out_border)
     r_plane = bordered(out_shape, spec.residual_border)
 
@@ -165,7 +180,7 @@ def _emit_spatial(
         left = column * spec.stride[1] + (border[1] - spec.pads[1])
         channel = let(blocks.out_channel(block))
         origin = ((image * in_plane[1] + top) * in_plane[2] + left) * in_plane[3]
-        origin = let(origin + (channel if spec.depthwise else blocks.in_channel(block)))
+        origin = let(origin + (channel if spec.depthwise else blocks.in_channel(block)) + first_channel)
         to = let(_at(y_plane, spec.out_border, image, row, column) + channel)
         from_ = let(_at(r_plane, spec.residual_border, image, row, column) + channel) if residual is not None else 0
         step = spec.out_channels
@@ -175,11 +190,19 @@ def _emit_spatial(
             _reduce(spec, tile, blocks, sums, x, weight, block, origin, in_plane)
             return sums
 
+        def rows_of(pixel: int) -> list[Expr]:
+            flat = following is not None and len(following.tail.program.shape(following.tail.root)) == 3
+            return [image, column + pixel] if flat else [image, row, column + pixel]
+
+        def write(pixel: int, lane: Expr, value: Expr) -> None:
+            if y is not None:
+                y.store(to + pixel * step + lane, value)
+
         def finish(sums: RegisterTile, width: int) -> None:
             sums.store(
                 spec.epilogue,
                 width,
-                lambda pixel, lane, value: y.store(to + pixel * step + lane, value),
+                write if following is None else following.storer(rows_of, channel),
                 None if bias is None else lambda lane: bias[channel + lane],
                 None if residual is None else lambda pixel, lane: residual[from_ + pixel * step + lane],
             )
@@ -191,6 +214,8 @@ def _emit_spatial(
             sums = reduced(tile.lanes)
             blocks.with_width(block, lambda width: finish(sums, width))
 
+    if following is not None:
+        following.beside(tile, prod(out_shape) > SERIAL_ELEMENTS)
     column_tiles = -(-out_w // tile.pixels)
     with parallel(block_tasks * row_tasks) as task:
         block_task, row_task = unflatten(task, row_tasks)
@@ -206,7 +231,7 @@ def _emit_spatial(
                     column = position * tile.pixels
                     aligned = out_w % tile.pixels == 0
                     register_tile(inner, image, row, column if aligned else let(minimum(column, out_w - tile.pixels)))
-                if any(spec.out_border):
+                if any(spec.out_border) and y is not None:
                     with ExitStack() as stack:
                         inner = stack.enter_context(serial(first_block, last_block)) if block is None else block
                         _zero_border(spec, blocks, y, y_plane, inner, image, row)
@@ -236,7 +261,7 @@ def _reduce(
             lambda index, lane: weight[((block * kh + index[0]) * kw + index[1]) * tile.lanes + lane],
             unroll=kw,
         )
-    elif spec.dilation[1] == 1 and blocks.groups == 1:
+    elif spec.dilation[1] == 1 and blocks.groups == 1 and plane[3] == spec.in_channels:
         depth = kw * blocks.group_in
         sums.accumulate(
             [kh, depth],

@@ -43,9 +43,7 @@ class Flat:
     def store(self, index: Expr, value: Expr) -> None:
         """Writes a scalar, or inside `lanes` one lane of a vector."""
         if self.dtype == "bfloat16" and self.compute == "float32":
-            bits = let(T.reinterpret("uint32", value))
-            odd = (bits >> const(16, "uint32")) & const(1, "uint32")  # ties go to the even neighbour
-            value = ((bits + odd + const(0x7FFF, "uint32")) >> const(16, "uint32")).astype("uint16")
+            value = _bfloat16_bits(value).astype("uint16")
         elif self.dtype != self.compute:
             value = value.astype(self.dtype)
         T.buffer_store(self.buffer, value, [index])
@@ -58,6 +56,19 @@ class Flat:
     def raw(self) -> Flat:
         """The same buffer in its storage type, for copies."""
         return Flat(self.buffer, self.dtype, self.dtype)
+
+
+def _bfloat16_bits(value: Expr) -> Expr:
+    bits = let(T.reinterpret("uint32", value))
+    odd = (bits >> const(16, "uint32")) & const(1, "uint32")  # ties go to the even neighbour
+    return (bits + odd + const(0x7FFF, "uint32")) >> const(16, "uint32")
+
+
+def rounded(value: Expr, dtype: str) -> Expr:
+    """A float32 value as a 16-bit type holds it."""
+    if dtype == "bfloat16":
+        return T.reinterpret("float32", _bfloat16_bits(value) << const(16, "uint32"))
+    return value.astype(dtype).astype("float32")
 
 
 def _storage(dtype: str) -> str:
@@ -238,4 +249,4 @@ def _is(value: Expr, literal: int) -> bool:
 
 
 def _bytes(dtype: str) -> int:
-    return 1 if dtype == "bool" else int(dtype.removeprefix("bfloat").removeprefix("float")) // 8
+    return 1 if dtype == "bool" else int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8

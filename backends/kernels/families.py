@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import tvm
 
-from rescompile.backends.kernels import attention, conv, layout, linear, norm, pool, softmax
+from rescompile.backends.kernels import attention, conv, elementwise, layout, linear, norm, pool, row_region, softmax
 from rescompile.backends.kernels.blocks import as_dtype
+from rescompile.backends.kernels.elementwise import RegionSpec
 from rescompile.backends.kernels.machine import Machine
+from rescompile.backends.kernels.row_region import RowsSpec
 from rescompile.backends.kernels.specs import (
     Argument,
     AttentionSpec,
@@ -24,7 +26,18 @@ from rescompile.backends.kernels.specs import (
 from rescompile.backends.kernels.tiles import Tile
 from rescompile.errors import RescompileError
 
-Spec = ConvSpec | LinearSpec | AttentionSpec | NormSpec | SoftmaxSpec | PoolSpec | GlobalMeanSpec | LayoutSpec
+Spec = (
+    ConvSpec
+    | LinearSpec
+    | AttentionSpec
+    | NormSpec
+    | SoftmaxSpec
+    | PoolSpec
+    | GlobalMeanSpec
+    | LayoutSpec
+    | RegionSpec
+    | RowsSpec
+)
 
 _FAMILIES: dict[type, Any] = {
     ConvSpec: conv,
@@ -35,6 +48,8 @@ _FAMILIES: dict[type, Any] = {
     PoolSpec: pool,
     GlobalMeanSpec: pool.GlobalMean,
     LayoutSpec: layout,
+    RegionSpec: elementwise,
+    RowsSpec: row_region,
 }
 
 

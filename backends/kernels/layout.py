@@ -62,13 +62,23 @@ def build(spec: LayoutSpec, tile: Tile, name: str) -> tvm.tirx.PrimFunc:
     return prim_func(name, arguments(spec), body)
 
 
-def copy_with_border(x: Flat, y: Flat, shape: Shape, x_border: Pair, y_border: Pair) -> None:
-    """Emits y = x where both are NHWC of `shape` inside their own borders; y's border becomes zero."""
+def copy_with_border(
+    x: Flat, y: Flat, shape: Shape, x_border: Pair, y_border: Pair, pitch: int = 0, first: int = 0
+) -> None:
+    """Emits y = x where both are NHWC of `shape` inside their own borders; y's border becomes zero.
+
+    x may be the channels from `first` on of a buffer of `pitch` channels.
+    """
     _, x_height, x_width, channels = bordered(shape, x_border)
+    pitch = pitch or channels
 
     def row(image: Expr, line: Expr, start: Expr) -> None:
-        source = let(((image * x_height + line + x_border[0]) * x_width + x_border[1]) * channels)
-        each(shape[2] * channels, lambda i: y.raw.store(start + i, x.raw[source + i]))
+        source = let(((image * x_height + line + x_border[0]) * x_width + x_border[1]) * pitch + first)
+        if pitch == channels:
+            each(shape[2] * channels, lambda i: y.raw.store(start + i, x.raw[source + i]))
+            return
+        with serial(shape[2]) as column:
+            each(channels, lambda i: y.raw.store(start + column * channels + i, x.raw[source + column * pitch + i]))
 
     bordered_rows(y, shape, y_border, row)
 

@@ -11,18 +11,24 @@ from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.matmul import emit_matmul
 from rescompile.backends.kernels.register_tile import pixels_for
 from rescompile.backends.kernels.specs import Argument, LinearSpec
+from rescompile.backends.kernels.tail import Following
 from rescompile.backends.kernels.tiles import Tile, accumulators, lane_widths, task_splits
 
 FEW_ROWS = 8
 
 
 def arguments(spec: LinearSpec, tile: Tile) -> list[Argument]:
-    """x (rows, in), packed weight, [bias (out)], [residual (rows, out)], y (rows, out)."""
+    """x (rows, in), packed weight, [bias (out)], [residual (rows, out)], y (rows, out); with a tail, its buffers."""
     blocks = Blocks.of(spec.in_features, spec.out_features, 1, tile.lanes)
-    return [
-        Argument("x", (spec.rows, spec.in_features), spec.dtype),
+    given = [
+        Argument("x", (spec.rows, spec.in_pitch or spec.in_features), spec.dtype),
         Argument("weight", (blocks.count, spec.in_features, tile.lanes), spec.dtype),
         *([Argument("bias", (spec.out_features,), spec.dtype)] if spec.epilogue.bias else []),
+    ]
+    if spec.tail is not None:
+        return [*given, *spec.tail.arguments]
+    return [
+        *given,
         *([Argument("residual", (spec.rows, spec.out_features), spec.dtype)] if spec.epilogue.residual else []),
         Argument("y", (spec.rows, spec.out_features), spec.dtype, output=True),
     ]
@@ -65,13 +71,16 @@ def build(spec: LinearSpec, tile: Tile, name: str, dynamic_tasks: bool = False) 
         block_tasks: Expr = operands.pop() if dynamic_tasks else tile.block_tasks
         row_tasks: Expr = operands.pop() if dynamic_tasks else tile.row_tasks
         rows: Expr = operands.pop() if spec.rows is None else spec.rows
-        x, weight, *rest, y = operands
+        x, weight, *rest = operands
         extra: list[Flat] = rest
+        bias = extra.pop(0) if spec.epilogue.bias else None
+        following = None if spec.tail is None else Following(spec.tail, extra)
+        y = None if following is not None else extra.pop()
         emit_matmul(
-            x, weight,
-            extra.pop(0) if spec.epilogue.bias else None, extra.pop(0) if spec.epilogue.residual else None, y,
+            x, weight, bias, extra.pop(0) if spec.epilogue.residual else None, y,
             rows=rows, depth=spec.in_features, columns=spec.out_features, epilogue=spec.epilogue, tile=tile,
             row_tasks=row_tasks, block_tasks=block_tasks, dtype=spec.dtype,
+            in_pitch=spec.in_pitch, in_first=spec.in_first, following=following,
         )  # fmt: skip
 
     return prim_func(name, arguments(spec, tile), body, ("row_tasks", "block_tasks") if dynamic_tasks else ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rescompile.backends.kernels.blocks import Blocks
 from rescompile.backends.kernels.emit import (
     Expr,
@@ -17,36 +19,45 @@ from rescompile.backends.kernels.emit import (
     when,
 )
 from rescompile.backends.kernels.register_tile import RegisterTile
+from rescompile.backends.kernels.rows import SERIAL_ELEMENTS
 from rescompile.backends.kernels.specs import Epilogue, compute_dtype
+from rescompile.backends.kernels.tail import Following
 from rescompile.backends.kernels.tiles import Tile
 
 
 def emit_matmul(
-    x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat, *,
+    x: Flat, weight: Flat, bias: Flat | None, residual: Flat | None, y: Flat | None, *,
     rows: Expr, depth: int, columns: int, epilogue: Epilogue, dtype: str,
-    tile: Tile, row_tasks: Expr, block_tasks: Expr,
+    tile: Tile, row_tasks: Expr, block_tasks: Expr, in_pitch: int = 0, in_first: int = 0,
+    following: Following | None = None,
 ) -> None:  # fmt: skip
     """Emits the loops: tasks > (weights or pixels outermost) > reduction > register tile.
 
     The last row tile is moved back to end at the last row, so that no smaller tile is needed: it writes a few rows
-    again, with the same values. Only a dynamic row count below the tile's takes tiles of 4, 2 and 1 rows.
+    again, with the same values. Only a dynamic row count below the tile's takes tiles of 4, 2 and 1 rows. With
+    `following` that writes the results, and there is no y.
     """
     blocks = Blocks.of(depth, columns, 1, tile.lanes)
+    pitch = in_pitch or depth
 
     def register_tile(block: Expr, first: Expr, pixels: int) -> None:
         tile_sums = RegisterTile(pixels, tile.lanes, compute_dtype(dtype))
         column = block * tile.lanes
         tile_sums.accumulate(
             [depth],
-            lambda pixel, index, lane: x[(first + pixel) * depth + index[-1]],
+            lambda pixel, index, lane: x[(first + pixel) * pitch + index[-1] + in_first],
             lambda index, lane: weight[(block * depth + index[-1]) * tile.lanes + lane],
         )
+        if following is None:
+            write = _writer(y, first, columns, column)
+        else:
+            write = following.storer(lambda pixel: following.tail.unflattened(first + pixel), column)
         blocks.with_width(
             block,
             lambda width: tile_sums.store(
                 epilogue,
                 width,
-                lambda pixel, lane, value: y.store((first + pixel) * columns + column + lane, value),
+                write,
                 None if bias is None else lambda lane: bias[column + lane],
                 None if residual is None else lambda pixel, lane: residual[(first + pixel) * columns + column + lane],
             ),
@@ -71,6 +82,8 @@ def emit_matmul(
                 with serial(first_row, last_row) as position, serial(first_block, last_block) as block:
                     one(block, position)
 
+    if following is not None:
+        following.beside(tile, not isinstance(rows, int) or rows * columns > SERIAL_ELEMENTS)
     if isinstance(rows, int):
         tiles_of(tile.pixels)
         return
@@ -84,3 +97,11 @@ def emit_matmul(
             with when(mod(div(rows, size), 2) == 1):
                 register_tile(block, div(rows, size * 2) * (size * 2), size)
             size //= 2
+
+
+def _writer(y: Flat | None, first: Expr, columns: int, column: Expr) -> Callable[[int, Expr, Expr], None]:
+    def write(pixel: int, lane: Expr, value: Expr) -> None:
+        if y is not None:
+            y.store((first + pixel) * columns + column + lane, value)
+
+    return write

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
+
 import tvm
 
 from rescompile.backends.kernels.emit import (
@@ -25,12 +28,15 @@ from rescompile.backends.kernels.layout import bordered, bordered_rows
 from rescompile.backends.kernels.machine import Machine
 from rescompile.backends.kernels.rows import LOWEST, SERIAL_ELEMENTS
 from rescompile.backends.kernels.specs import Argument, GlobalMeanSpec, PoolSpec, compute_dtype
+from rescompile.backends.kernels.tail import Following
 from rescompile.backends.kernels.tiles import Tile
 
 
 def arguments(spec: PoolSpec, tile: Tile | None = None) -> list[Argument]:
-    """x, y: NHWC with their borders."""
+    """x, y: NHWC with their borders; with a tail, its own buffers instead of y."""
     x = bordered((spec.batch, spec.height, spec.width, spec.channels), spec.in_border)
+    if spec.tail is not None:
+        return [Argument("x", x, spec.dtype), *spec.tail.arguments]
     y = bordered((spec.batch, spec.out_height, spec.out_width, spec.channels), spec.out_border)
     return [Argument("x", x, spec.dtype), Argument("y", y, spec.dtype, output=True)]
 
@@ -44,10 +50,24 @@ def build(spec: PoolSpec, tile: Tile, name: str) -> tvm.tirx.PrimFunc:
     """The kernel."""
     shape = (spec.batch, spec.out_height, spec.out_width, spec.channels)
 
-    def body(x: Flat, y: Flat) -> None:
+    def followed(x: Flat, following: Following) -> None:
+        flat = len(following.tail.program.shape(following.tail.root)) == 3
+        following.beside(tile, prod(shape) > SERIAL_ELEMENTS)
+        with parallel(spec.batch * spec.out_height) as task, serial(spec.out_width) as column:
+            image, line = let(div(task, spec.out_height)), let(mod(task, spec.out_height))
+            at = [image, column] if flat else [image, line, column]
+            _window(spec, tile, x, image, line, column, lambda c, value: following.store(at, c, value))
+
+    def body(x: Flat, *given: Flat) -> None:
+        if spec.tail is not None:
+            followed(x, Following(spec.tail, given))
+            return
+        y = given[0]
+
         def row(image: Expr, line: Expr, start: Expr) -> None:
             with serial(spec.out_width) as column:
-                _window(spec, tile, x, y, image, line, column, let(start + column * spec.channels))
+                to = let(start + column * spec.channels)
+                _window(spec, tile, x, image, line, column, lambda c, value: y.store(to + c, value))
 
         bordered_rows(y, shape, spec.out_border, row)
 
@@ -55,8 +75,14 @@ def build(spec: PoolSpec, tile: Tile, name: str) -> tvm.tirx.PrimFunc:
 
 
 def _window(
-    spec: PoolSpec, tile: Tile, x: Flat, y: Flat, image: Expr, line: Expr, column: Expr, to: Expr
-) -> None:  # fmt: skip
+    spec: PoolSpec,
+    tile: Tile,
+    x: Flat,
+    image: Expr,
+    line: Expr,
+    column: Expr,
+    store: Callable[[Expr, Expr], None],
+) -> None:
     compute = compute_dtype(spec.dtype)
     plane = bordered((spec.batch, spec.height, spec.width, spec.channels), spec.in_border)
     rows, row_inside = _axis(spec, 0, line)
@@ -77,7 +103,7 @@ def _window(
         for at, inside in taps:
             value = x[at + c] if inside is None else select(inside, x[at + c], neutral)
             total = value if total is None else maximum(total, value) if largest else total + value
-        y.store(to + c, total if scale is None else total * scale)
+        store(c, total if scale is None else total * scale)
 
     each(spec.channels, channel, tile.lanes)
 

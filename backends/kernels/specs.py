@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 from rescompile.errors import RescompileError
+
+if TYPE_CHECKING:
+    from rescompile.backends.kernels.tail import Tail
 
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -15,12 +19,16 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Argument:
-    """One buffer of a kernel. A dimension of None is the dynamic row count."""
+    """One buffer of a kernel. A dimension of None is the dynamic row count.
+
+    shared: the kernel writes a part of it, and what else it holds stays.
+    """
 
     name: str
     shape: tuple[int | None, ...]
     dtype: str
     output: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,10 @@ class ConvSpec:
     Activations are NHWC. A border (vertical, horizontal) is a frame of zeros that lies physically around a
     buffer: x has shape (N, H + 2*vertical, W + 2*horizontal, C). A border at least as wide as the padding saves
     the padding pass; a narrower one costs a padded copy inside the kernel. The kernel writes the zeros of its
-    own `out_border`. A 1-D convolution has height 1 and kernel (1, kw). Grouped weights are made dense over a
-    few neighbouring groups where a group is narrower than a register, so an infinity in one group can reach
-    its neighbours as NaN.
+    own `out_border`. A 1-D convolution has height 1 and kernel (1, kw). Grouped weights are made dense over a few
+    neighbouring groups where a group is narrower than a register, so an infinity in one group can reach its
+    neighbours as NaN. With `in_pitch` x is channels `in_first` to `in_first` + in_channels of a buffer of that many.
+    A `tail` follows the epilogue, and then says where the results go.
     """
 
     batch: int
@@ -67,6 +76,9 @@ class ConvSpec:
     residual_border: Pair = (0, 0)
     epilogue: Epilogue = field(default_factory=Epilogue)
     dtype: str = "float32"
+    in_pitch: int = 0
+    in_first: int = 0
+    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -104,13 +116,20 @@ class ConvSpec:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """y[m, n] = epilogue(sum over k of x[m, k] * w[n, k]); `rows` None leaves the row count to run time."""
+    """y[m, n] = epilogue(sum over k of x[m, k] * w[n, k]); `rows` None leaves the row count to run time.
+
+    With `in_pitch` x is columns `in_first` to `in_first` + in_features of a matrix of that many. A `tail` follows the
+    epilogue, and then says where the results go.
+    """
 
     rows: int | None
     in_features: int
     out_features: int
     epilogue: Epilogue = field(default_factory=Epilogue)
     dtype: str = "float32"
+    in_pitch: int = 0
+    in_first: int = 0
+    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -246,6 +265,7 @@ class PoolSpec:
     """y[n, oh, ow, c] = max or mean of x over a window, NHWC, with borders as for `ConvSpec`.
 
     The border of x is never read: a maximum ignores padding, a mean counts it as zeros (`count_include_pad`) or not.
+    A `tail` says what follows and where it goes.
     """
 
     kind: str
@@ -262,6 +282,7 @@ class PoolSpec:
     in_border: Pair = (0, 0)
     out_border: Pair = (0, 0)
     dtype: str = "float32"
+    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -313,5 +334,5 @@ def _check_dtype(dtype: str) -> None:
 
 
 def compute_dtype(dtype: str) -> str:
-    """The type that sums are held in: float32 also for the 16-bit types. Masks stay bool."""
-    return dtype if dtype in ("float64", "bool") else "float32"
+    """The type that sums are held in: float32 also for the 16-bit types. Masks stay bool, integers integers."""
+    return "float32" if dtype in ("float16", "bfloat16") else dtype
