@@ -263,7 +263,9 @@ class Values:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _named(self, value: Expr) -> Expr:
-        return let(value) if self.bind and not isinstance(value, tvm.tirx.IntImm | tvm.tirx.FloatImm) else value
+        """Computed once; vectors of integers and truth values stay nameless, since TVM 0.27 cannot analyse them."""
+        literal = isinstance(value, tvm.tirx.IntImm | tvm.tirx.FloatImm)
+        return let(value) if self.bind and not literal and "float" in str(value.ty.dtype) else value
 
     def _stored(self, number: int, index: Index, value: Expr) -> Expr:
         for place, made, flat in zip(self.program.results, self.program.region.outputs, self.results, strict=True):
