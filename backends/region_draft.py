@@ -284,12 +284,7 @@ def with_defaults(step: Step) -> dict[str, Any]:
     return {**step.kind.spec.attrs, **step.attrs}
 
 
-def keeps(op: Op) -> bool:
-    """Whether a processor has one kernel for a fused region."""
-    return not why_not(op)
-
-
-def why_not(op: Op) -> str:
+def why_not(op: Op, onnx: bool = False) -> str:
     """Why a processor has no kernel for a fused region; empty when it has."""
-    found = draft(parse(op.attr("steps")), op.inputs, op.outputs)
+    found = draft(parse(op.attr("steps")), op.inputs, op.outputs, onnx)
     return found if isinstance(found, str) else ""
