@@ -22,7 +22,7 @@ class Region:
 
     Attributes:
         kernel: conv, linear, attention, norm, softmax, pool, globalmean, layout; region and rows of fused regions;
-            "generated" for loop nests of TVM's; "in place" for a concatenation that its parts are written into, "written
+            "generated" for loop nests of TVM's; "in place" for a concatenation written part by part, "written
             out" for a fused region without a kernel of its own, "copied" for a concatenation: no functions, but a why.
         ops: operations of the graph that call it.
         tried: tile and microseconds of each candidate that was timed; none where the choice was remembered.
