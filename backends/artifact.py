@@ -1,4 +1,8 @@
-"""The file of a compiled program: one uncompressed zip of manifest.json, program.so and weights.safetensors."""
+"""The file of a compiled program: one uncompressed zip of manifest.json, code as shared libraries, and weights.safetensors.
+
+Code for a processor is one library. Code for a GPU is one for each architecture, form (cubin, PTX, source) and size of
+batch that it was compiled for. Reading one needs numpy and TVM's runtime; torch, safetensors and the compiler it does not.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,30 @@ import hashlib
 import json
 import os
 import platform
+import struct
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
+from rescompile.backends import tvm_runtime
 from rescompile.backends.quiet import without_notes
-from rescompile.backends.require import require_tvm
 from rescompile.errors import RescompileError
-from rescompile.graph import Value
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from rescompile.graph import Value
+
+SCHEMA = 2
+CODE = "program.so"
 _SUFFIX = ".so"
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass
@@ -33,6 +43,19 @@ class TensorInfo:
     name: str
     shape: tuple[int | str, ...]
     dtype: str
+
+
+@dataclass
+class Code:
+    """One library of a program for a GPU."""
+
+    file: str
+    arch: str  # sm_90: what it was assembled for, or what its PTX or source is for at least
+    form: str  # cubin, ptx or cuda (source)
+    weights: list[str] = field(default_factory=list)  # in the order in which it takes them
+    extents: dict[str, int] = field(default_factory=dict)  # symbols that have this one value in it
+    driver: tuple[int, int] = (0, 0)  # the oldest CUDA whose driver takes it
+    workspace: int | None = None  # bytes of what it computes on the way; None where they depend on the inputs' extents
 
 
 @dataclass
@@ -58,6 +81,10 @@ class Manifest:
     weights: list[str] = field(default_factory=list)  # in the order in which the program takes them
     regions: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
+    codes: list[Code] = field(default_factory=list)  # for a GPU
+    symbols: list[str] = field(default_factory=list)  # extents that only the inputs say, in the order of `plan`
+    libraries: list[str] = field(default_factory=list)  # packed functions that the code calls besides TVM's own
+    storage: dict[str, int | None] = field(default_factory=dict)  # bytes of weights, activations, and those unshared
 
     def to_json(self) -> str:
         """The manifest as text."""
@@ -69,6 +96,7 @@ class Manifest:
         data = json.loads(text)
         for key in ("inputs", "outputs"):
             data[key] = [TensorInfo(info["name"], tuple(info["shape"]), info["dtype"]) for info in data[key]]
+        data["codes"] = [Code(**{**code, "driver": tuple(code["driver"])}) for code in data.get("codes", ())]
         return Manifest(**data)
 
 
@@ -90,8 +118,11 @@ def tvm_version() -> str:
     return metadata.version("apache-tvm")
 
 
-def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manifest) -> Path:
-    """Write the program, whole or not at all. RescompileError when it cannot be linked or written."""
+def write(path: Path, code: Mapping[str, Any], weights: dict[str, Any], manifest: Manifest) -> Path:
+    """Write the program, whole or not at all. RescompileError when it cannot be linked or written.
+
+    `code` holds, by file name, executables that are still to be linked, or the bytes of libraries.
+    """
     from rescompile.backends.link import link
 
     try:
@@ -102,9 +133,13 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
     try:
         with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr("manifest.json", replace(manifest, weights=list(weights)).to_json())
-            library = Path(folder) / f"program{_SUFFIX}"
-            link(executable, library)
-            archive.write(library, "program.so")
+            for name, part in code.items():
+                if isinstance(part, bytes):
+                    archive.writestr(name, part)
+                    continue
+                library = Path(folder) / f"program{_SUFFIX}"
+                link(part, library)
+                archive.write(library, name)
             for name, text in manifest.sources.items():
                 archive.writestr(f"sources/{name}", text)
             archive.writestr("weights.safetensors", _serialized(weights))
@@ -119,24 +154,25 @@ def write(path: Path, executable: Any, weights: dict[str, Any], manifest: Manife
     return path
 
 
-def read(path: Path) -> tuple[Any, dict[str, Any], Manifest]:
-    """Code (None where it is for a GPU and there is none), weights, manifest. RescompileError for any other file."""
+def read(path: Path) -> tuple[dict[str, bytes], dict[str, Any], Manifest]:
+    """Libraries by file name, as bytes; weights; manifest. RescompileError for any other file."""
     try:
         with zipfile.ZipFile(path) as archive:
             manifest = _manifest(path, archive.read("manifest.json").decode())
             _check(path, manifest)
             found = _deserialized(archive.read("weights.safetensors"))
             weights = {name: found[name] for name in manifest.weights}
-            code = archive.read("program.so")
+            names = [code.file for code in manifest.codes] or [CODE]
+            code = {name: archive.read(name) for name in names}
     except FileNotFoundError:
         raise RescompileError(f"There is no file '{path}'.") from None
     except OSError as error:
         raise RescompileError(f"'{path}' cannot be read: {error.strerror or error}.") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, TypeError) as error:
         raise RescompileError(
             f"'{path}' is not a program of rescompile, or not all of one ({error}): compile the model again."
         ) from error
-    return _loaded(code, manifest), weights, manifest
+    return code, weights, manifest
 
 
 def fingerprint(parts: list[str], weights: dict[str, np.ndarray[Any, Any]]) -> str:
@@ -176,7 +212,7 @@ def _check(path: Path, manifest: Manifest) -> None:
             f"'{path}' is compiled for {manifest.cpu}, and this processor lacks {', '.join(missing)}: "
             f"compile the model for this machine."
         )
-    require_tvm()
+    tvm_runtime.load()
     found = tvm_version()
     if manifest.tvm != found:
         raise RescompileError(
@@ -194,22 +230,17 @@ def _extensions() -> set[str]:
     return {word for line in lines if line.startswith("flags") for word in line.partition(":")[2].split()}
 
 
-def _loaded(code: bytes, manifest: Manifest) -> Any:
-    """The code, mapped; None for a GPU program on a machine without CUDA, where it can be read but not run."""
-    import tvm
+def loaded(code: bytes) -> Any:
+    """A library, mapped."""
+    import tvm_ffi
 
-    if manifest.device == "cuda":
-        from rescompile.backends.cuda.executable import ready_to_load
-
-        if not ready_to_load(manifest.compiler, manifest.cpu):
-            return None
     # The file can go once the library is mapped; where a system forbids that, it stays in its temporary folder.
     folder = tempfile.mkdtemp(prefix="rescompile-")
     library = Path(folder) / f"program{_SUFFIX}"
     library.write_bytes(code)
     try:
         with without_notes():
-            return tvm.runtime.load_module(str(library))
+            return tvm_ffi.load_module(str(library))
     except (RuntimeError, OSError, ValueError) as error:
         raise RescompileError(f"The program's code cannot be loaded: {error}; compile the model again.") from error
     finally:
@@ -219,25 +250,40 @@ def _loaded(code: bytes, manifest: Manifest) -> Any:
 
 
 def _serialized(weights: dict[str, Any]) -> bytes:
-    import safetensors.numpy
-
-    return bytes(safetensors.numpy.save({name: np.asarray(data, order="C") for name, data in weights.items()}))
+    """The weights as safetensors."""
+    header: dict[str, Any] = {}
+    parts, start = [], 0
+    for name, data in weights.items():
+        array = np.asarray(data, order="C")
+        end = start + array.nbytes
+        kind = _NAMES[tvm_runtime.dtype_name(array)]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
+        parts.append(array.tobytes())
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _LENGTH.size)
+    return b"".join([_LENGTH.pack(len(text)), text, *parts])
 
 
 def _deserialized(data: bytes) -> dict[str, Any]:
-    import safetensors
+    """The tensors of a safetensors file, without a copy. ValueError for anything else."""
+    if len(data) < _LENGTH.size or _LENGTH.unpack_from(data)[0] > len(data) - _LENGTH.size:
+        raise ValueError("the weights are cut off")
+    base = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    found = {}
+    for name, info in json.loads(data[_LENGTH.size : base]).items():
+        if name == "__metadata__":
+            continue
+        dtype = tvm_runtime.storage_dtype(_DTYPES[info["dtype"]])
+        (start, end), shape = info["data_offsets"], info["shape"]
+        if end - start != prod(shape) * dtype.itemsize or base + end > len(data):
+            raise ValueError(f"the weight '{name}' is cut off")
+        found[name] = np.frombuffer(data, dtype=dtype, count=prod(shape), offset=base + start).reshape(shape)
+    return found
 
-    try:
-        found = safetensors.deserialize(data)  # type: ignore[no-untyped-call,unused-ignore]
-    except safetensors.SafetensorError as error:
-        raise ValueError(str(error)) from error
-    return {
-        name: np.frombuffer(info["data"], dtype=_DTYPES[info["dtype"]]).reshape(info["shape"]) for name, info in found
-    }
 
-
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-    "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-    "U16": np.uint16, "U32": np.uint32, "U64": np.uint64,
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16", "U32": "uint32", "U64": "uint64",
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rescompile.backends.require import require_tvm
-from rescompile.errors import GraphError
+from rescompile.errors import GraphError, RescompileError
 from rescompile.graph import Graph, Role
 
 if TYPE_CHECKING:
@@ -25,13 +25,15 @@ def compile_graph(
     trials: int = 0,
     runner: str | None = None,
     threads: int | None = None,
+    buckets: Sequence[int] = (),
+    ptx: bool = True,
     progress: Progress | None = None,
 ) -> Program:
     """Compile a graph, as it is, for a machine; the graph does not change.
 
     Args:
         graph: any graph of the protocol, from torch, ONNX or memory, with known input shapes (names for dynamic ones).
-        target: `cpu`, `cpu:NAME`, `cuda:sm_90`, `cuda:sm_80`, or a TVM target.
+        target: `cpu`, `cpu:NAME`, `cuda:sm_90`, several GPUs as `cuda:sm_80,sm_90`, or a TVM target.
         database: folder in which chosen tiles and tuned schedules are remembered; it must exist unless `trials` are
             spent, which make it.
         tuning: how many more candidates to time for each kernel.
@@ -39,17 +41,20 @@ def compile_graph(
             kernels is used.
         runner: where those are timed: `local`, or `rpc://host:port/key` for machines at TVM's RPC tracker.
         threads: how many threads the program runs on; all of the processors by default.
+        buckets: sizes of a dynamic batch to compile static code for, on a GPU: a call is padded to the next of them.
+        ptx: whether a program for GPUs holds PTX for later ones.
         progress: told of each step.
 
     Raises:
         UnsupportedOps: operations without a lowering, all of them, before any work is done.
         RescompileError: TVM is missing or another version, the target is unknown, an input has no shape, the
-            database or the runner cannot be used.
+            database or the runner cannot be used, rows of the batch depend on each other where `buckets` are given.
     """
     require_tvm()
     from rescompile.backends import lowering, targets
 
-    where = targets.resolve(target, threads)
+    wheres = targets.resolve_all(target, threads)
+    where = wheres[0]
     if not graph.outputs:
         raise GraphError("The graph has no outputs: there is nothing to compile.")
     imports = lowering.check(graph)
@@ -59,9 +64,12 @@ def compile_graph(
 
         contest = Contest(where, trials, database, runner, progress)
     if where.cuda:
-        from rescompile.backends.cuda.compile import compile_cuda
+        from rescompile.backends.cuda.compile import Settings, compile_cuda
 
-        return compile_cuda(graph, where, imports, progress, contest)
+        tell = progress or (lambda *_: None)
+        return compile_cuda(graph, wheres, Settings(imports, tell, contest, database, tuning, buckets, ptx))
+    if buckets:
+        raise RescompileError(f"Sizes of the batch are for GPUs: '{where.name}' runs any size on the same code.")
     from rescompile.backends.compile_cpu import compile_cpu
 
     return compile_cpu(graph, where, imports, database, tuning, progress, contest)

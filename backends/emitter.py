@@ -55,7 +55,7 @@ class Emitter:
         self.graph = graph
         self.kernels = kernels
         self.bb = relax.BlockBuilder()
-        self.symbols = Symbols()
+        self.symbols = Symbols(graph.extents)
         self.borders = borders or {}
         self.buffers = SharedBuffers(shared or Shared(), self.borders)
         self.regions: dict[str, Region] = {}

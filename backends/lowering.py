@@ -119,14 +119,17 @@ def finish(module: tvm.IRModule, target: tvm.target.Target, schedule: tvm.transf
         return tvm.transform.Sequential(passes)(module)
 
 
-def build_passes() -> tvm.transform.Pass:
-    """From a finished module to virtual machine code: TVM's default, reshapes kept as views."""
+def build_passes(storage: tvm.transform.Pass | None = None) -> tvm.transform.Pass:
+    """From a finished module to virtual machine code: TVM's default, reshapes kept as views.
+
+    storage: what says where tensors lie, in the place of TVM's planning.
+    """
     return tvm.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
-            relax.transform.StaticPlanBlockMemory(),
+            storage or relax.transform.StaticPlanBlockMemory(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),

@@ -27,6 +27,7 @@ class Region:
         ops: operations of the graph that call it.
         tried: tile and microseconds of each candidate that was timed; none where the choice was remembered.
         microseconds: of one call of the chosen tile on cold weights; None where nothing was timed.
+        chosen: how a GPU's candidate was chosen: timed, remembered, recorded elsewhere, or first in order.
         flops: floating point operations of one call; None where the row count is dynamic.
         bytes: of all buffers of one call; of a concatenation in place those that are not moved.
         why: what there is to say of it.
@@ -42,6 +43,7 @@ class Region:
     microseconds: float | None = None
     flops: int | None = None
     bytes: int | None = None
+    chosen: str = ""
     why: str = ""
 
     @staticmethod

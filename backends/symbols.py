@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tvm import tirx
@@ -24,8 +24,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 class Symbols:
     """The symbolic extents of one function."""
 
-    def __init__(self) -> None:
-        self._variables: dict[str, Any] = {}
+    def __init__(self, known: Mapping[str, int] | None = None) -> None:
+        self._variables: dict[str, Any] = dict(known or {})
 
     def declare(self, dim: Dim) -> Extent:
         """The extent of an input: each new name is a variable that the input's shape binds at run time."""

@@ -1,11 +1,11 @@
-"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90`, or anything that TVM calls a target."""
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,tf32]`, or anything that TVM calls a target."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tvm
@@ -29,6 +29,7 @@ class CompileTarget:
     machine: Machine | None
     threads: int
     host: bool  # whether this very machine: then kernels can be timed and the program can run
+    tf32: bool = False  # whether a GPU's products of float32 may be rounded to 10 bits after the point
 
     @property
     def extensions(self) -> list[str]:
@@ -49,6 +50,15 @@ class CompileTarget:
         return str(self.tvm.attrs["arch"]) if self.cuda else None
 
 
+def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
+    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90`."""
+    if not isinstance(target, str) or not target.startswith("cuda:") or "," not in target:
+        return [resolve(target, threads)]
+    names = [name.strip().removeprefix("cuda:") for name in target.removeprefix("cuda:").split(",")]
+    found = {made.name: made for made in (resolve(f"cuda:{name}", threads) for name in names if name)}
+    return list(found.values())
+
+
 def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:
     """The machine of that name. RescompileError, with the nearest name, when there is none."""
     threading.prepare()
@@ -59,9 +69,9 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
     if isinstance(target, str) and target.startswith("cpu:"):
         machine = Machine.named(target.removeprefix("cpu:"), count)
         return CompileTarget(target, machine.tvm_target(), machine, count, host=False)
-    found = re.fullmatch(r"cuda:(sm_\d+)", target) if isinstance(target, str) else None
+    found = re.fullmatch(r"cuda:(sm_\d+)(,tf32)?", target) if isinstance(target, str) else None
     if found is not None:
-        return _cuda(str(target), {"arch": found[1]})
+        return replace(_cuda(str(target), {"arch": found[1]}), tf32=found[2] is not None)
     return _of_tvm(target, count)
 
 

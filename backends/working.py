@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from rescompile.extents import extent_of
 from rescompile.fused_region import parse, step_types
 from rescompile.graph import Attrs, Graph, Op, Role, Shape, Value, ValueType
 from rescompile.kinds import OpKind, Trait
@@ -21,6 +22,7 @@ class WorkingGraph(Graph):
     def __init__(self, name: str = "") -> None:
         super().__init__(name)
         self.source_ir = "memory"
+        self.extents: dict[str, int] = {}  # what symbols stand for, where they were given a value
 
     def native_data(self, value: Value) -> np.ndarray[Any, Any]:
         """Contents of a constant, from the source graph or from a rewrite."""
@@ -106,8 +108,11 @@ def working_copy(graph: Graph, keeps: Callable[[Op], bool] = _nothing) -> Workin
         twins[value] = copy.add_input(value.name, value.shape, value.dtype)
     for op in reversed(needed):
         inputs = [None if value is None else twin(value) for value in op.inputs]
-        if op.kind is OpKind.FUSED_REGION and not keeps(op):
+        if op.kind is OpKind.FUSED_REGION and (_rounds_inside(op) or not keeps(op)):
             twins.update(zip(op.outputs, _write_out(copy, op, inputs), strict=True))
+            continue
+        if op.kind is OpKind.RMS_NORM and op.attr("stash_type"):
+            twins[op.output] = _write_norm(copy, inputs, op.attrs, op.output.type, op.output.name, op.module)
             continue
         made = copy.add_op(
             op.kind,
@@ -124,6 +129,15 @@ def working_copy(graph: Graph, keeps: Callable[[Op], bool] = _nothing) -> Workin
     return copy
 
 
+def specialise(graph: WorkingGraph, extents: Mapping[str, int]) -> None:
+    """Give symbols a value, in the shapes of all values."""
+    for value in graph.values:
+        if value.shape is not None and any(isinstance(dim, str) for dim in value.shape):
+            known = [(dim, extent_of(dim, extents)) for dim in value.shape]
+            value.shape = tuple(dim if number is None else number for dim, number in known)
+    graph.extents = {**graph.extents, **extents}
+
+
 def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[Value]:
     """A region's operations, to be grouped anew for this machine; the values that stand for its outputs."""
     region = parse(op.attr("steps"))
@@ -138,6 +152,9 @@ def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[V
         named = [value.name for place, value in zip(region.outputs, op.outputs, strict=True) if place == index]
         name = named[0] if named else copy.unique_name(f"{op.name}.{step.kind.value}")
         operands = [None if place is None else known[place] for place in step.inputs]
+        if step.kind is OpKind.RMS_NORM and step.attrs.get("stash_type"):
+            known.append(_write_norm(copy, operands, step.attrs, type_, name, op.module))
+            continue
         made = copy.add_op(step.kind, operands, [(name, type_)], step.settings(type_), name=name, module=op.module)
         made.provenance = op.provenance
         known.append(made.output)
@@ -146,6 +163,41 @@ def _write_out(copy: WorkingGraph, op: Op, inputs: list[Value | None]) -> list[V
     for norm in norms:
         _join_norm(copy, norm)
     return [value for place in region.outputs if (value := known[place]) is not None]
+
+
+def _rounds_inside(region: Op) -> bool:
+    return any(step.attrs.get("stash_type") for step in parse(region.attr("steps")).steps)
+
+
+def _write_norm(
+    copy: WorkingGraph, inputs: Sequence[Value | None], attrs: Attrs, kind: ValueType, name: str, module: str
+) -> Value:
+    """An RMS norm that computes in a type narrower than its operand's, in operations that say where it rounds."""
+    settings = {**OpKind.RMS_NORM.spec.attrs, **attrs}
+    x, weight = inputs
+    assert x is not None  # a norm reads something
+    inner, rank = settings["stash_type"], len(kind.shape or ())
+
+    def put(made: OpKind, operands: list[Value | None], shape: Shape | None, element: str | None, **more: Any) -> Value:
+        label = copy.unique_name(f"{name}.{made.value}")
+        return copy.add_op(made, operands, [(label, ValueType(shape, element))], more, name=label, module=module).output
+
+    def cast(value: Value, dtype: str | None) -> Value:
+        return value if value.dtype == dtype else put(OpKind.CAST, [value], value.shape, dtype, dtype=dtype)
+
+    axes = tuple(range(settings["axis"] % rank, rank))
+    column = None if kind.shape is None else (*kind.shape[: axes[0]], *(1 for _ in axes))
+    narrow = cast(x, inner)
+    square = put(OpKind.MUL, [narrow, narrow], kind.shape, inner)
+    power = put(OpKind.MEAN, [square], column, inner, axes=axes, keepdims=True)
+    eps = copy.literal(f"{name}.eps", np.asarray(settings["eps"], dtype=numpy_dtype(inner)))
+    inverse = put(OpKind.RSQRT, [put(OpKind.ADD, [power, eps], column, inner)], column, inner)
+    dtype = inner if settings["rounded"] else kind.dtype
+    y = put(OpKind.MUL, [cast(x, dtype), cast(inverse, dtype)], kind.shape, dtype)
+    if weight is not None:
+        dtype = max((dtype, weight.dtype), key=lambda each: numpy_dtype(each or inner).itemsize)
+        y = put(OpKind.MUL, [cast(y, dtype), cast(weight, dtype)], kind.shape, dtype)
+    return put(OpKind.CAST, [y], kind.shape, kind.dtype, dtype=kind.dtype)
 
 
 def _join_norm(copy: WorkingGraph, norm: Op) -> None:

@@ -157,11 +157,11 @@ def compare(source: Path, target: Path, graph: Graph, kinds: tuple[str, ...] = (
     feeds = [batch for batch in batches if batch is not None]
     if not feeds:
         return {"off": "an input has no known shape or dtype"}
-    expected = _outputs(source, feeds, "off")
+    expected = outputs(source, feeds, "off")
     found: dict[str, float | str] = {}
     for level in ("off", "default"):
         try:
-            actual = _outputs(target, feeds, level)
+            actual = outputs(target, feeds, level)
         except Exception as error:  # noqa: BLE001 (a model that does not run is a line of the table)
             found[level] = _sentence(error)
             continue
@@ -170,7 +170,8 @@ def compare(source: Path, target: Path, graph: Graph, kinds: tuple[str, ...] = (
     return found
 
 
-def _outputs(path: Path, feeds: list[dict[str, np.ndarray[Any, Any]]], level: str) -> list[list[Any]]:
+def outputs(path: Path, feeds: list[dict[str, np.ndarray[Any, Any]]], level: str) -> list[list[Any]]:
+    """What a file computes for each of the inputs, with the runtime's optimisation "off" or as it is ("default")."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

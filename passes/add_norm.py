@@ -23,6 +23,8 @@ def add_norm(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | Ref
     refused = plain_sum(join)
     if refused is not None:
         return refused
+    if reader.kind is OpKind.RMS_NORM and reader.attr("stash_type"):
+        return Refusal(join.name, f"'{reader.name}' computes in {reader.attr('stash_type')}, which add_norm does not")
     affine = reader.inputs[1:]
     if any(value is not None and not value.constant for value in affine):
         return Refusal(join.name, f"the scale or shift of '{reader.name}' is computed from the graph's inputs")

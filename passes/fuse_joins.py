@@ -33,8 +33,8 @@ class FuseJoins:
     3. `elementwise_region`: the sum and the elementwise operations around it.
     4. `concat_region`: what reads a concatenation alone, or the contraction that ends in it, computes it on the way.
 
-    `joins`: the residual joins only, or all sums of two computed values. `trainable`: a fusion that would take along
-    what training does otherwise, a batch norm or a dropout that evaluation switches off, is refused. `hoist_bias`: a
+    `joins`: the residual joins only, or all sums of two computed values. `trainable`: fusions end before
+    what training does otherwise, a batch norm or a dropout that evaluation switches off. `hoist_bias`: a
     sum with a norm adds the bias of the contraction before it, too, which then needs no epilogue.
     """
 
@@ -59,7 +59,7 @@ class FuseJoins:
         """
         sums: list[Decide] = []
         if self.norm:
-            norms: list[Decide] = [norm_region, add_norm]
+            norms: list[Decide] = [partial(norm_region, closed=closed), add_norm]
             sums += [partial(hoisting, rule=rule) for rule in norms] if self.hoist_bias else norms
         if self.epilogue:
             sums += [partial(rule, closed=closed) for rule in (epilogue_region, elementwise_region)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-from rescompile.graph import Graph, Op, Value
+from rescompile.graph import Graph, Op, Shape, Value
 from rescompile.kinds import OpKind, Trait, activation_name
 from rescompile.plans import Refusal, same_shape
 
@@ -30,6 +31,25 @@ def plain_sum(join: Op) -> Refusal | None:
     if len({value.dtype for value in (join.output, *operands)}) != 1:
         return Refusal(where, f"the operands have dtypes {operands[0].dtype} and {operands[1].dtype}")
     return None
+
+
+def spread(total: Value, streams: Sequence[Value]) -> bool:
+    """Whether all streams have the shape of the sum, or some do and the others, of known extents, are broadcast to it.
+
+    Symbolic extents are equal when their names are, and are never taken for one that is broadcast.
+    """
+    if same_shape(total, *streams):
+        return True
+    shapes = [value.shape for value in streams]
+    if total.shape is None or total.shape not in shapes:
+        return False
+    return all(shape is not None and _fits(shape, total.shape) for shape in shapes)
+
+
+def _fits(shape: Shape, target: Shape) -> bool:
+    if any(isinstance(extent, str) for extent in (*shape, *target)) or len(shape) > len(target):
+        return False
+    return all(extent in (1, wanted) for extent, wanted in zip(reversed(shape), reversed(target), strict=False))
 
 
 def quantised_side(join: Op) -> str:

@@ -94,6 +94,9 @@ def _before(norm: Op) -> Op | None:
 
 def _reason(graph: Graph, first: Op, second: Op) -> str:
     """Why the second norm does not do the first one's work; empty where it does."""
+    inner = first.attrs.get("stash_type") or second.attrs.get("stash_type")
+    if inner:
+        return f"one of them computes in {inner}, which rounds in between"
     if not _same_statistics(first, second):
         return f"'{second.name}' takes other statistics than it"
     value = first.output

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rescompile.fused_region import FUSIBLE
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
 from rescompile.passes.add_norm import add_norm
-from rescompile.passes.joins import only_reader
+from rescompile.passes.joins import only_reader, spread
 from rescompile.passes.norm_rows import Axes, Rows, carried, origins, row_of
+from rescompile.passes.one_pass import Place, unable
 from rescompile.plans import Refusal, Rewrite, region_edit, same_shape
 
 K = OpKind
@@ -22,12 +24,14 @@ _MIXES = (K.ADD, K.MUL, K.DIV)
 _WORKS = (K.CONV, K.CONV_TRANSPOSE, K.LINEAR)
 
 
-def norm_region(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | Refusal:
+def norm_region(
+    graph: Graph, join: Op, skip: Value | None = None, *, closed: Mapping[str, str] | None = None
+) -> Rewrite | Refusal:
     """s = g(α·x + β·N₁(F + b) + ...); y = h(N₂(s))  →  y, s = region(x, F, ...)
 
     1. A norm reads the sum, past casts, permutations, views and what computes each element with constants; or a norm
        ends a branch that the sum alone reads. The first norm in the order of the graph counts; others read the sum.
-    2. The sum has two or more computed operands, all of its own shape and dtype.
+    2. The sum has two or more computed operands of its own dtype and shape; some may be broadcast, of known extents.
     3. The norms' scales, shifts and statistics are constants, no batch norm is in training, and all other norms of a
        region have the same rows: one kernel computes them.
     4. In front of the sum goes in what the region alone reads: scales, biases, activations, casts, dropouts that are
@@ -35,11 +39,12 @@ def norm_region(graph: Graph, join: Op, skip: Value | None = None) -> Rewrite | 
     5. Behind the norm goes in what alone reads it and computes each element with constants: casts, an activation.
 
     Values that others read are outputs of the region. A plain sum with one norm is left to `add_norm`.
+    `closed`: operations that no region may hold, each with the reason; the region ends before them.
     """
     refused = _sum(join)
     if refused:
         return Refusal(join.name, refused)
-    found = _Region(graph, join)
+    found = _Region(Place(graph, closed or {}), join)
     found.go_behind()
     found.go_in_front(skip, moves=True)
     if not found.norms:
@@ -65,8 +70,8 @@ def _sum(join: Op) -> str:
     if len(computed) < 2:
         constant = next((value for value in join.operands if value.constant), join.output)
         return f"'{constant.name}' is a constant: a bias, not a skip"
-    if not same_shape(join.output, *computed):
-        return "the operands have different or unknown shapes: a broadcast or unknown extent cannot be fused"
+    if not spread(join.output, computed):
+        return "the operands have different or unknown shapes: extents that are unknown may differ"
     dtypes = {value.dtype for value in (join.output, *join.operands)}
     if len(dtypes) != 1:
         return f"the operands have dtypes {' and '.join(sorted(str(dtype) for dtype in dtypes))}"
@@ -77,13 +82,18 @@ def _sum(join: Op) -> str:
 class _Region:
     """The operations around one join, collected in both directions."""
 
-    graph: Graph
+    place: Place
     join: Op
     behind: list[Op] = field(default_factory=list)  # from the sum on, in order
     front: list[Op] = field(default_factory=list)  # in order
     norm: Op | None = None  # the norm of the sum
     reasons: list[str] = field(default_factory=list)  # why a norm did not go in
     _rows: list[Rows] = field(default_factory=list)  # what its norms reduce over: of those that are not by channel
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that they are of."""
+        return self.place.graph
 
     @property
     def ops(self) -> list[Op]:
@@ -107,7 +117,7 @@ class _Region:
         value, chain = self.join.output, list[Op]()
         while not (path := self._path_to_norm(value)):
             reader = only_reader(self.graph, value)
-            if reader is None or not _alone(self.graph, reader, value):
+            if reader is None or not _alone(self.place, reader, value):
                 break
             chain.append(reader)
             value = reader.output
@@ -118,8 +128,8 @@ class _Region:
         chain += path
         while self.norm is not None:
             reader = only_reader(self.graph, value)
-            back = turned and reader is not None and reader.kind is K.PERMUTE and not self.graph.cannot_emit(K.PERMUTE)
-            if reader is None or not (back or _alone(self.graph, reader, value)):
+            back = turned and reader is not None and reader.kind is K.PERMUTE and _holdable(self.place, reader)
+            if reader is None or not (back or _alone(self.place, reader, value)):
                 break
             chain.append(reader)
             value = reader.output
@@ -132,7 +142,7 @@ class _Region:
         for reader in sorted(value.users, key=lambda op: op.order):
             path = [reader]
             at: Axes = tuple(range(value.rank or 0))
-            while path[-1].kind in _PLACES and not self.graph.cannot_emit(path[-1].kind):
+            while path[-1].kind in _PLACES and _holdable(self.place, path[-1]):
                 follower = only_reader(self.graph, path[-1].output)
                 if follower is None:
                     break
@@ -174,7 +184,7 @@ class _Region:
             if len(op.outputs) != 1 or self.graph.is_output(op.output) or not inside.issuperset(op.output.users):
                 continue
             at = axes[op.output]
-            if op.kind in _WORKS and not self.graph.cannot_emit(op.kind) and all(v.constant for v in op.operands[1:]):
+            if op.kind in _WORKS and _holdable(self.place, op) and all(v.constant for v in op.operands[1:]):
                 works.append(op)
             elif self._goes_in(op, at, moves=moves):
                 inside.add(op)
@@ -186,10 +196,10 @@ class _Region:
         self._trim()
 
     def _goes_in(self, op: Op, axes: Axes, *, moves: bool) -> bool:
-        if not _holdable(self.graph, op):
-            return False
         if op.kind in _NORMS:
             return self._takes(op, axes)
+        if not _holdable(self.place, op):
+            return False
         if op.kind in _MOVES:
             return moves
         if not op.has(Trait.ELEMENTWISE) or op.output.shape is None:
@@ -199,7 +209,7 @@ class _Region:
 
     def _takes(self, norm: Op, axes: Axes) -> bool:
         """Whether the norm goes into the region; notes what it reduces over, or why not."""
-        why = _unfit(self.graph, norm)
+        why = _unfit(self.place, norm)
         if not why and norm.kind is not K.BATCH_NORM:
             rows = row_of(norm, axes)
             if rows is None:
@@ -241,20 +251,23 @@ class _Region:
         return f"with {named}" + (f", and {', '.join(dict.fromkeys(others))} beside them" if others else "")
 
 
-def _alone(graph: Graph, op: Op, value: Value) -> bool:
+def _alone(place: Place, op: Op, value: Value) -> bool:
     """Whether `op` computes each element of `value` with constants only, without making it larger."""
-    if not op.has(Trait.ELEMENTWISE) or not _holdable(graph, op):
+    if not op.has(Trait.ELEMENTWISE) or not _holdable(place, op):
         return False
     others = (operand for operand in op.operands if operand is not value)
     return all(operand.constant for operand in others) and same_shape(op.output, value)
 
 
-def _holdable(graph: Graph, op: Op) -> bool:
-    return (op.kind in FUSIBLE or op.kind is K.IDENTITY) and len(op.outputs) == 1 and not graph.cannot_emit(op.kind)
+def _holdable(place: Place, op: Op) -> bool:
+    return len(op.outputs) == 1 and not unable(place, op)
 
 
-def _unfit(graph: Graph, norm: Op) -> str:
+def _unfit(place: Place, norm: Op) -> str:
     """Why no region holds the norm; empty when one may."""
+    graph = place.graph
+    if norm.name in place.closed:
+        return place.closed[norm.name]
     if graph.cannot_emit(norm.kind):
         return graph.cannot_emit(norm.kind)
     if norm.kind not in FUSIBLE:

@@ -287,7 +287,7 @@ def _parted(place: Place, concat: Op, value: Value, inside: set[Op]) -> list[Op]
 
 def _ways(place: Place, join: Op, skip: Value | None, roots: frozenset[OpKind]) -> Iterator[tuple[Op, ...]]:
     """Ways from a root up to the join, in the order of `searched`; the later ones are looked for when asked for."""
-    streams = computed(join)
+    streams = [value for value in computed(join) if same_shape(value, join.output)]  # others are broadcast
     branches = [value for value in streams if value is not skip or len(streams) == 1]
 
     def latest(ways: Iterable[tuple[Op, ...]]) -> list[tuple[Op, ...]]:
@@ -298,7 +298,7 @@ def _ways(place: Place, join: Op, skip: Value | None, roots: frozenset[OpKind]) 
     if skip is not None:
         shared = (way for value in branches for way in paths(place, value, roots, shared=True))
         yield from latest(way for way in shared if way not in own)
-    if len(branches) < len(streams) and skip is not None:
+    if len(branches) < len(streams) and skip is not None and skip in streams:
         yield from latest(paths(place, skip, roots, shared=False))
 
 

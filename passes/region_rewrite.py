@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rescompile.graph import Graph, Op, Value
 from rescompile.kinds import OpKind, Trait
+from rescompile.passes.joins import spread
 from rescompile.passes.one_pass import Kernel, Place, carries, computed, edit_of, unable
 from rescompile.plans import Refusal, Rewrite, same_shape
 
@@ -18,7 +19,7 @@ def unsuited(join: Op, skip: Value | None) -> Refusal | None:
     """Why no kernel takes the sum; None where one may.
 
     1. It adds up two computed values or more, each once; a constant counts where the stream starts at it.
-    2. All of them have the shape and the dtype of the sum, both known and of floats.
+    2. All of them have the dtype of the sum, a float, and its shape; or some do, and the others are broadcast to it.
     """
     moving = computed(join)
     if skip is not None and skip.constant:
@@ -36,9 +37,9 @@ def unsuited(join: Op, skip: Value | None) -> Refusal | None:
     if len(types) > 1 or None in types:
         told = " and ".join(sorted(dtype or "unknown" for dtype in types))
         return Refusal(join.name, f"the operands have dtypes {told}")
-    if not same_shape(join.output, *moving):
+    if not spread(join.output, moving):
         shapes = " and ".join(dict.fromkeys(_shape(value) for value in moving))
-        return Refusal(join.name, f"the operands have shapes {shapes}: a broadcast or unknown extent cannot be fused")
+        return Refusal(join.name, f"the operands have shapes {shapes}: extents that are unknown may differ")
     return None
 
 

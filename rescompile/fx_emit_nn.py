@@ -10,6 +10,7 @@ import torch
 
 from rescompile.errors import GraphError
 from rescompile.fx_torch import Emitter, Torch, aten
+from rescompile.fx_types import TORCH_DTYPES
 from rescompile.graph import Attrs
 from rescompile.kinds import OpKind as K
 
@@ -89,7 +90,30 @@ def _layer_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
 
 def _rms_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:
     x, weight = inputs
+    if attrs["stash_type"]:
+        return _stashed_rms_norm(t, x, weight, attrs)
     return t(aten.rms_norm.default, x, _normalized_shape(t, x, weight, attrs["axis"]), weight, attrs["eps"])
+
+
+def _stashed_rms_norm(t: Torch, x: Any, weight: Any, attrs: Attrs) -> Any:
+    """In the order and the types in which models write it, so that it rounds as they do."""
+    known = t.dtype(x)
+    if known is None:
+        raise GraphError("An RMS norm that computes in a narrower type needs an operand of known type.")
+    narrow = t(aten.to.dtype, x, TORCH_DTYPES[attrs["stash_type"]])
+    axes = list(range(attrs["axis"], 0)) if attrs["axis"] < 0 else _axes_from(t, x, attrs["axis"])
+    power = t(aten.mean.dim, t(aten.pow.Tensor_Scalar, narrow, 2), axes, True)
+    inverse = t(aten.rsqrt.default, t(aten.add.Tensor, power, attrs["eps"]))
+    y = t(aten.mul.Tensor, narrow if attrs["rounded"] else x, inverse)
+    y = y if weight is None else t(aten.mul.Tensor, weight, y)
+    return t(aten.to.dtype, y, TORCH_DTYPES[known])
+
+
+def _axes_from(t: Torch, x: Any, axis: int) -> list[int]:
+    shape = t.shape(x)
+    if shape is None:
+        raise GraphError("A norm over axes counted from the front needs an operand of known rank.")
+    return list(range(axis, len(shape)))
 
 
 def _group_norm(t: Torch, inputs: list[Any], attrs: Attrs) -> Any:

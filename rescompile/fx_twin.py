@@ -208,6 +208,10 @@ class GraphTwin(Twin):
     `names`: the key in the state of each parameter of the graph.
     """
 
+    def caller(self) -> Call:
+        """What the rules call torch through, in one run."""
+        return Call(device_of(self))
+
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.names: dict[str, str] = {}
@@ -282,7 +286,7 @@ class GraphTwin(Twin):
     ) -> tuple[dict[str, Tensor], dict[Value, Any]]:
         graph: Graph = self.__dict__["graph"]
         watched = _Watch(watch, see)
-        call = _Call(device_of(self))
+        call = self.caller()
         slots: list[Any] = [None] * len(self._slots)
         for value, tensor in _bind(graph, inputs, call.device):
             slots[self._slots[value]] = watched.show(value, tensor) if value in watched.values else tensor
@@ -322,7 +326,7 @@ class GraphTwin(Twin):
         return tensor
 
 
-class _Call:
+class Call:
     """Calls torch for one operation after the other, with the extents that the symbols turned out to have."""
 
     def __init__(self, device: torch.device) -> None:

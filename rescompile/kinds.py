@@ -288,7 +288,9 @@ KINDS: dict[OpKind, KindSpec] = {
     K.BATCH_NORM: _kind("x weight? bias? mean? var?", _NORM | Trait.LINEAR_IN_INPUT, eps=1e-5, training=False),
     # over the dimensions from `axis` to the last
     K.LAYER_NORM: _kind("x weight? bias?", _NORM, axis=-1, eps=1e-5),
-    K.RMS_NORM: _kind("x weight?", _NORM, axis=-1, eps=1e-5),
+    # stash_type: a type narrower than x's in which r = 1 / √(mean(x²) + eps) is computed, and x·r too if `rounded`; the
+    # weight then multiplies in the wider type of both. Empty where nothing is narrower.
+    K.RMS_NORM: _kind("x weight?", _NORM, axis=-1, eps=1e-5, stash_type="", rounded=True),
     K.GROUP_NORM: _kind("x weight? bias?", _NORM, groups=1, eps=1e-5),
     K.INSTANCE_NORM: _kind("x weight? bias?", _NORM, eps=1e-5),
     K.LOCAL_RESPONSE_NORM: _kind(

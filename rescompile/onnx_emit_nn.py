@@ -12,6 +12,7 @@ from rescompile.errors import GraphError
 from rescompile.kinds import OpKind as K
 from rescompile.onnx_build import HALF, Builder, Ref, Request, Writer, target_of
 from rescompile.onnx_ops import Arg, dtype_of, is_static
+from rescompile.values import numpy_dtype
 
 # ---- convolutions and pools ------------------------------------------------------------------------------------------
 
@@ -224,10 +225,35 @@ def _layer_norm(b: Builder, r: Request) -> ir.Value:
 def _rms_norm(b: Builder, r: Request) -> ir.Value:
     """x / √(E x² + eps) · weight; one operator from opset 23 on."""
     x, weight = r.arg(0), r.maybe(1)
+    if b.bake(r.attr("stash_type")):
+        return _stashed_rms_norm(b, r)
     if b.opset >= 23 and _holds_eps(r) and not _mixed(r):
         return b.node("RMSNormalization", [x, weight or _ones(b, r)], axis=r.attr("axis"), epsilon=r.attr("eps"))
     wide, narrow = _widened(b, x)
     return _scaled(b, r, wide, _normed_axes(b, r), narrow)
+
+
+def _stashed_rms_norm(b: Builder, r: Request) -> ir.Value:
+    """In the order and the types in which exporters write it, so that it rounds as they do."""
+    x, weight, inner = r.arg(0), r.maybe(1), b.bake(r.attr("stash_type"))
+    if x.dtype is None or (weight is not None and weight.dtype is None):
+        raise GraphError("An RMS norm that computes in a narrower type needs operands of known type.")
+    b.typed = True
+
+    def cast(value: ir.Value | Arg, old: str, new: str) -> ir.Value | Arg:
+        return value if old == new else b.node("Cast", [value], to=int(dtype_of(new)))
+
+    narrow = cast(x, x.dtype, inner)
+    power = b.axes("ReduceMean", b.node("Mul", [narrow, narrow]), _normed_axes(b, r), 18, keepdims=True)
+    root = b.node("Sqrt", [b.node("Add", [power, b.like(b.bake(r.attr("eps")), inner)])])
+    inverse, dtype = b.node("Reciprocal", [root]), inner if b.bake(r.attr("rounded")) else x.dtype
+    y: ir.Value | Arg = b.node("Mul", [narrow if dtype == inner else x, cast(inverse, inner, dtype)])
+    if weight is not None and weight.dtype is not None:
+        widest = max((dtype, weight.dtype), key=lambda name: numpy_dtype(name).itemsize)
+        y = b.node("Mul", [cast(weight, weight.dtype, widest), cast(y, dtype, widest)])
+        dtype = widest
+    value = cast(y, dtype, x.dtype)
+    return value.value if isinstance(value, Arg) else value
 
 
 def _holds_eps(r: Request) -> bool:

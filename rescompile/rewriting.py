@@ -19,7 +19,7 @@ from rescompile.garbage import uncollected
 from rescompile.graph import Graph
 from rescompile.plans import AddParameter, Pass, Pipeline, Plan, Refusal, Rewrite, SetParameter
 from rescompile.traffic import Traffic, graph_traffic, traffic_lines
-from rescompile.verify import Verification, verify
+from rescompile.verify import Reference, Verification, verify
 
 if TYPE_CHECKING:
     from rescompile.gradient_comparison import GradientComparison
@@ -209,9 +209,10 @@ def _verified(graph: Graph, rewritten: Graph, plan: Plan, *, check: bool, dialec
     if not check:
         return Result(graph, rewritten, plan, Verification(_preserves(plan), skipped="switched off"), [])
     rolled_back: list[Refusal] = []
-    verification = verify(graph, rewritten, _preserves(plan))
+    reference = Reference(graph)
+    verification = verify(graph, rewritten, _preserves(plan), reference=reference)
     while plan.rewrites and not verification.ok and not verification.skipped:
-        guilty = _bisect(graph, plan, dialect)
+        guilty = _bisect(graph, plan, dialect, reference)
         rewrite = plan.rewrites[guilty]
         reason = f"rolled back, it changed the numbers: {verification.worst}"
         rolled_back.append(Refusal(rewrite.where, reason, rewrite.pass_name))
@@ -226,7 +227,7 @@ def _verified(graph: Graph, rewritten: Graph, plan: Plan, *, check: bool, dialec
         plan = Plan(plan.model, plan.ir, kept, plan.refusals)
         rewritten = _copy(graph, dialect)
         plan.apply(rewritten)
-        verification = verify(graph, rewritten, _preserves(plan))
+        verification = verify(graph, rewritten, _preserves(plan), reference=reference)
     return Result(graph, rewritten, plan, verification, rolled_back)
 
 
@@ -238,7 +239,7 @@ def _applies(copy: Graph, rewrites: list[Rewrite]) -> bool:
     return True
 
 
-def _bisect(graph: Graph, plan: Plan, dialect: str | None) -> int:
+def _bisect(graph: Graph, plan: Plan, dialect: str | None, reference: Reference) -> int:
     """Index of the first rewrite whose prefix fails: the shortest failing prefix ends with the guilty one."""
     low, high = 0, len(plan.rewrites)  # the empty prefix holds, the whole plan fails
     while high - low > 1:
@@ -246,7 +247,7 @@ def _bisect(graph: Graph, plan: Plan, dialect: str | None) -> int:
         prefix = Plan(plan.model, plan.ir, plan.rewrites[:middle])
         trial = _copy(graph, dialect)
         prefix.apply(trial)
-        if verify(graph, trial, _preserves(prefix)).ok:
+        if verify(graph, trial, _preserves(prefix), reference=reference).ok:
             low = middle
         else:
             high = middle

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from rescompile import api
+from rescompile import api, fusion_audit_text
 from rescompile.costs import graph_costs
 from rescompile.detection import inspect_graph
 from rescompile.fusion_audit import Audit, Unfused, audit
@@ -19,6 +19,7 @@ from rescompile.kinds import OpKind, Trait
 from rescompile.passes.fuse_joins import FuseJoins
 from rescompile.plans import Plan
 from rescompile.traffic import graph_traffic
+from tests.graphs import Builder, residual_mlp
 from tests.residual_grammar import programs
 from tests.residual_program import Program
 from tests.residual_realisers import in_memory
@@ -287,6 +288,24 @@ def test_join_that_is_fused_but_for_an_earlier_sum_is_listed_with_that_sum() -> 
     (found,) = audit(inspect_graph(graph), Plan()).unfused
     assert found.reason == "the join is fused but for its earlier sum 'branches', which no rule is about"
     assert found.passes == (4.0, 2.0)
+
+
+def test_a_long_list_has_the_costliest_joins_and_says_how_many_more() -> None:
+    b = Builder()
+    x = b.input(2, 8)
+    for index in range(fusion_audit_text.ROWS + 30):
+        wide = index == 7
+        branch = b.linear(b.relu(b.linear(x, 8)), 8)
+        x = b.add(x, b.mul(branch, 2.0) if wide else branch, name=f"join_{index}")
+    report = inspect_graph(b.output(x))
+    found = audit(report, Plan())
+    costliest = max(found.unfused, key=lambda each: each.cost)
+    lines = str(found).splitlines()
+    assert sum("join_" in line for line in lines) == fusion_audit_text.ROWS
+    assert any(f"{costliest.where} " in line for line in lines)
+    assert any(line.startswith("and 30 more, none of which costs more") for line in lines)
+    assert len(found.to_dict()["unfused"]) == fusion_audit_text.ROWS + 30
+    assert "more, none" not in str(audit(inspect_graph(residual_mlp(3)), Plan()))
 
 
 def test_model_without_residual_joins_has_nothing_to_list() -> None:

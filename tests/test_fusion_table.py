@@ -11,8 +11,9 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("torch")
 
-from benchmarks import fusion, fusion_tools  # noqa: E402
+from benchmarks import fusion, fusion_exact, fusion_tools  # noqa: E402
 from benchmarks.fusion import Model, Row, measure, remainder_lines, summary, table  # noqa: E402
+from benchmarks.fusion_exact import Exactness, exactness  # noqa: E402
 from benchmarks.fusion_tools import Outcome, compare, fused_joins, joins_of, plain_joins, run_peer  # noqa: E402
 
 
@@ -54,8 +55,9 @@ def test_a_row_holds_what_fuse_did_and_that_the_numbers_are_kept(tmp_path: Path)
     row = measure(Model("tiny", lambda: path), "fuse", verify=True)
     assert row.total == row.fused == 2
     assert not row.remainders
-    assert all(isinstance(error, float) and error <= fusion.TOLERANCE for error in row.errors.values())
-    assert set(row.errors) == {"off", "default"}
+    assert [each.level for each in row.exact] == ["off", "default"]
+    assert all(each.difference <= fusion.TOLERANCE for each in row.exact)
+    assert compare(path, path, joins_of(path).graph) == {"off": 0.0, "default": pytest.approx(0.0, abs=1e-6)}
 
 
 def test_what_is_switched_off_is_a_remainder_with_its_reason(tmp_path: Path) -> None:
@@ -95,3 +97,35 @@ def test_the_summary_names_what_another_tool_does_better_and_what_is_not_exact()
     assert "tiny: other fuses 2, rescompile 1" in lines
     assert any("optimisation off: 0.001" in line for line in lines)
     assert "| tiny | 2 | 1 (1e-03) |" in table([row])
+
+
+def test_the_verified_table_sets_both_against_float64(tmp_path: Path) -> None:
+    path = model_file(tmp_path)
+    row = measure(Model("tiny", lambda: path), "fuse", verify=True)
+    assert [each.level for each in row.exact] == ["off", "default"]
+    for each in row.exact:
+        assert each.ok
+        assert each.original is not None
+        assert each.fused is not None
+        assert 0 < each.original < 1e-6
+        assert each.fused <= 1.5 * each.original
+    assert fusion_exact.table([("tiny", row.exact)]).splitlines()[-1].startswith("| tiny | ")
+    assert fusion_exact.verdicts([("tiny", row.exact)]) == [
+        "2 of 2 comparisons within 1e-05 of the original's outputs; 0 more no further from float64 than the original "
+        "(at most 1.1 times)"
+    ]
+
+
+def test_what_is_further_from_float64_than_the_original_is_told(tmp_path: Path) -> None:
+    path, other = model_file(tmp_path), tmp_path / "other.onnx"
+    model = onnx.load(path)
+    wrong = onnx.numpy_helper.to_array(model.graph.initializer[0]) * np.float32(1.0001)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(wrong, "w0"))
+    onnx.save(model, other)
+    found = exactness(path, other, joins_of(path).graph)
+    assert not any(each.ok for each in found)
+    assert fusion_exact.table([("tiny", found)]).endswith("| further |")
+    assert len(fusion_exact.verdicts([("tiny", found)])) == 3
+    near = Exactness("off", "denormal", 1e-4, 2e-5, 2.1e-5)
+    assert near.ok
+    assert "2.1e-05 from float64 where the original is 2.0e-05" in fusion_exact.verdicts([("tiny", [near])])[-1]

@@ -16,12 +16,24 @@ from rescompile.errors import RescompileError
 # compiles with both.
 _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 
+# Instructions that belong to one compute capability, and assemble only for its name with an a: no later GPU has them.
+_SPECIFIC = {"sm_90": re.compile(r"\bwgmma\.|\bsetmaxnreg\.")}
+# What cuda.h says of a tensor map, which NVRTC has no copy of.
+_TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
+typedef struct CUtensorMap_st CUtensorMap;
+"""
+
 _ENTRY = re.compile(r"Compiling entry function '(?P<kernel>\w+)'")
 _STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
+
+
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
+# Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
+CUBIN_DRIVER = (13, 0)
 
 
 @dataclass(frozen=True)
@@ -50,13 +62,32 @@ class Cubin:
     compiler: str
 
 
+def code_arch(source: str, arch: str) -> str:
+    """The name to assemble for: sm_90a in the place of sm_90 where the source uses what only that one has (wgmma).
+
+    Such machine code runs on compute capability 9.0 alone, and the source gives no PTX for later ones.
+    """
+    specific = _SPECIFIC.get(arch)
+    return f"{arch}a" if specific is not None and specific.search(source) else arch
+
+
+def ready_to_compile(source: str) -> str:
+    """TVM's source with one name for dynamic shared memory: kernels declare it alike and see it as they need it."""
+    return _DYNAMIC_SHARED.sub(
+        r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
+        r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
+        source,
+    )
+
+
 def to_cubin(source: str, arch: str) -> Cubin | None:
     """Machine code for a compute capability such as sm_90; None where there is neither nvcc nor NVRTC.
 
     RescompileError when a compiler is there and turns the source down.
     """
     said = []
-    for compile_with in (_by_nvcc, _by_nvrtc):
+    arch, source = code_arch(source, arch), ready_to_compile(source)
+    for compile_with in (_by_nvcc, by_nvrtc):
         made = compile_with(source, arch)
         if isinstance(made, Cubin):
             return made
@@ -79,7 +110,9 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
         code.write_text(source)
-        command = [nvcc, "-cubin", "-O3", f"-arch={arch}", "-w", *_OPTIONS, "-o", str(made), str(code)]
+        # Spelled out, since the short form compiles for sm_90 as well, which rejects what only sm_90a has.
+        target = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
+        command = [nvcc, "-cubin", "-O3", target, "-w", *_OPTIONS, "-o", str(made), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr or done.stdout).replace(f"{folder}/", "")
@@ -87,10 +120,13 @@ def _by_nvcc(source: str, arch: str) -> Cubin | str | None:
         return Cubin(made.read_bytes(), usage(done.stderr + done.stdout), "nvcc")
 
 
-def _by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
+    """Machine code by NVRTC, whichever other compiler is here; else what it said, None where it is missing."""
     path = nvrtc.library()
     if path is None:
         return None
+    if "CUtensorMap" in source:
+        source = _TENSOR_MAP + source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

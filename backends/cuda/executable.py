@@ -3,7 +3,8 @@
 TVM 0.27 carries the source along where its CUDA runtime is not loaded (on every machine without a driver) and compiles
 it when the program is loaded, on a machine that then needs a compiler. The exported library holds, in the order of the
 import tree, `kind` and `bytes` of each module; those of the kind `cuda` are `format`, `functions`, `code`, each string
-with its length before it. Here `cuda` and the source become `cubin` and the machine code: TVM's runtime alone loads it.
+with its length before it. Here `cuda` and the source become `cubin` and the machine code, or `ptx` and that: TVM's
+runtime alone loads it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 
-from rescompile.backends.cuda.cubin import to_cubin
+from rescompile.backends.cuda.cubin import ready_to_compile
 from rescompile.backends.link import link
 from rescompile.errors import RescompileError
 
@@ -45,6 +46,11 @@ def cuda_modules(module: Any) -> Iterator[Any]:
 
 def cuda_source(module: Any) -> str:
     """The CUDA source in a module and its imports, empty when there is none."""
+    return ready_to_compile(_generated(module))
+
+
+def _generated(module: Any) -> str:
+    """As TVM keeps it."""
     return "\n".join(str(found.inspect_source("cuda")) for found in cuda_modules(module))
 
 
@@ -62,37 +68,18 @@ def cross_compiling() -> Iterator[None]:
             os.environ[_KEEP_SOURCE] = before
 
 
-def ready_to_load(compiler: str, arch: str) -> bool:
-    """Whether TVM's CUDA runtime is here. Where no `compiler` has made machine code, it is given ours."""
-    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
-        return False
-    if not compiler:
-
-        def compiled(source: str) -> bytes:
-            made = to_cubin(source, arch)
-            if made is None:
-                raise RescompileError(
-                    "The program holds CUDA source, and neither nvcc nor NVRTC is here to compile it: "
-                    "pip install nvidia-cuda-nvrtc."
-                )
-            return made.data
-
-        tvm_ffi.register_global_func("tvm_callback_cuda_compile", compiled, override=True)
-    return True
-
-
 class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
     """An executable for a GPU: exported with `cubin` in it, and run by way of that export."""
 
-    def __init__(self, module: Any, source: str, cubin: bytes | None) -> None:
+    def __init__(self, module: Any, source: str, code: bytes | None, form: str = "cubin") -> None:
         super().__init__(module)
-        self.source, self.cubin = source, cubin
+        self.source, self.code, self.form = source, code, form
         self._loaded: Any = None
 
     def export_library(self, file_name: str, *, fcompile: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Write host code and GPU code as one shared library; `fcompile` links it."""
-        source, cubin = self.source.encode(), self.cubin
-        pack = (lambda module, *options: _packed(source, cubin, module, *options)) if cubin else None
+        code, form = self.code, self.form.encode()
+        pack = (lambda module, *options: _packed(code, form, module, *options)) if code else None
         return self.mod.export_library(str(file_name), fcompile=fcompile, fpack_imports=pack, **kwargs)
 
     def jit(self, **_: Any) -> Any:
@@ -105,20 +92,20 @@ class CudaExecutable(tvm.runtime.Executable):  # type: ignore[misc]
         return self._loaded
 
 
-def _packed(source: bytes, cubin: bytes, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
-    """The imports of `module` as an object file, GPU code as machine code."""
+def _packed(code: bytes, form: bytes, module: Any, is_system_lib: bool, prefix: str, workspace: str) -> str:
+    """The imports of `module` as an object file, GPU code as machine code or PTX."""
     packed = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")(module).numpy().tobytes()
     host = next(part for part in (module, *_imports(module)) if part.kind == "llvm")
     target = host.get_function("_get_target_string")()
-    blob = with_cubin(packed, source, cubin)
+    blob = with_code(packed, _generated(module).encode(), code, form)
     made = tvm_ffi.get_global_func("codegen.codegen_blob")(blob, is_system_lib, target, prefix)
     path = Path(workspace) / f"{prefix}devc.o"
     made.write_to_file(str(path))
     return str(path)
 
 
-def with_cubin(packed: bytes, source: bytes, cubin: bytes) -> bytes:
-    """Imports as TVM packs them, with the machine code in the place of the CUDA source."""
+def with_code(packed: bytes, source: bytes, code: bytes, form: bytes) -> bytes:
+    """Imports as TVM packs them, with machine code or PTX in the place of the CUDA source."""
     blob = packed[_LENGTH.size :]
     modules, position = _import_tree(blob)
     out = [blob[:position]]
@@ -134,7 +121,7 @@ def with_cubin(packed: bytes, source: bytes, cubin: bytes) -> bytes:
             if content[: before[0]] != _said(b"cuda") or content[before[1] :] != _said(source):
                 raise RescompileError(_UNEXPECTED)
             # What lies between are the functions, in a form of their own, which stays.
-            content = _said(b"cubin") + content[before[0] : before[1]] + _said(cubin)
+            content = _said(form) + content[before[0] : before[1]] + _said(code)
             replaced += 1
         out.append(_said(content))
     if position != len(blob) or replaced != 1:

@@ -27,8 +27,8 @@ def library() -> Path | None:
     return None
 
 
-def compile_source(path: Path, source: str, options: Sequence[str]) -> tuple[bytes | None, str]:
-    """The cubin, None where the source does not compile, and what the compiler said."""
+def compile_source(path: Path, source: str, options: Sequence[str], result: str = "CUBIN") -> tuple[bytes | None, str]:
+    """The cubin, or PTX, None where the source does not compile; and what the compiler said."""
     lib = _load(path)
     program = ctypes.c_void_p()
     with tempfile.TemporaryDirectory() as headers:
@@ -38,7 +38,7 @@ def compile_source(path: Path, source: str, options: Sequence[str]) -> tuple[byt
             array = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
             failed = lib.nvrtcCompileProgram(program, len(given), array)
             log = _text(lib, "ProgramLog", program).decode(errors="replace").rstrip("\0")
-            return (None if failed else _text(lib, "CUBIN", program)), log
+            return (None if failed else _text(lib, result, program)), log
         finally:
             lib.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -7,6 +7,8 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from rescompile.backends.cuda.outputs import own_outputs
+
 
 def generate(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """Loop nests for what no kernel serves, epilogues joined to their products, the weights gathered in a tuple."""
@@ -27,4 +29,4 @@ def generate(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         relax.transform.BundleModelParams("weights"),
     ]
     with target:
-        return tvm.transform.Sequential(passes)(module)
+        return own_outputs(tvm.transform.Sequential(passes)(module))

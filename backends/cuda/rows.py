@@ -68,8 +68,7 @@ def row_function(
 ) -> tvm.tirx.PrimFunc:
     """A kernel, its threads bound, whose `body` emits the work of one thread; `rows` None is read at run time."""
     with IRBuilder() as builder, T.prim_func(s_tir=True), ExitStack() as threads:
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
+        function_frame(name)
         count = tvm.tirx.Var("rows", "int64") if rows is None else rows
         buffers = {}
         for argument in arguments:
@@ -82,6 +81,12 @@ def row_function(
         dtypes = {argument.name: argument.dtype for argument in arguments}
         body(Row(tile, int(width or 0), buffers, dtypes, count, block * tile.rows + inner, lane))
     return builder.get()
+
+
+def function_frame(name: str) -> None:
+    """Name a function that is being built, and say that its threads are bound."""
+    T.func_name(name)
+    T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
 
 
 class Row:
@@ -160,9 +165,7 @@ class Row:
                 store(total, _joined(total[0], value, largest), 0)
 
             unrolled(self.tile.vector, add)
-        _shuffle(total, min(self.tile.threads, _WARP), largest)
-        if self.tile.threads > _WARP:
-            self._across_warps(total, start, largest)
+        across_threads(total, self.tile.threads, self.lane, start, largest)
         return total
 
     def _column(self, chunk: int) -> Expr:
@@ -172,22 +175,27 @@ class Row:
         """Whether some threads of the row have nothing to do in this chunk."""
         return (chunk + 1) * self.tile.span > self.width
 
-    def _across_warps(self, total: Expr, start: Expr, largest: bool) -> None:
-        warps = self.tile.threads // _WARP
-        partial = T.alloc_buffer((warps,), "float32", scope="shared")
-        lane = self.lane % _WARP
-        with T.If(lane == 0), T.Then():
-            store(partial, total[0], self.lane // _WARP)
-        T.evaluate(T.tvm_storage_sync("shared"))
-        if warps == _WARP:
-            store(total, partial[lane], 0)
-        else:
-            with T.If(lane < warps):
-                with T.Then():
-                    store(total, partial[lane], 0)
-                with T.Else():
-                    store(total, start, 0)
-        _shuffle(total, _WARP, largest)
+
+def across_threads(total: Expr, threads: int, lane: Expr, start: Expr, largest: bool = False) -> None:
+    """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them."""
+    _shuffle(total, min(threads, _WARP), largest)
+    if threads <= _WARP:
+        return
+    warps = threads // _WARP
+    partial = T.alloc_buffer((warps,), total.dtype, scope="shared")
+    inner = lane % _WARP
+    with T.If(inner == 0), T.Then():
+        store(partial, total[0], lane // _WARP)
+    T.evaluate(T.tvm_storage_sync("shared"))
+    if warps == _WARP:
+        store(total, partial[inner], 0)
+    else:
+        with T.If(inner < warps):
+            with T.Then():
+                store(total, partial[inner], 0)
+            with T.Else():
+                store(total, start, 0)
+    _shuffle(total, _WARP, largest)
 
 
 def local(size: int, dtype: str = "float32") -> Expr:

@@ -12,21 +12,22 @@ from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
+import tvm
 from tvm import relax
 
-from rescompile.backends.cuda import add_norm, softmax
-from rescompile.backends.cuda.rows import DTYPES, WIDEST, row_tile
+from rescompile.backends.cuda import softmax
+from rescompile.backends.cuda.choose import KernelChoice, explained
+from rescompile.backends.cuda.libraries import GLOBAL
+from rescompile.backends.cuda.lower_contraction import conv as product_conv
+from rescompile.backends.cuda.lower_contraction import linear, matmul
+from rescompile.backends.cuda.lower_region import REGIONS
+from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
+from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
+from rescompile.backends.cuda.targets import Architecture, architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.fallback import NARROW
-from rescompile.backends.kernels import Argument, NormSpec, Spec
-from rescompile.backends.layouts import CHANNELS_LAST
+from rescompile.backends.kernels import Argument, NormSpec
 from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
-from rescompile.backends.lower_conv import conv_in_relax
-from rescompile.backends.lower_linear import epilogue, matmul_of, residual_of, residual_value
-from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
-from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
-from rescompile.backends.lower_norm import norm_by_kernel
 from rescompile.backends.lower_reduce import REDUCTIONS, product
 from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
@@ -37,15 +38,22 @@ from rescompile.kinds import OpKind
 from rescompile.values import numpy_dtype
 
 Make: TypeAlias = Callable[[], np.ndarray[Any, Any]]
+Rows: TypeAlias = "Extent | Mapping[str, Sequence[Extent]] | None"
 
 
 class CudaEmitter(Emitter):
     """An emitter whose kernels are those for a GPU."""
 
-    def __init__(self, graph: WorkingGraph) -> None:
+    def __init__(self, graph: WorkingGraph, choice: KernelChoice | None = None, *, tf32: bool = False) -> None:
+        """`choice`: what computes each region; by default the first candidate for sm_90.
+
+        `tf32`: whether products of float32 may be rounded to 10 bits after the point.
+        """
         super().__init__(graph)
+        self.choice, self.tf32 = choice or KernelChoice(architecture("sm_90")), tf32
         self._makers: dict[int, tuple[Expr, str, Make]] = {}
-        self._kernels: dict[NormSpec | RowSoftmax, Expr] = {}
+        self._kernels: dict[Any, Expr] = {}
+        self._calls: dict[Any, Region] = {}
 
     def weight(self, name: str, make: Make, shape: Sequence[int] | None = None, dtype: str | None = None) -> Expr:
         """A tensor known at compile time; it can be cast and reshaped at compile time too."""
@@ -73,13 +81,6 @@ class CudaEmitter(Emitter):
         to = [elements // fixed if extent == -1 else int(extent) for extent in shape]
         return self.weight(f"{name}@{to}", lambda: make().reshape(to), to, self.dtype(expr))
 
-    def call(self, op: Op, spec: Spec, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
-        """Call the kernel of a norm with buffers by name; the outputs. `rows` is the dynamic row count."""
-        if not isinstance(spec, NormSpec):
-            return super().call(op, spec, given, rows)
-        name = f"{'add_' if spec.residual else ''}{spec.kind}_norm"
-        return self.call_rows(op, spec, name, add_norm, spec.dtype, given, rows)
-
     def softmax(self, op: Op, x: Expr, out_dtype: str, *, log: bool = False, floor: float | None = None) -> Expr | None:
         """Softmax over the last dimension, None where there is no kernel for it."""
         shape = self.shape(x)
@@ -91,6 +92,58 @@ class CudaEmitter(Emitter):
         if not softmax.takes(spec):
             return None
         return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
+
+    @property
+    def limits(self) -> Architecture:
+        """What the GPU can do."""
+        return self.choice.limits
+
+    def takes(self, spec: Any, *families: Any) -> bool:
+        """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
+        return any(not family.refusal(spec, self.choice.limits) for family in families)
+
+    def call_kernel(
+        self,
+        op: Op,
+        spec: Any,
+        families: Any,
+        stem: str,
+        given: Mapping[str, Expr],
+        rows: Rows = None,
+    ) -> list[Expr]:
+        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
+
+        Args:
+            families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
+            stem: what the kernel is called: the first part of its name, and its kind in reports.
+            rows: the extent that the spec leaves to run time, or the extents of each buffer by name.
+        """
+        served = tuple(families) if isinstance(families, Sequence) else (families,)
+        choice = self.choice.pick(spec, served)
+        buffers: list[Argument] = served[0].arguments(spec)
+        if spec not in self._calls:
+            name = f"{stem}_{len(self.regions)}"
+            if choice.candidate.library is None:
+                self._kernels[spec] = self.bb.add_func(choice.candidate.prim_func(spec, name), name)
+            static = all(extent is not None for part in buffers for extent in part.shape)
+            self._calls[spec] = self.regions[name] = Region(
+                name,
+                stem,
+                spec=str(spec),
+                tile=choice.candidate.label,
+                flops=getattr(spec, "flops", None) if static else None,
+                bytes=bytes_of(buffers) if static else None,
+                **explained(choice),
+            )
+        library = choice.candidate.library
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            if library is None:
+                return relax.call_tir(self._kernels[spec], relax.Tuple(operands), types)
+            told = relax.Tuple([tvm.ir.StringImm(library.text()), *operands])
+            return relax.op.call_dps_packed(GLOBAL, told, types)
+
+        return self._called(op, self._calls[spec], buffers, given, rows, call)
 
     def call_rows(
         self,
@@ -105,7 +158,7 @@ class CudaEmitter(Emitter):
         """Call a kernel over rows: `kernel` is its module."""
         buffers = kernel.arguments(spec)
         if spec not in self._kernels:
-            name = f"{stem}_{len(self._kernels)}"
+            name = f"{stem}_{len(self.regions)}"
             self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
             static = spec.rows is not None
             self.regions[name] = Region(
@@ -116,70 +169,45 @@ class CudaEmitter(Emitter):
                 bytes=bytes_of(buffers) if static else None,
             )
         function = self._kernels[spec]
-        region = self.regions[function.name_hint]
+
+        def call(operands: list[Expr], types: Any) -> Expr:
+            return relax.call_tir(function, relax.Tuple(operands), types)
+
+        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
+
+    def _called(
+        self,
+        op: Op,
+        region: Region,
+        buffers: list[Argument],
+        given: Mapping[str, Expr],
+        rows: Rows,
+        call: Callable[[list[Expr], Any], Expr],
+    ) -> list[Expr]:
+        """The outputs of a call with operands by name, each in the shape of its buffer."""
         region.ops.append(op.name)
         region.calls += 1
 
         def extents(argument: Argument) -> list[Extent]:
+            if isinstance(rows, Mapping):
+                return list(rows[argument.name])
             return [rows if extent is None else extent for extent in argument.shape]
 
-        operands = [self.reshape(given[part.name], extents(part)) for part in buffers if not part.output]
+        operands = [given[part.name] for part in buffers if not part.output]
+        if not isinstance(rows, Mapping):
+            shapes = [extents(part) for part in buffers if not part.output]
+            operands = [self.reshape(operand, shape) for operand, shape in zip(operands, shapes, strict=True)]
         types = [relax.TensorType(tuple(extents(part)), part.dtype) for part in buffers if part.output]
-        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
+        result = self.emit(call(operands, types[0] if len(types) == 1 else types))
         if len(types) == 1:
             return [result]
         return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
 
-def linear(e: Emitter, op: Op) -> None:
-    """y = outer(residual + inner(x·weightᵀ + bias))"""
-    x, weight = e.get(op.operands[0]), op.operands[1]
-    if op.attr("transpose_weight"):
-        matrix = e.emit(relax.op.permute_dims(e.cast(e.get(weight), e.dtype(x))))
-    elif e.is_literal(weight) and weight.rank == 2:
-        turned = e.weight(f"{weight.name}.transposed", lambda: e.data(weight).T)
-        matrix = e.emit(relax.op.permute_dims(e.cast(turned, e.dtype(x))))
-    else:
-        matrix = e.cast(e.get(weight), e.dtype(x))
-    out = epilogue(e, op, matmul_of(e, x, matrix), residual_of(e, op))
-    e.bind(op.output, e.cast(out, op.output.dtype or e.dtype(x)))
-
-
 def conv(e: Emitter, op: Op) -> None:
     """y = outer(residual + inner(conv(x) + bias)), channels last"""
-    value, weight = op.operands[:2]
-    rank = (value.rank or 0) - 2
-    if rank not in _CONVOLUTIONS:
-        conv_in_relax(e, op)
-        return
-    function, data, kernel = _CONVOLUTIONS[rank]
-    x = e.get(value, CHANNELS_LAST)
-    dtype = e.dtype(x)
-    out = e.emit(
-        function(
-            x,
-            e.cast(e.get(weight, CHANNELS_LAST), dtype),
-            strides=tuple(op.attr("stride"))[:rank],
-            padding=tuple(op.attr("pads"))[: 2 * rank],
-            dilation=tuple(op.attr("dilation"))[:rank],
-            groups=int(op.attr("groups")),
-            data_layout=data,
-            kernel_layout=kernel,
-            out_layout=data,
-            out_dtype="float32" if dtype in NARROW else dtype,
-        )
-    )
-    residual = residual_value(op)
-    beside = None if residual is None else e.get(residual, CHANNELS_LAST)
-    e.bind(op.output, e.cast(epilogue(e, op, out, beside), op.output.dtype or dtype), CHANNELS_LAST)
-
-
-# Function, layout of the data and layout of the weight, by the number of spatial dimensions.
-_CONVOLUTIONS: dict[int, tuple[Any, str, str]] = {
-    1: (relax.op.nn.conv1d, "NWC", "OWI"),
-    2: (relax.op.nn.conv2d, "NHWC", "OHWI"),
-    3: (relax.op.nn.conv3d, "NDHWC", "ODHWI"),
-}
+    if not depthwise(e, op):
+        product_conv(e, op)
 
 
 def attention(e: Emitter, op: Op) -> None:
@@ -205,46 +233,19 @@ def row_softmax(e: Emitter, op: Op) -> None:
         e.bind(op.output, made)
 
 
-def layer_norm(e: Emitter, op: Op) -> None:
-    """y = N(x)·weight + bias over the dimensions from `axis` to the last"""
-    x = e.get(op.operands[0])
-    axis = op.attr("axis") % len(e.shape(x))
-    if _kernel_takes(e, x, axis):
-        e.bind(op.output, norm_by_kernel(e, op, x, None, axis)[0])
-    else:
-        layer_norm_in_relax(e, op)
-
-
-def joined_norm(e: Emitter, op: Op) -> None:
-    """sum = x + residual; y = N(sum); outputs y, sum"""
-    x, residual = (e.cast(e.get(value), op.outputs[1].dtype) for value in op.operands[:2])
-    axis = op.attr("axis") % len(e.shape(x))
-    same = op.operands[0].shape == op.operands[1].shape is not None
-    if not same or not _kernel_takes(e, x, axis):
-        add_norm_in_relax(e, op)
-        return
-    for value, out in zip(op.outputs, norm_by_kernel(e, op, x, residual, axis), strict=True):
-        e.bind(value, out)
-
-
-def _kernel_takes(e: Emitter, x: Expr, axis: int) -> bool:
-    width = product(e.shape(x)[axis:])
-    return isinstance(width, int) and width <= WIDEST and e.dtype(x) in DTYPES
-
-
 def _static(shape: Sequence[Extent]) -> list[int]:
     return [int(extent) for extent in shape]
 
 
 CUDA_RULES = {
     **RULES,
+    **WINDOWS,
     OpKind.LINEAR: linear,
     OpKind.FUSED_LINEAR: linear,
     OpKind.CONV: conv,
     OpKind.FUSED_CONV: conv,
+    OpKind.MATMUL: matmul,
     OpKind.ATTENTION: attention,
     OpKind.SOFTMAX: row_softmax,
-    OpKind.LAYER_NORM: layer_norm,
-    OpKind.RMS_NORM: layer_norm,
-    OpKind.ADD_NORM: joined_norm,
+    **REGIONS,
 }

@@ -202,7 +202,7 @@ def _emit_spatial(
             sums.store(
                 spec.epilogue,
                 width,
-                write if following is None else following.storer(rows_of, channel),
+                write if following is None else following.storer(rows_of, channel, tile.lanes if blocks.groups == 1 else 0),
                 None if bias is None else lambda lane: bias[channel + lane],
                 None if residual is None else lambda pixel, lane: residual[from_ + pixel * step + lane],
             )

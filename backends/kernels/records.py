@@ -25,31 +25,30 @@ def default_cache_dir() -> Path:
     return Path.home() / ".cache" / "rescompile"
 
 
-def _sources() -> str:
+def sources(folder: Path) -> str:
     """Digest of the kernel generators: a changed generator makes its timings worthless."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @dataclass
-class Records:
-    """Tiles and their seconds by the text of their spec."""
+class Choices:
+    """What was chosen on a machine, by the text of its spec, in a file that several processes may write."""
 
     path: Path
-    machine: Machine
+    machine: object
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     fresh: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @staticmethod
-    def load(cache_dir: str | Path | None, machine: Machine) -> Records:
-        """The records for this machine; an unreadable file counts as empty, with a warning."""
-        identity = f"{machine} tvm {tvm.__version__} kernels {_sources()}"
-        name = f"tiles-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-        records = Records(Path(cache_dir or default_cache_dir()) / name, machine)
-        records.entries = records._read()
-        return records
+    def read(self) -> None:
+        """Take the file's records; an unreadable file counts as empty, with a warning."""
+        self.entries = self._read()
+
+    def check(self, entry: dict[str, Any]) -> None:
+        """One of the errors of a damaged record, when the entry is none of this kind."""
+        float(entry["seconds"])
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -58,23 +57,13 @@ class Records:
                 raise ValueError(f"schema {data['schema']}")
             entries: dict[str, dict[str, Any]] = data["records"]
             for entry in entries.values():
-                Tile.from_json(entry["tile"])
-                float(entry["seconds"])
+                self.check(entry)
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RescompileError) as error:
-            warnings.warn(f"Ignoring the damaged kernel records in {self.path}: {error}", stacklevel=4)
+            warnings.warn(f"Ignoring the damaged kernel records in {self.path}: {error}", stacklevel=5)
             return {}
         return entries
-
-    def get(self, spec: object) -> tuple[Tile, float] | None:
-        """The recorded tile of a spec and its seconds."""
-        entry = self.entries.get(repr(spec))
-        return None if entry is None else (Tile.from_json(entry["tile"]), float(entry["seconds"]))
-
-    def put(self, spec: object, tile: Tile, seconds: float) -> None:
-        """Records a choice; `save` writes it."""
-        self.fresh[repr(spec)] = {"tile": tile.to_json(), "seconds": seconds}
 
     def save(self) -> None:
         """Adds the new records to the file. It is replaced whole, so readers never see half of it."""
@@ -91,3 +80,30 @@ class Records:
             os.replace(temporary, self.path)
         except OSError as error:
             warnings.warn(f"Kernel choices cannot be kept in {self.path.parent}: {error}", stacklevel=3)
+
+
+class Records(Choices):
+    """Tiles and their seconds by the text of their spec."""
+
+    @staticmethod
+    def load(cache_dir: str | Path | None, machine: Machine) -> Records:
+        """The records for this machine."""
+        identity = f"{machine} tvm {tvm.__version__} kernels {sources(Path(__file__).parent)}"
+        name = f"tiles-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+        records = Records(Path(cache_dir or default_cache_dir()) / name, machine)
+        records.read()
+        return records
+
+    def check(self, entry: dict[str, Any]) -> None:
+        """One of the errors of a damaged record, when the entry holds no tile."""
+        Tile.from_json(entry["tile"])
+        super().check(entry)
+
+    def get(self, spec: object) -> tuple[Tile, float] | None:
+        """The recorded tile of a spec and its seconds."""
+        entry = self.entries.get(repr(spec))
+        return None if entry is None else (Tile.from_json(entry["tile"]), float(entry["seconds"]))
+
+    def put(self, spec: object, tile: Tile, seconds: float) -> None:
+        """Records a choice; `save` writes it."""
+        self.fresh[repr(spec)] = {"tile": tile.to_json(), "seconds": seconds}

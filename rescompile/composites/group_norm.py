@@ -16,7 +16,7 @@ _Step = tuple[OpKind, list[Value | None], Value, dict[str, object]]
 
 def group_norm(recogniser: Recogniser, norm: Op) -> Op | None:
     """A GROUP_NORM in the place of a norm of rows between two reshapes; None when it is none."""
-    if norm.kind is OpKind.RMS_NORM:  # which has no mean to take away
+    if norm.kind not in (OpKind.LAYER_NORM, OpKind.INSTANCE_NORM):  # others take no mean away, or are of their own
         return None
     rows, back = norm.operands[0], recogniser.only_user(norm.output)
     first = rows.producer

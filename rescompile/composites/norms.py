@@ -5,7 +5,9 @@
     InstanceNorm:  LayerNorm over all positions of a channel
     any other:     `normalise`: other axes, eps outside the root, unbiased variance, x / max(‖x‖, eps) with a gain
 
-The anchor is the mean, or the sum, of the squares. Casts to a wider dtype inside, and back, belong to the norm. A
+The anchor is the mean, or the sum, of the squares. Casts to a wider dtype inside, and back, belong to the norm. Casts
+to a narrower one do too, but what they round cannot be had by another order of operations: an RMS norm in the one order
+that every IR can write keeps the type as its `stash_type`, any other norm is a `normalise`. A
 weight is taken only when it is a constant of exactly the normalised shape: a rotary table is no norm's weight. A
 length without a gain (cosine similarity, global response normalisation's statistic) is no norm.
 """
@@ -15,8 +17,9 @@ from __future__ import annotations
 from rescompile.composites.group_norm import group_norm
 from rescompile.composites.region import Recogniser, close
 from rescompile.composites.statistics import Root, count, kept, root_of
-from rescompile.graph import Op, Shape, Value
+from rescompile.graph import Attrs, Op, Shape, Value
 from rescompile.kinds import OpKind
+from rescompile.values import numpy_dtype
 
 
 def norm(recogniser: Recogniser, reduction: Op) -> Op | None:
@@ -44,7 +47,8 @@ def norm(recogniser: Recogniser, reduction: Op) -> Op | None:
         if not centred and not _is_mean(root) and not _gained(recogniser, root):
             return None
         return _other_norm(recogniser, ops, value, root.output, axes, centred, root.eps)
-    found = _affine(recogniser, kind, ops, value, root, axes)
+    inner = base.dtype if _narrower(base.dtype, value.dtype) else None
+    found = _affine(recogniser, kind, ops, value, root, axes, inner)
     return (group_norm(recogniser, found) or found) if found is not None else None
 
 
@@ -189,10 +193,51 @@ def _until_dtype(recogniser: Recogniser, ops: list[Op], output: Value, dtype: st
     return [*ops, user]
 
 
+def _narrower(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and numpy_dtype(one or "").itemsize < numpy_dtype(other or "").itemsize
+
+
+def _stash(
+    recogniser: Recogniser, root: Root, region: list[Op], x: Value, inner: str, weight: Value | None
+) -> Attrs | None:
+    """What says that `inner` is the type of r = 1 / √(mean(x²) + eps); None where y = x·r·weight is in another order.
+
+    `region` begins with the square and its mean. All up to r is in the type `inner`; x·r is where `rounded`; the
+    weight multiplies in the wider of the types.
+    """
+    *inverse, quotient = (op for op in root.ops if op.kind not in (OpKind.CAST, OpKind.IDENTITY))
+    steps = [op.kind for op in inverse if op.kind is not OpKind.ADD]
+    plain = steps in ([OpKind.RSQRT], [OpKind.SQRT, OpKind.RECIPROCAL]) or (
+        steps == [OpKind.SQRT, OpKind.DIV] and close(recogniser.scalar(inverse[-1].inputs[0]), 1.0)
+    )
+    if not plain or region[1].kind is not OpKind.MEAN or quotient.kind is not OpKind.MUL or root.numerator is None:
+        return None
+    if any(op.output.dtype != inner for op in (*region[:2], *inverse)):
+        return None
+    rounded = root.numerator.dtype == inner
+    wide = inner if rounded else x.dtype
+    if quotient.output.dtype != wide:
+        return None
+    if weight is not None:
+        product = next(op for op in region if weight in op.inputs)
+        if product.output.dtype != (weight.dtype if _narrower(wide, weight.dtype) else wide):
+            return None
+    return {"stash_type": inner, "rounded": rounded}
+
+
 def _affine(
-    recogniser: Recogniser, kind: OpKind, ops: list[Op], x: Value, root: Root, axes: tuple[int, ...]
+    recogniser: Recogniser,
+    kind: OpKind,
+    ops: list[Op],
+    x: Value,
+    root: Root,
+    axes: tuple[int, ...],
+    inner: str | None,
 ) -> Op | None:
-    """Extend the region by cast, weight, cast, bias, cast, as far as they are there, and cover it."""
+    """Extend the region by cast, weight, cast, bias, cast, as far as they are there, and cover it.
+
+    `inner`: the type in which the norm computes, where that is narrower than its operand's.
+    """
     assert root.output is not None
     weight: Value | None = None
     bias: Value | None = None
@@ -222,10 +267,16 @@ def _affine(
     if best is None:
         return None
     region, value, weight, bias = best
+    extra: Attrs = {}
+    if inner is not None:
+        stash = None if kind is not OpKind.RMS_NORM else _stash(recogniser, root, region, x, inner, weight)
+        if root.weights or stash is None:
+            return _other_norm(recogniser, region, x, value, axes, kind is not OpKind.RMS_NORM, root.eps)
+        extra = stash
     if kind is OpKind.INSTANCE_NORM:
         return recogniser.cover(region, kind, [x, None, None], value, {"eps": root.eps})
     inputs = [x, weight, bias] if kind is OpKind.LAYER_NORM else [x, weight]
-    return recogniser.cover(region, kind, inputs, value, {"axis": axes[0], "eps": root.eps})
+    return recogniser.cover(region, kind, inputs, value, {"axis": axes[0], "eps": root.eps, **extra})
 
 
 def _parameter(op: Op, value: Value, shape: Shape | None, axis: int) -> Value | None:

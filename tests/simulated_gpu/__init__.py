@@ -25,14 +25,17 @@ import numpy as np
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
-    r'extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
+    r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
-_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) uchar (\w+)\[\];")
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
 
-def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
-    """A shared library with a function `launch_NAME(parameters, dims, shared bytes)` for each kernel of the source."""
+def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = None) -> bytes:
+    """A shared library with a function `launch_NAME(parameters, dims, shared bytes)` for each kernel of the source.
+
+    `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
+    """
     body = source[source.index('extern "C" __global__') :]
     launches = []
     for kernel in _KERNEL.finditer(body):
@@ -41,19 +44,32 @@ def simulated_cubin(source: str, *, optimise: str = "-O1") -> bytes:
         launches.append(
             f'extern "C" void launch_{kernel["name"]}(void** parameters, const unsigned* dims, std::size_t shared) {{\n'
             f"  gpu::kernel = [parameters] {{ {kernel['name']}({given}); }};\n  gpu::launch(dims, shared);\n}}\n"
+            f'extern "C" const unsigned parameters_{kernel["name"]}[] = {{'
+            f"{''.join(f'sizeof({kind}), ' for kind in types)}0}};\n"
         )
-    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"uchar* \1 = gpu::shared();", body))
+    if arch is not None:
+        launches.append(f'extern "C" const int simulated_arch = {arch};\n')
+    body = _SHARED.sub(r"alignas(\1) static", _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(gpu::shared());", body))
     with tempfile.TemporaryDirectory() as folder:
         code, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        code.write_text(f'#include "cuda_on_cpu.h"\n{body}\n{"".join(launches)}')
+        header = "hopper.h" if "wgmma" in body else "tensor_cores.h"
+        code.write_text(f'#include "cuda_on_cpu.h"\n#include "{header}"\n{body}\n{"".join(launches)}')
         _build([optimise, "-o", str(made), str(code)])
         return made.read_bytes()
 
 
 def launch(
-    library: bytes, name: str, arrays: Sequence[np.ndarray[Any, Any]], scalars: Sequence[int], dims: Sequence[int]
+    library: bytes,
+    name: str,
+    arrays: Sequence[np.ndarray[Any, Any]],
+    scalars: Sequence[int],
+    dims: Sequence[int],
+    shared: int = 0,
 ) -> None:
-    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars."""
+    """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
+
+    `shared`: bytes of dynamic shared memory.
+    """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
         file.flush()
@@ -63,7 +79,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(0))
+    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
 
 
 def parameters(source: str, name: str) -> list[str]:
@@ -76,12 +92,38 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
     """Outputs of the artifacts `NAME.zip` in a folder for inputs by name, from a process with the simulated GPU."""
     for name, inputs in programs.items():
         _store(folder / f"{name}.inputs", list(inputs.values()))
+    return _in_child("child.py", folder, list(programs))
+
+
+def run_functions(
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
+
+    functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
+    """
+    import tvm
+
+    from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+    from rescompile.backends.cuda.targets import cuda_target
+    from rescompile.backends.link import link
+
+    with cross_compiling():
+        built = tvm.compile(functions, target=cuda_target("sm_90"))
+    source = cuda_source(built.mod)
+    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    for name, arrays in calls.items():
+        _store(folder / f"{name}.inputs", arrays)
+    return _in_child("functions.py", folder, list(calls))
+
+
+def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, str(HERE / "child.py"), *_driver(), str(folder), *programs]
+    command = [sys.executable, str(HERE / script), *driver(), str(folder), *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
-    return {name: restore(folder / f"{name}.outputs") for name in programs}
+    return {name: restore(folder / f"{name}.outputs") for name in names}
 
 
 def restore(path: Path) -> list[np.ndarray[Any, Any]]:
@@ -106,17 +148,17 @@ store = _store
 
 
 @cache
-def _driver() -> tuple[str, str]:
-    """The driver and the runtime, under the names that TVM's CUDA runtime asks for."""
+def driver() -> tuple[str, str]:
+    """The driver and the runtime, under the names that TVM's CUDA runtime asks for. All of it is in the second."""
     folder = Path(tempfile.mkdtemp(prefix="simulated-gpu-"))
-    versions = folder / "versions"
+    versions, empty = folder / "versions", folder / "empty.cpp"
     versions.write_text("libcudart.so.13 { global: *; };\n")
-    made = []
-    for name, options in (("libcuda.so.1", []), ("libcudart.so.13", [f"-Wl,--version-script={versions}"])):
-        path = folder / name
-        _build(["-O1", f"-Wl,-soname,{name}", *options, "-o", str(path), str(HERE / "driver.cpp"), "-ldl"])
-        made.append(str(path))
-    return made[0], made[1]
+    empty.touch()
+    cuda, cudart = folder / "libcuda.so.1", folder / "libcudart.so.13"
+    _build([f"-Wl,-soname,{cuda.name}", "-o", str(cuda), str(empty)])
+    linked = [f"-Wl,-soname,{cudart.name}", f"-Wl,--version-script={versions}", "-o", str(cudart)]
+    _build(["-O1", *linked, str(HERE / "driver.cpp"), "-ldl"])
+    return str(cuda), str(cudart)
 
 
 def _build(options: list[str]) -> None:

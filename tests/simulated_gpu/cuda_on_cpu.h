@@ -1,7 +1,8 @@
 // CUDA C++ as far as generated kernels use it, on a processor: for tests of numbers, not of speed.
 //
 // The threads of a block are fibers that run one after the other until each waits: at __syncthreads for its block, at a
-// shuffle or a tensor-core store for its warp. Blocks run one after the other. Tensor-core fragments live in lane 0.
+// shuffle or a tensor-core store for its warp, for a condition. Blocks run one after the other, those of a cluster
+// together. Tensor-core fragments live in lane 0. What is wrong, a deadlock among it, ends the process with a message.
 #pragma once
 #include <ucontext.h>
 
@@ -9,6 +10,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -18,12 +21,14 @@ typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __align__(bytes) alignas(bytes)
+#define CUDART_INF_F INFINITY
 
 namespace gpu {
 
@@ -112,6 +117,21 @@ inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 using std::max;
 using std::min;
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+// Device functions of generated kernels that are one instruction each: the larger number, NaN if either is.
+inline float larger_f32(float a, float b) { return a != a ? a : b != b ? b : a > b ? a : b; }
+template <class T>
+uint larger_pair(uint a, uint b) {
+  uint out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    T x, y;
+    x.bits = static_cast<uint16_t>(a >> shift), y.bits = static_cast<uint16_t>(b >> shift);
+    out |= static_cast<uint>(T(larger_f32(x, y)).bits) << shift;
+  }
+  return out;
+}
+inline uint larger_f16x2(uint a, uint b) { return larger_pair<half>(a, b); }
+inline uint larger_bf16x2(uint a, uint b) { return larger_pair<nv_bfloat16>(a, b); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
@@ -122,14 +142,16 @@ struct Extents {
   int x, y, z;
 };
 
-enum class Waits { Nothing, Warp, Block, Done };
+enum class Waits { Nothing, Warp, Block, Condition, Done };
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Waits waits;
-  Extents index;
-  int number;
+  std::function<bool()> ready;  // of a fiber that waits for a condition
+  Extents index, block;
+  int number;  // in its cluster
+  int cta;     // its block in the cluster
 };
 
 inline std::vector<Fiber> fibers;
@@ -137,8 +159,17 @@ inline ucontext_t scheduler;
 inline Fiber* running;
 inline Extents block_index, block_size, grid_size;
 inline std::vector<uint64_t> exchange;  // what each thread offers in a shuffle
-inline std::vector<uint64_t> dynamic_shared;
+inline std::vector<std::vector<uint64_t>> dynamic_shared;  // of each block of the cluster
+inline std::size_t shared_bytes;  // that a launch asked for
+inline int cluster = 1;           // blocks along x that run together
 inline std::function<void()> kernel;
+// What a part of the simulator does before each cluster, when nobody can go on (true: something), and after the last.
+struct Engine {
+  void (*begin)();
+  bool (*idle)();
+  void (*end)();
+};
+inline Engine engine{nullptr, nullptr, nullptr};
 
 constexpr std::size_t stack_bytes = 128 << 10;
 
@@ -147,14 +178,26 @@ inline void wait(Waits what) {
   swapcontext(&running->context, &scheduler);
 }
 
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simulated GPU: %s\n", what);
+  std::abort();
+}
+
+inline void wait_until(std::function<bool()> condition) {
+  if (condition()) return;
+  running->ready = std::move(condition);
+  wait(Waits::Condition);
+}
+
 inline void enter() {
   kernel();
   wait(Waits::Done);
 }
 
-// Runs until nobody can go on; a warp that waits for itself goes on before a block that waits for all of its warps.
-inline void run_block() {
-  const int threads = block_size.x * block_size.y * block_size.z;
+// Runs until nobody can go on; a warp that waits for itself goes on before a block that waits for all of its warps, and
+// both before what is under way on its own, such as a copy, moves on.
+inline void run_cluster(const std::vector<Extents>& blocks) {
+  const int each = block_size.x * block_size.y * block_size.z, threads = each * static_cast<int>(blocks.size());
   if (static_cast<int>(fibers.size()) < threads) {
     fibers.resize(threads);
     for (Fiber& fiber : fibers)
@@ -163,8 +206,11 @@ inline void run_block() {
   exchange.assign(threads, 0);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
+    const int own = i % each;
     fiber.number = i;
-    fiber.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
+    fiber.cta = i / each;
+    fiber.block = blocks[fiber.cta];
+    fiber.index = {own % block_size.x, own / block_size.x % block_size.y, own / (block_size.x * block_size.y)};
     fiber.waits = Waits::Nothing;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -175,35 +221,46 @@ inline void run_block() {
   auto release = [threads](Waits what) {
     bool any = false;
     for (int i = 0; i < threads; ++i)
-      if (fibers[i].waits == what) fibers[i].waits = Waits::Nothing, any = true;
+      if (fibers[i].waits == what && (what != Waits::Condition || fibers[i].ready()))
+        fibers[i].waits = Waits::Nothing, any = true;
     return any;
   };
+  if (engine.begin) engine.begin();
   do {
     for (int i = 0; i < threads; ++i) {
       if (fibers[i].waits != Waits::Nothing) continue;
       running = &fibers[i];
+      block_index = running->block;
       swapcontext(&scheduler, &running->context);
     }
-  } while (release(Waits::Warp) || release(Waits::Block));
+  } while (release(Waits::Condition) || release(Waits::Warp) || release(Waits::Block) ||
+           (engine.idle && engine.idle()));
+  for (int i = 0; i < threads; ++i)
+    if (fibers[i].waits != Waits::Done) fail("deadlock: a thread waits for what never happens");
+  if (engine.end) engine.end();
 }
 
-inline void launch(const unsigned* dims, std::size_t shared_bytes) {
+inline void launch(const unsigned* dims, std::size_t dynamic_bytes) {
+  shared_bytes = dynamic_bytes;
   grid_size = {static_cast<int>(dims[0]), static_cast<int>(dims[1]), static_cast<int>(dims[2])};
   block_size = {static_cast<int>(dims[3]), static_cast<int>(dims[4]), static_cast<int>(dims[5])};
   for (int z = 0; z < grid_size.z; ++z)
     for (int y = 0; y < grid_size.y; ++y)
-      for (int x = 0; x < grid_size.x; ++x) {
+      for (int x = 0; x < grid_size.x; x += cluster) {
         // Shared memory begins as garbage on a GPU: here as NaN, so that reading it unwritten shows.
-        dynamic_shared.assign(shared_bytes / 8 + 8, ~uint64_t{0});
-        block_index = {x, y, z};
-        run_block();
+        dynamic_shared.assign(cluster, std::vector<uint64_t>(shared_bytes / 8 + 8, ~uint64_t{0}));
+        std::vector<Extents> blocks;
+        for (int i = 0; i < cluster; ++i) blocks.push_back({x + i, y, z});
+        run_cluster(blocks);
       }
 }
 
-inline uchar* shared() {
-  const auto address = reinterpret_cast<uintptr_t>(dynamic_shared.data());
+inline uchar* shared(int cta) {
+  const auto address = reinterpret_cast<uintptr_t>(dynamic_shared[cta].data());
   return reinterpret_cast<uchar*>((address + 63) / 64 * 64 <= address + 56 ? (address + 63) / 64 * 64 : address);
 }
+
+inline uchar* shared() { return shared(running->cta); }
 
 template <class T>
 T from_lane(T value, int lane) {
