@@ -16,6 +16,7 @@ from rescompile.backends.kernels import (
     LinearSpec,
     Place,
     PoolSpec,
+    ProductSpec,
     Program,
     RegionSpec,
     RowsSpec,
@@ -277,11 +278,13 @@ class _Lowering:
                 layouts.append(NATIVE)
         return places, layouts
 
-    def _rooted(self, program: Program, last: bool) -> ConvSpec | LinearSpec | PoolSpec:
+    def _rooted(self, program: Program, last: bool) -> ConvSpec | LinearSpec | PoolSpec | ProductSpec:
         """The spec of the contraction or window with the region as its tail."""
         root = self.draft.root or 0
         step = self.draft.step(root)
         tail = Tail(program, root, last)
+        if step.kind is K.MATMUL:
+            return self._product(step, tail)
         x = self.sources[step.inputs[0] or 0].value
         if x is None:
             raise GraphError(f"The region '{self.op.name}' reads nothing.")
@@ -308,7 +311,12 @@ class _Lowering:
                 self.draft.type(root)[1], pitch, first, tail,
             )  # fmt: skip
         weight, bias = self._stored(step)
+        view, turned = _VIEWS[attrs.get("turned", "")], attrs.get("turned") == "columns"
         extents = [int(extent) for extent in (weight.shape or ())]
+        if turned:
+            extents = [prod(extents[1:]), extents[0], *[1] * (len(extents) - 2)]
+        elif attrs.get("turned"):
+            extents[:2] = extents[1::-1]
         spec = ConvSpec(
             shape[0], *size, shape[1], extents[0],
             pair(extents[2:], flat), pair(attrs["stride"], flat), spatial_pads_of(attrs["pads"]),
@@ -316,7 +324,17 @@ class _Lowering:
             epilogue=Epilogue(bias=bias is not None), dtype=self.draft.type(root)[1],
             in_pitch=pitch, in_first=first, tail=tail,
         )  # fmt: skip
-        self.given.update(packed(self.e, spec, weight, bias, lambda data: data[:, :, None] if flat else data))
+        repeat = prod(int(k) for k in (weight.shape or ())[2:]) if turned else 1
+        self.given.update(
+            packed(
+                self.e,
+                spec,
+                weight,
+                bias,
+                lambda data: view(data)[:, :, None] if flat else view(data),
+                lambda data: np.tile(data, repeat),
+            )
+        )
         return spec
 
     def _linear(self, step: Step, tail: Tail, x: Value) -> LinearSpec:
@@ -340,12 +358,41 @@ class _Lowering:
         self.given.update(packed(self.e, spec, weight, bias, (lambda data: data) if turned else (lambda data: data.T)))
         return spec
 
+    def _product(self, step: Step, tail: Tail) -> ProductSpec:
+        a, b = (self.draft.type(value or 0)[0] for value in step.inputs)
+        shape, dtype = self.draft.type(self.draft.root or 0)
+        *lead, rows, columns = (int(extent or 0) for extent in shape)
+        for name, place in zip("ab", step.inputs, strict=True):
+            value = self.sources[place or 0].value
+            if value is not None:
+                self.given[name] = self.e.get(value)
+        shared = [prod(int(extent or 0) for extent in s[:-2]) == 1 and prod(lead) > 1 for s in (a, b)]
+        return ProductSpec(tuple(lead), rows, int(a[-1] or 0), columns, tail, *shared, dtype=dtype)
+
     def _stored(self, step: Step) -> tuple[Value, Value | None]:
         weight = self.sources[step.inputs[1] or 0].value
         place = step.inputs[2] if len(step.inputs) > 2 else None
         if weight is None:
             raise GraphError(f"The region '{self.op.name}' has no weight.")
         return weight, None if place is None else self.sources[place].value
+
+
+def _as_stored(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return data
+
+
+def _mirrored(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The weight [in, out, *kernel] of a transposed convolution as that of a convolution with the same result."""
+    return np.flip(data, tuple(range(2, data.ndim))).swapaxes(0, 1)
+
+
+def _columns(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The weight [in, out, *kernel] of a transposed convolution as [kernel × out, in, 1, ...]."""
+    turned = np.moveaxis(data, (0, 1), (-1, -2))
+    return turned.reshape(-1, data.shape[0], *[1] * (data.ndim - 2))
+
+
+_VIEWS = {"": _as_stored, "mirror": _mirrored, "columns": _columns}
 
 
 def _regrouped(before: Sequence[Any], after: Sequence[Any], order: tuple[int, ...]) -> tuple[int, ...]:

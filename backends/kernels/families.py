@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import tvm
 
-from rescompile.backends.kernels import attention, conv, elementwise, layout, linear, norm, pool, product, row_region, softmax
+from rescompile.backends.kernels import (
+    attention,
+    conv,
+    elementwise,
+    layout,
+    linear,
+    norm,
+    pool,
+    product,
+    row_region,
+    softmax,
+)
 from rescompile.backends.kernels.blocks import as_dtype
 from rescompile.backends.kernels.elementwise import RegionSpec
 from rescompile.backends.kernels.machine import Machine

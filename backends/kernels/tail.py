@@ -71,7 +71,7 @@ class Following:
     def storer(
         self, rows_of: Callable[[int], Sequence[Expr]], column: Expr, aligned: int = 0
     ) -> Callable[[int, Expr, Expr], None]:
-        """store(pixel, lane, value), as register tiles want it; columns are multiples of `aligned` where that is not 0."""
+        """store(pixel, lane, value), as register tiles want it; `aligned`: what `column` is a multiple of, or 0."""
         if aligned:
             return lambda pixel, lane, value: self.store(rows_of(pixel), Lanes(column, lane, aligned), value)
         return lambda pixel, lane, value: self.store(rows_of(pixel), column + lane, value)
