@@ -286,9 +286,12 @@ def test_machine_without_the_runtime_is_told_where_it_comes_from(monkeypatch: py
 SMALL = 'extern "C" __global__ void f(float* x) { x[threadIdx.x] += 1.0f; }'
 
 
-def test_ptx_is_of_a_version_that_the_oldest_driver_takes() -> None:
-    if not compilers():
-        pytest.skip("neither nvcc nor NVRTC here")
+@pytest.mark.parametrize("compiler", ["nvcc", "nvrtc"])
+def test_ptx_is_of_a_version_that_the_oldest_driver_takes(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler not in compilers():
+        pytest.skip(f"no {compiler} here")
+    if compiler == "nvrtc":
+        monkeypatch.setattr(ptx, "_by_nvcc", lambda *_: None)
     made = ptx.to_ptx(SMALL, "sm_90")
     assert made is not None
     assert made.data.endswith(b"\0")
