@@ -20,6 +20,7 @@ from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.group_contractions import group_contractions
 from rescompile.backends.cuda.lower_region import KeptRegions
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.ptx import to_ptx
@@ -174,6 +175,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     constants.fold(work, settings.imports)
     pack_heads(work)
     group_epilogues(work)
+    group_contractions(work, limits, tf32=target.tf32)
     tell("lowering", 0, 3)
     choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
