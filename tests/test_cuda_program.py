@@ -270,6 +270,9 @@ def test_runtime_that_is_packed_needs_nothing_but_numpy(folder: Path, tmp_path: 
     environment = {"PYTHONPATH": f"{site}:{beside}", "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    modules = [f"rescompile.{name.replace('/', '.').removesuffix('.__init__')}" for name in pack_runtime.MODULES[1:]]
+    imported = [sys.executable, "-S", "-c", f"import {', '.join(modules)}"]
+    subprocess.run(imported, env=environment, check=True, cwd=tmp_path)  # none of them needs one that is not packed
     found = json.loads(done.stdout)["numpy"]
     assert max(found["errors"]) < EXACT
     assert not found["tvm"]
