@@ -123,8 +123,6 @@ def write(path: Path, code: Mapping[str, Any], weights: dict[str, Any], manifest
 
     `code` holds, by file name, executables that are still to be linked, or the bytes of libraries.
     """
-    from rescompile.backends.link import link
-
     try:
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
@@ -137,6 +135,8 @@ def write(path: Path, code: Mapping[str, Any], weights: dict[str, Any], manifest
                 if isinstance(part, bytes):
                     archive.writestr(name, part)
                     continue
+                from rescompile.backends.link import link
+
                 library = Path(folder) / f"program{_SUFFIX}"
                 link(part, library)
                 archive.write(library, name)

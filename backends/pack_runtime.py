@@ -30,7 +30,8 @@ PYTHON = "3.12"
 # What a program's process imports of this package, and no more: the core, torch's graphs and the compiler stay behind.
 MODULES = (
     "__init__", "errors", "backends/__init__", "backends/artifact", "backends/program", "backends/quiet",
-    "backends/threads", "backends/tvm_runtime", "backends/cuda/__init__", "backends/cuda/codes", "backends/cuda/cubin",
+    "backends/threads", "backends/tvm_runtime", "backends/cuda/__init__", "backends/cuda/bool_vectors",
+    "backends/cuda/codes", "backends/cuda/cubin",
     "backends/cuda/cudart", "backends/cuda/gpu_program", "backends/cuda/libraries", "backends/cuda/machine",
     "backends/cuda/memory", "backends/cuda/nvrtc", "backends/cuda/runner",
 )  # fmt: skip

@@ -270,6 +270,9 @@ def test_runtime_that_is_packed_needs_nothing_but_numpy(folder: Path, tmp_path: 
     environment = {"PYTHONPATH": f"{site}:{beside}", "PATH": os.environ["PATH"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    modules = [f"rescompile.{name.replace('/', '.').removesuffix('.__init__')}" for name in pack_runtime.MODULES[1:]]
+    imported = [sys.executable, "-S", "-c", f"import {', '.join(modules)}"]
+    subprocess.run(imported, env=environment, check=True, cwd=tmp_path)  # none of them needs one that is not packed
     found = json.loads(done.stdout)["numpy"]
     assert max(found["errors"]) < EXACT
     assert not found["tvm"]
@@ -286,9 +289,12 @@ def test_machine_without_the_runtime_is_told_where_it_comes_from(monkeypatch: py
 SMALL = 'extern "C" __global__ void f(float* x) { x[threadIdx.x] += 1.0f; }'
 
 
-def test_ptx_is_of_a_version_that_the_oldest_driver_takes() -> None:
-    if not compilers():
-        pytest.skip("neither nvcc nor NVRTC here")
+@pytest.mark.parametrize("compiler", ["nvcc", "nvrtc"])
+def test_ptx_is_of_a_version_that_the_oldest_driver_takes(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler not in compilers():
+        pytest.skip(f"no {compiler} here")
+    if compiler == "nvrtc":
+        monkeypatch.setattr(ptx, "_by_nvcc", lambda *_: None)
     made = ptx.to_ptx(SMALL, "sm_90")
     assert made is not None
     assert made.data.endswith(b"\0")

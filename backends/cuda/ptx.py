@@ -86,7 +86,7 @@ def assembler() -> str | None:
 
 def _made(text: str, version: tuple[int, int], note: str = "") -> Ptx:
     driver = (13, version[1]) if version >= OLDEST else (12, 0)
-    return Ptx(text.rstrip("\0").encode() + b"\0", driver, note)  # drivers read to the zero
+    return Ptx(text.encode() + b"\0", driver, note)  # drivers read to the zero
 
 
 def _by_nvcc(source: str, arch: str) -> str | None:
@@ -108,7 +108,7 @@ def _by_nvrtc(source: str, arch: str) -> str | None:
     if "CUtensorMap" in source:
         source = TENSOR_MAP + source
     data, _ = nvrtc.compile_source(path, source, [f"--gpu-architecture={_virtual(arch)}", "-std=c++17"], "PTX")
-    return None if data is None else data.decode()
+    return None if data is None else data.decode().rstrip("\0")
 
 
 def _virtual(arch: str) -> str:
