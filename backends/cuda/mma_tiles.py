@@ -60,6 +60,8 @@ class MmaTile:
 
 def _tile(rows: int, columns: int, warps: tuple[int, int, int], steps: int, stages: int, dtype: str) -> MmaTile:
     """`steps`: products of 16 terms (8 of tf32) that each warp along depth sums in a step."""
+    # Fragments are rounded to tf32: with more of them under way there are too few registers.
+    steps = min(steps, 2) if dtype == "float32" else steps
     return MmaTile(rows, columns, steps * warps[2] * 32 // BYTES[dtype], warps, stages)
 
 
