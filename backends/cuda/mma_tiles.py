@@ -60,6 +60,8 @@ class MmaTile:
 
 def _tile(rows: int, columns: int, warps: tuple[int, int, int], steps: int, stages: int, dtype: str) -> MmaTile:
     """`steps`: products of 16 terms (8 of tf32) that each warp along depth sums in a step."""
+    # Fragments are rounded to tf32: with more of them under way there are too few registers.
+    steps = min(steps, 2) if dtype == "float32" else steps
     return MmaTile(rows, columns, steps * warps[2] * 32 // BYTES[dtype], warps, stages)
 
 
@@ -97,7 +99,7 @@ def refusal(spec: ContractionSpec, limits: Architecture) -> str:
         return "matrices are shared among products whose count is not known"
     if spec.conv is not None and spec.depth // spec.conv.taps * BYTES[spec.dtype] < ACCESS // 4:
         return f"a group has only {spec.depth // spec.conv.taps} channels"
-    if spec.conv is not None and sum(spec.conv.kernel) > _BITS:
+    if spec.conv is not None and any(spec.conv.pads) and sum(spec.conv.kernel) > _BITS:
         return "its kernel is too large"
     if not spec.a_depth_last and spec.rows is None:
         return "its left operand lies along rows whose count is not known"
