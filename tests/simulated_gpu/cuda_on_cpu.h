@@ -284,6 +284,17 @@ inline int lane() { return running->number & 31; }
 #define blockDim (gpu::block_size)
 #define gridDim (gpu::grid_size)
 
+// What the blocks of a cluster share: they wait for each other as the threads of a block do, when nobody can go on.
+inline void cluster_meet() { gpu::wait(gpu::Waits::Block); }
+template <class T>
+T peer(T* place, int rank) {
+  T value;
+  std::memcpy(&value, gpu::shared(rank) + (reinterpret_cast<uchar*>(place) - gpu::shared()), sizeof(T));
+  return value;
+}
+inline float peer_f32(float* place, int rank) { return peer(place, rank); }
+inline double peer_f64(double* place, int rank) { return peer(place, rank); }
+
 inline uint __activemask() { return 0xffffffffu; }
 inline void __syncthreads() { gpu::wait(gpu::Waits::Block); }
 inline void __syncwarp(uint = 0xffffffffu) { gpu::wait(gpu::Waits::Warp); }
