@@ -130,6 +130,7 @@ CASES: dict[str, tuple[ContractionSpec, MmaTile]] = {
     "conv_1x1": (image(2, 5, 32, 32, 1, epilogue=FULL16), SMALL),
     "conv_1x1_strided": (image(2, 5, 32, 32, 1, stride=(2, 2), epilogue=plain()), SMALL),
     "conv_large": (image(1, 12, 4, 32, 7, stride=(2, 2), pads=(3, 3, 3, 3), epilogue=FULL16), SMALL),
+    "conv_patches": (image(1, 32, 4, 16, 16, stride=(16, 16), epilogue=FULL16), SMALL),
     "conv_groups": (image(2, 6, 32, 64, groups=2, pads=PADDED, epilogue=FULL16), SMALL),
     "conv_odd": (image(1, 6, 5, 7, pads=PADDED, epilogue=plain()), SLICED),
     "conv_dynamic": (image(None, 3, 16, 16, pads=PADDED, epilogue=FULL16), SMALL),
@@ -244,6 +245,8 @@ def test_refusals_say_why() -> None:
     assert "float64" in mma.refusal(ContractionSpec(8, 8, 8, plain("float64")), hopper)
     depthwise = image(1, 8, 16, 16, groups=16, pads=PADDED, epilogue=plain())
     assert "1 channels" in mma.refusal(depthwise, hopper)
+    whole = image(1, 20, 16, 16, 16, pads=PADDED, epilogue=plain())
+    assert "too large" in mma.refusal(whole, hopper)
     assert "shared" in mma.refusal(ContractionSpec(8, 8, 8, plain(), batch=None, b_share=2), hopper)
 
 

@@ -69,6 +69,14 @@ class Layers(nn.Module):
         return x + self.last(F.silu(self.gate(y)) * self.value(y))
 
 
+class SharedHeads(nn.Module):
+    """Attention in which two query heads share each key, spelled by repetition."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x[:, :, None].expand(1, 2, 2, 20, 16).reshape(1, 4, 20, 16) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class Products(nn.Module):
     """Products of two results, one operand turned, and a scale."""
 
@@ -80,9 +88,14 @@ MODELS = {
     "images": (Images().half(), (torch.randn(1, 3, 30, 30).half(),), "cuda:sm_90"),
     "layers": (Layers().bfloat16(), (torch.randn(2, 18, 32).bfloat16(),), "cuda:sm_90"),
     "products": (Products().half(), (torch.randn(2, 3, 24, 16).half(), torch.randn(2, 3, 40, 16).half()), "cuda:sm_90"),
+    "shared_heads": (
+        SharedHeads(),
+        (torch.randn(1, 4, 20, 16).half(), *(torch.randn(1, 2, 20, 16).half() for _ in range(2))),
+        "cuda:sm_90",
+    ),
     "tf32": (nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), (torch.randn(5, 24),), "cuda:sm_90,tf32"),
 }
-TOLERANCE = {"images": 5e-3, "layers": 3e-2, "products": 5e-3, "tf32": 5e-3}
+TOLERANCE = {"images": 5e-3, "layers": 3e-2, "products": 5e-3, "shared_heads": 5e-3, "tf32": 5e-3}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +148,8 @@ def test_each_product_is_one_kernel_with_what_follows_it(programs: dict[str, Pro
     assert layers["linear"] == 9
     assert layers["attention"] == 2
     assert layers["generated"] == 0, layers
+    assert _kernels(programs["shared_heads"])["attention"] == 1
+    assert "broadcast" not in "".join(str(region["name"]) for region in programs["shared_heads"].manifest.regions)
     assert _kernels(programs["products"]) == {"matmul": 2}
     assert _kernels(programs["tf32"]) == {"linear": 2}
 

@@ -26,6 +26,7 @@ from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.ptx import to_ptx
 from rescompile.backends.cuda.rules import CUDA_RULES, CudaEmitter
 from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
+from rescompile.backends.cuda.shared_heads import share_heads
 from rescompile.backends.cuda.storage import StoragePlan, plan_storage
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
@@ -173,6 +174,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
+    share_heads(work)
     pack_heads(work)
     group_epilogues(work)
     group_contractions(work, limits, tf32=target.tf32)

@@ -84,9 +84,7 @@ class Epilogue:
     def __init__(self, spec: ContractionSpec, call: Call) -> None:
         self.spec, self.call, self.width = spec, call, spec.result_vector
 
-    def read(
-        self, batch: Expr, row: Expr, column: Expr, inside: Expr = None, above: Sequence[Expr] = ()
-    ) -> list[Expr]:
+    def read(self, batch: Expr, row: Expr, column: Expr, inside: Expr = None, above: Sequence[Expr] = ()) -> list[Expr]:
         """The operands' elements, in registers; not read where `inside` says that they are outside the result.
 
         above: what was read for the same columns of a row further up, of which this one takes what has no rows.

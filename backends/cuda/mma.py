@@ -18,7 +18,7 @@ from tvm.tirx.script.builder import ir as T
 from rescompile.backends.cuda.contraction import ContractionSpec, arguments
 from rescompile.backends.cuda.epilogue import Call, Epilogue, contraction_function, guarded
 from rescompile.backends.cuda.mma_operand import MmaOperand, OperandTile
-from rescompile.backends.cuda.mma_source import ImageSource, MatrixSource
+from rescompile.backends.cuda.mma_source import ImageSource, MatrixSource, as_kind
 from rescompile.backends.cuda.mma_tiles import WARP, MmaTile, candidates, refusal
 from rescompile.backends.cuda.rows import local, store, unrolled
 from rescompile.backends.cuda.scalars import literal
@@ -64,6 +64,7 @@ class _Block:
         self.warp_row, self.warp_column = warp % warps[0], warp // warps[0] % warps[1]
         self.warp_slice = warp // (warps[0] * warps[1])
         self.warp = warp
+        self.wide = _wide(spec)
         # Computed once: these are divisions by what only the run knows.
         places = local(3, "int32")
         for index, value in enumerate(_place(block, down, across)):
@@ -88,8 +89,7 @@ class _Block:
     # ---- operands --------------------------------------------------------------------------------------------------
 
     def _operands(self) -> tuple[MmaOperand, MmaOperand]:
-        spec, tile, call = self.spec, self.tile, self.call
-        wide = _wide(spec)
+        spec, tile, call, wide = self.spec, self.tile, self.call, self.wide
         vectors = spec.vectors
         steps = tile.depth // (16 if spec.dtype != "float32" else 8) // tile.warps[2]
         stages = tile.stages
@@ -254,13 +254,13 @@ class _Block:
                         T.evaluate(T.ptx[name](*read, self._staged(at + piece * plane + start)))
                         if piece > 0:
                             unrolled(count, _added(total, start, more))
-                epilogue.write(total, 0, held, self.batch, first + row, self._column(column), inside(index))
+                epilogue.write(total, 0, held, self.batch, self._row(first + row), self._column(column), inside(index))
 
             if rounds <= 4:
                 held = []
                 for index in range(rounds):
                     _, row, column = unit(index)
-                    held.append(epilogue.read(self.batch, first + row, self._column(column), inside(index)))
+                    held.append(epilogue.read(self.batch, self._row(first + row), self._column(column), inside(index)))
                 self._sync()
                 for index in range(rounds):
                     with guarded(unit(index)[0] < 16 * units if 16 * units % lanes else None):
@@ -270,11 +270,16 @@ class _Block:
                 partial = 16 * units % lanes > 0
                 with T.serial(0, rounds) as index, guarded(unit(index)[0] < 16 * units if partial else None):
                     _, row, column = unit(index)
-                    compute(index, epilogue.read(self.batch, first + row, self._column(column), inside(index)))
+                    compute(
+                        index, epilogue.read(self.batch, self._row(first + row), self._column(column), inside(index))
+                    )
 
     def _staged(self, at: Expr) -> Expr:
         """Address of a sum in shared memory, where the operands were."""
         return T.address_of(self.shared[at * 4])
+
+    def _row(self, row: Expr) -> Expr:
+        return as_kind(row, "int64") if self.wide else row
 
     def _column(self, column: Expr) -> Expr:
         return self.first_column + self.warp_column * self.tile.warp_columns + column

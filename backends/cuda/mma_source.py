@@ -116,8 +116,9 @@ class ImageSource:
             term = step * self.step + element
             tap, channel = term // channels, term % channels
         down, across = tap // conv.kernel[1], tap % conv.kernel[1]
-        one = tvm.tirx.const(1, "int32")
-        store(self.tap, (one << across) | (one << (down + conv.kernel[1])), 0)
+        if self.padded:
+            one = tvm.tirx.const(1, "int32")
+            store(self.tap, (one << across) | (one << (down + conv.kernel[1])), 0)
         pixel = down * (conv.dilation[0] * conv.width) + across * conv.dilation[1]
         store(self.tap, pixel * (channels * self.spec.groups) + channel, 1)
 

@@ -97,7 +97,7 @@ def refusal(spec: ContractionSpec, limits: Architecture) -> str:
         return "matrices are shared among products whose count is not known"
     if spec.conv is not None and spec.depth // spec.conv.taps * BYTES[spec.dtype] < ACCESS // 4:
         return f"a group has only {spec.depth // spec.conv.taps} channels"
-    if spec.conv is not None and sum(spec.conv.kernel) > _BITS:
+    if spec.conv is not None and any(spec.conv.pads) and sum(spec.conv.kernel) > _BITS:
         return "its kernel is too large"
     if not spec.a_depth_last and spec.rows is None:
         return "its left operand lies along rows whose count is not known"
