@@ -20,7 +20,6 @@ SWIZZLE = 128  # bytes of a row of a tile in shared memory; the 16-byte chunks o
 ATOM = 1024  # bytes after which the permutation repeats; every tile begins on such a boundary
 WARPGROUP = 128  # threads that issue a wgmma together
 LARGEST_BOX = 256  # elements of a tensor map's box along any axis
-ALIGNMENT = 16  # bytes, of a tensor's address and of each of its strides
 
 _SWIZZLE_128B, _PROMOTE_L2_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _HOLD = "hold_float"
@@ -191,8 +190,9 @@ class Panel:
         leading, stride, advance = (16, ATOM, 32) if self.depth_last else (self.BLOCK, ATOM, 16 * SWIZZLE)
         constant = (leading >> 4) << 16 | (stride >> 4) << 32 | 1 << 62
         begin = address + u32(block * self.BLOCK + step * advance)
-        # The window of shared memory ends at 228 KiB: the address fits into 14 bits of 16-byte units.
-        return tvm.tirx.const(constant, "uint64") | T.Cast("uint64", tvm.tirx.shift_right(begin, u32(4)))
+        # 18 bits are the place in the block's shared memory; above them, in a cluster, is the block's rank.
+        units = tvm.tirx.shift_right(begin, u32(4)) & u32(0x3FFF)
+        return tvm.tirx.const(constant, "uint64") | T.Cast("uint64", units)
 
 
 def multiply(dtype: str, sums: Sequence[Expr], a: Expr, b: Expr, panels: tuple[Panel, Panel], keep: Expr) -> None:

@@ -207,7 +207,7 @@ class _Kernel:
             with T.serial(0, self.rows.steps) as step:
                 hopper.wait(self.full(stage[0]), phase[0], cluster=tile.cluster > 1)
                 base = self.ring[0] + stage[0].astype("uint32") * hopper.u32(tile.stage_bytes)
-                own = 0 if tile.alternate else self.group * (tile.rows_each * hopper.SWIZZLE)
+                own = self.group * (tile.rows_each * hopper.SWIZZLE)
                 start = base if tile.alternate else base + own.astype("uint32")
                 self._multiply(sums, blocks, each, start, base + hopper.u32(self.a.bytes))
                 hopper.commit_products()

@@ -41,11 +41,12 @@ inline Barrier& barrier_at(Place place) {
   fail(found == barriers.end() ? "an mbarrier that nobody initialised" : "an mbarrier whose memory was overwritten");
 }
 
-inline Place here(uint32_t address) { return {running->cta, address}; }
+inline Place in_cluster(uint32_t address) { return {static_cast<int>(address >> 24), address & 0xffffff}; }
 
-// An address of the cluster's window, as mapa makes it: the rank above the 24 bits of a block's own.
-inline Place in_cluster(uint32_t address) {
-  return {address >> 24 ? static_cast<int>(address >> 24) - 1 : running->cta, address & 0xffffff};
+inline Place here(uint32_t address) {
+  const Place place = in_cluster(address);
+  if (place.first != running->cta) fail("an access to another block's shared memory as if it were one's own");
+  return place;
 }
 
 inline void settle(Barrier& barrier) {
@@ -126,8 +127,8 @@ inline void load_box(uint32_t to, const void* map, std::array<int, 5> at, int ra
   for (int cta = 0; cta < 16; ++cta)
     if (mask ? mask >> cta & 1 : cta == running->cta) {
       if (cta >= static_cast<int>(dynamic_shared.size())) fail("a TMA copy to a block that the cluster does not have");
-      copy.to.push_back({cta, to});
-      copy.barrier.push_back({cta, barrier});
+      copy.to.push_back({cta, here(to).second});
+      copy.barrier.push_back({cta, here(barrier).second});
     }
   box_copies.push_back(copy);
 }
@@ -177,8 +178,9 @@ inline float element(int cta, uint64_t descriptor, bool turned, bool brain, int 
   return brain ? bfloat_value(bits) : half_value(bits);
 }
 
-inline void check_descriptor(uint64_t descriptor) {
+inline void check_descriptor(uint64_t descriptor, bool turned) {
   if (descriptor >> 62 != 1) fail("a matrix descriptor without 128-byte swizzle");
+  if (!turned && (descriptor >> 16 & 0x3fff) != 1) fail("a matrix descriptor with a leading offset that has no meaning");
   if (descriptor >> 49 & 7 || (descriptor << 4) & 0x380)
     fail("a matrix descriptor that begins inside an atom of the swizzle, without a base offset");
 }
@@ -202,8 +204,8 @@ inline void multiply(const std::vector<float*>& sums, uint64_t a, uint64_t b, bo
   Multiplier& own = multipliers[running->number];
   Warpgroup& group = warpgroups[running->number / 128];
   if (!own.fenced) fail("a wgmma without wgmma.fence after its registers were free to be used");
-  check_descriptor(a);
-  check_descriptor(b);
+  check_descriptor(a, turn_a);
+  check_descriptor(b, turn_b);
   const Product product{a, b, static_cast<int>(sums.size()) * 2, brain, turn_a, turn_b, keep, {}};
   const long number = own.count++;
   if (number - group.first == static_cast<long>(group.products.size())) group.products.push_back(product);
@@ -291,7 +293,7 @@ inline uint tvm_builtin_cluster_ctaid_x() { return gpu::running->cta; }
 inline void tvm_builtin_cuda_cluster_sync() { gpu::wait(gpu::Waits::Block); }
 inline void tvm_builtin_ptx_mapa_u32_shared__cluster_u32(uint32_t& out, uint32_t at, uint32_t rank) {
   if (rank >= gpu::dynamic_shared.size()) gpu::fail("mapa to a block that the cluster does not have");
-  out = at | (rank + 1) << 24;
+  out = (at & 0xffffff) | rank << 24;
 }
 inline void tvm_builtin_ptx_mbarrier_arrive_arrive_release_cluster_shared__cluster_b64(uint32_t at, uint32_t count) {
   gpu::arrive(gpu::in_cluster(at), count);

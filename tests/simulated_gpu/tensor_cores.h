@@ -1,8 +1,9 @@
 // mma, ldmatrix and cp.async as generated kernels call them (TVM's helper functions, by name), on a processor.
 //
 // An instruction that is not here does not compile: nothing is passed over. A shared address is an offset from the start
-// of dynamic shared memory, plus one page, so that a null is none. Copies of odd blocks happen when they are issued,
-// those of even blocks when they are waited for: whoever reads too early or overwrites too early is seen in one of them.
+// of dynamic shared memory, plus one page, so that a null is none; above 24 bits is the block's rank in its cluster.
+// Copies of odd blocks happen when they are issued, those of even blocks when they are waited for: whoever reads too
+// early or overwrites too early is seen in one of them.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -13,12 +14,12 @@ namespace gpu {
 constexpr uint32_t shared_base = 4096;
 
 inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const uchar*>(pointer) - shared()) + shared_base;
+  return (static_cast<uint32_t>(static_cast<const uchar*>(pointer) - shared()) + shared_base) | running->cta << 24;
 }
 
 template <class T>
 T* shared_pointer(uint32_t address) {
-  return reinterpret_cast<T*>(shared() + (address - shared_base));
+  return reinterpret_cast<T*>(shared() + ((address & 0xffffff) - shared_base));
 }
 
 // ---- what a warp does together: each lane offers words, waits once, and reads what the others offered ---------------
