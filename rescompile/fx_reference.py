@@ -88,7 +88,7 @@ class _WideTwin(GraphTwin):
         return _WideCall(device_of(self))
 
 
-class _Widened(TorchDispatchMode):
+class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls every operator on float64 where the caller says a narrower float, as operand or as the result's type."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
