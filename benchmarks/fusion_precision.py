@@ -132,8 +132,11 @@ def _narrow(graph: Graph, fused: Graph, seeds: int) -> Narrow:
         exact = reference.outputs(feed)
         if exact is None:
             raise RuntimeError("there is no float64 run to compare with")
-        for distances, each in ((found.original, graph), (found.fused, fused)):
-            distances.append(max(_distance(r, y) for r, y in zip(exact, each.run(feed).values(), strict=True)))
+        own = list(graph.run(feed).values())
+        if not all(np.isfinite(y.astype(np.float64)).all() for y in own):
+            raise RuntimeError("the original itself overflows")
+        for distances, outputs in ((found.original, own), (found.fused, list(fused.run(feed).values()))):
+            distances.append(max(_distance(r, y) for r, y in zip(exact, outputs, strict=True)))
     return found
 
 

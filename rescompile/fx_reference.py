@@ -62,7 +62,7 @@ def _of_fx(graph: FxGraph) -> Run:
 
     def run(inputs: Arrays) -> list[torch.Tensor]:
         arguments = graph.arguments({name: _wide(to_torch(array)) for name, array in inputs.items()})
-        with _Widened():
+        with _Widened():  # type: ignore[no-untyped-call]
             return graph.results(run_nodes(module, arguments))
 
     return run
@@ -72,7 +72,7 @@ def _of(graph: Graph) -> Run:
     twin = _WideTwin(graph).double()
 
     def run(inputs: Arrays) -> list[torch.Tensor]:
-        with _Widened():
+        with _Widened():  # type: ignore[no-untyped-call]
             return list(twin.run(inputs)[0].values())
 
     return run
@@ -88,7 +88,7 @@ class _WideTwin(GraphTwin):
         return _WideCall(device_of(self))
 
 
-class _Widened(TorchDispatchMode):
+class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls every operator on float64 where the caller says a narrower float, as operand or as the result's type."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
