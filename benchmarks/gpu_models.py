@@ -22,8 +22,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu_kernels import read_lines
+from benchmarks.gpu_kernels import START_AGAIN, read_lines
 from benchmarks.gpu_set import Set, load_runtime
+from rescompile.backends.cuda.device import TorchDevice
 from rescompile.errors import RescompileError
 
 ROUNDS, LOOP_SECONDS = 9, 0.05
@@ -269,6 +270,13 @@ def main(given: Sequence[str] | None = None) -> None:
             for line in ({"begun": True}, measured(opened, model, inductor=options.inductor)):
                 file.write(json.dumps({"name": name, **line}) + "\n")
                 file.flush()
+            if not healthy():
+                raise SystemExit(START_AGAIN)
+
+
+def healthy() -> bool:
+    """Whether the device still runs what this process gives it."""
+    return TorchDevice().healthy()
 
 
 def measured(opened: Set, model: Mapping[str, Any], *, inductor: bool) -> dict[str, Any]:

@@ -144,6 +144,13 @@ def test_a_candidate_that_fails_while_it_is_timed_has_no_time(tmp_path: Path) ->
     assert [label for label, _ in found.tried] == [f"rows {SECOND}", LIBRARY]
 
 
+def test_a_candidate_that_breaks_the_device_is_named(tmp_path: Path) -> None:
+    device = MadeUpDevice([1e-6])
+    device.broken = True
+    with pytest.raises(RescompileError, match=r"'rows .*failing.* broke the GPU .*CUDA error"):
+        chosen(device, tmp_path, family(Tile("failing"), SECOND))
+
+
 def test_without_a_gpu_the_first_is_taken_and_this_is_said(tmp_path: Path) -> None:
     found, choice = chosen(None, tmp_path, family(FIRST, SECOND))
     assert found.candidate.tile == FIRST

@@ -95,6 +95,19 @@ def test_a_region_that_ended_its_process_is_named_and_not_run_again(tmp_path: Pa
     assert {line["name"] for line in gpu_kernels.read_lines(out)} == {"a", "b"}
 
 
+def test_a_candidate_that_broke_the_device_is_left_out_the_next_time(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.jsonl"
+    lines = [
+        {"name": "a", "begun": True}, {"name": "a", "breaks": "mma 1", "said": "illegal access"},
+        {"name": "b", "begun": True}, {"name": "c", "begun": True}, {"name": "c", "took": 1},
+    ]  # fmt: skip
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known, without = gpu_kernels.begun(out)
+    assert known == {"b", "c"}
+    assert without == {"a": {"mma 1": "illegal access"}}
+    assert gpu_kernels.results(out)[1] == ["a", "b"]
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 7}'])
 def test_a_folder_without_a_set_is_one_sentence(tmp_path: Path, text: str) -> None:
     if text:
