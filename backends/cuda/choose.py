@@ -183,8 +183,8 @@ class KernelChoice:
         name = None if device is None else device.facts["device"]
         for spec, listed in entrants.items():
             elsewhere = lookup(shipped, spec, self.limits.name, name) if found[spec] is None else None
-            choice = found[spec] or (None if elsewhere is None else _recorded(listed, *elsewhere))
-            self.choices[spec] = choice or Choice(listed[0], _unmeasured(device, len(listed)))
+            decided = found[spec] or (None if elsewhere is None else _recorded(listed, *elsewhere))
+            self.choices[spec] = decided or Choice(listed[0], _unmeasured(device, len(listed)))
         return any(before[spec] != choice.candidate or choice.tried for spec, choice in self.choices.items())
 
 
