@@ -109,6 +109,13 @@ def test_a_librarys_call_costs_the_processor_something_where_no_graph_is_replaye
     assert Timing(1e-6, host=5e-6, captured=False).cost(captured=True) == 5e-6
 
 
+def test_a_dynamic_extent_keeps_a_call_out_of_graphs(tmp_path: Path) -> None:
+    times = [Timing(3e-6, host=1e-6), Timing(2e-6, host=9e-6)]
+    device = MadeUpDevice(lambda index: times[index])
+    found, _ = chosen(device, tmp_path, family(FIRST), spec=replace(SPEC, rows=None))
+    assert found.candidate.tile == FIRST
+
+
 @pytest.mark.parametrize(
     ("tile", "why"),
     [

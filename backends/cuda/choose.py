@@ -93,6 +93,11 @@ class Wanted:
     families: tuple[Any, ...]
 
     @property
+    def dynamic(self) -> bool:
+        """Whether an extent is known at run time only: such launches are not captured."""
+        return any(None in part.shape for part in self.arguments)
+
+    @property
     def arguments(self) -> list[Argument]:
         """The buffers, the same for every candidate."""
         found: list[Argument] = self.families[0].arguments(self.spec)
@@ -176,7 +181,10 @@ class KernelChoice:
             built = _all_built({spec: entrants[spec] for spec in open_}, build, deadline)
             for spec in open_:
                 if deadline is None or time.monotonic() < deadline:
-                    found[spec] = choice = contest(self.wanted[spec], built[spec], device, captured=captured)
+                    wanted = self.wanted[spec]
+                    found[spec] = choice = contest(
+                        wanted, built[spec], device, captured=captured and not wanted.dynamic
+                    )
                     if choice.tried:
                         own.put(spec, Record(choice.candidate.label, choice.seconds, dict(choice.tried)))
             own.save()
