@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,46 @@ def test_a_dry_run_names_what_would_run(packed: Path, capsys: pytest.CaptureFixt
     told = capsys.readouterr().out
     assert "kernels within 60 s" in told
     assert all(entry.name in told for entry in entries(small=True))
+
+
+def test_a_run_collects_what_its_processes_wrote_and_starts_again_where_one_ended(
+    packed: Path, measured: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes are stand-ins that write what the simulated GPU measured; the second of them dies once."""
+    facts = {"device": "simulated", "arch": "sm_90", "driver": "0"}
+    monkeypatch.setattr(gpu.device, "here", lambda: SimpleNamespace(facts=facts))
+    started: list[tuple[str, str]] = []
+
+    def child(run: gpu.Run, module: str, *arguments: str, share: float) -> int:
+        started.append((module.rpartition(".")[2], Path(arguments[-1] if len(arguments) == 1 else arguments[1]).name))
+        if module.endswith("rivals"):
+            Path(arguments[0]).write_text(json.dumps(RESULTS["ceilings"]))
+            return 0
+        path = Path(arguments[1])
+        if path.name == "kernels.jsonl":
+            first = not path.is_file()
+            with path.open("a") as file:
+                for line in list(measured.values())[:1] if first else list(measured.values())[2:]:
+                    file.write(json.dumps(line) + "\n")
+                if first:
+                    file.write(json.dumps({"name": list(measured)[1], "begun": True}) + "\n")
+            return -11 if first else 0
+        path.write_text("")
+        return 0
+
+    monkeypatch.setattr(gpu.Run, "child", child)
+    gpu.main(["--set", str(packed), "--out", str(tmp_path), "--seconds", "600"])
+    assert [out for _, out in started] == [
+        "ceilings.json", "kernels.jsonl", "kernels.jsonl", "models.jsonl", "inductor-models.jsonl",
+        "inductor-kernels.jsonl",
+    ]  # fmt: skip
+    (data,) = tmp_path.glob("gpu-simulated-*.json")
+    found = json.loads(data.read_text())
+    assert len(found["kernels"]) == len(measured) - 1
+    assert found["broken"] == [list(measured)[1]]
+    (records,) = tmp_path.glob("records-simulated-*.json")
+    assert len(json.loads(records.read_text())["records"]) == len(measured) - 1
+    assert "ended the process" in next(tmp_path.glob("gpu-simulated-*.md")).read_text()
 
 
 def test_an_unknown_stage_is_wrong_usage() -> None:
