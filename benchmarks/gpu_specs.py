@@ -5,11 +5,12 @@ An entry's name is `group/shape/dtype`. The first entries of a group are the one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rescompile.backends.cuda import composed, depthwise, flash, mma, pool, region_kernel, softmax, wgmma
+from rescompile.backends.cuda.choose import Wanted
 from rescompile.backends.cuda.contraction import (
     ContractionSpec,
     ConvGeometry,
@@ -49,6 +50,21 @@ def entries(*, small: bool = False) -> list[Entry]:
     if small:
         return list(_small())
     return [*_norms(), *_softmaxes(), *_linears(), *_convolutions(), *_windows(), *_elements(), *_attentions()]
+
+
+def model_entries(model: str, wanted: Iterable[Wanted]) -> list[Entry]:
+    """The regions of a model, for kernels whose extents are known."""
+    found = []
+    for number, want in enumerate(wanted):
+        stem = _STEMS.get(type(want.spec).__name__, "region")
+        if not want.dynamic:
+            dtype = want.arguments[0].dtype
+            found.append(Entry(f"{stem}/{model} {number}/{dtype}", want.spec, want.families))
+    return found
+
+
+_STEMS = {"ContractionSpec": "linear", "AttentionSpec": "attention", "RowSoftmax": "softmax", "Depthwise": "depthwise"}
+_STEMS |= {"Pool": "pool", "GlobalMean": "pool"}
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ pytest.importorskip("tvm")
 import rescompile as rc
 from benchmarks import gpu, gpu_kernels, gpu_models, gpu_pack, gpu_report
 from benchmarks.gpu_set import INDEX, Set
-from benchmarks.gpu_specs import entries
+from benchmarks.gpu_specs import entries, model_entries
+from rescompile.backends.cuda import compile as cuda_compile
 from rescompile.backends.cuda.choice_records import read_shipped
+from rescompile.backends.cuda.choose import observed
 from rescompile.backends.cuda.cubin import Cubin
 from rescompile.errors import RescompileError
 from tests import simulated_gpu
@@ -139,6 +141,17 @@ def test_a_model_travels_without_its_weights_and_gets_others_of_the_same_kind(tm
     want = module(x).detach()
     assert 0.2 < float(out.std() / want.std()) < 5
     assert not torch.equal(out, want)
+
+
+def test_what_a_model_is_made_of_can_be_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compile, "to_cubin", lambda *_: None)  # its machine code is not needed
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).eval().half()
+    with observed() as seen:
+        rc.compile(module, (torch.randn(8, 64).half(),), target="cuda:sm_90")
+    found = model_entries("tiny", seen[0].wanted.values())
+    assert [entry.name for entry in found] == ["linear/tiny 0/float16", "region/tiny 1/float16"]
+    assert all(not family.refusal(entry.spec, seen[0].limits) for entry in found for family in entry.families[:1])
+    assert not model_entries("none", [])
 
 
 def test_models_are_named_once_and_the_most_telling_come_first() -> None:

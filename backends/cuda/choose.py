@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -121,6 +123,20 @@ def candidates(wanted: Wanted, limits: Architecture, *, libraries: bool = True) 
     return [*found, *(candidate for candidate in own if candidate.inline)]
 
 
+_observed: ContextVar[list[KernelChoice] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observed() -> Iterator[list[KernelChoice]]:
+    """The choices of all programs that are compiled inside: what they want can be measured elsewhere."""
+    seen: list[KernelChoice] = []
+    token = _observed.set(seen)
+    try:
+        yield seen
+    finally:
+        _observed.reset(token)
+
+
 class KernelChoice:
     """The kernels of one program: what it wants, and what was chosen."""
 
@@ -130,6 +146,9 @@ class KernelChoice:
         self.libraries = libraries
         self.wanted: dict[Any, Wanted] = {}
         self.choices: dict[Any, Choice] = {}
+        seen = _observed.get()
+        if seen is not None:
+            seen.append(self)
 
     def pick(self, spec: Any, families: Sequence[Any]) -> Choice:
         """What computes the spec; before the choice the first candidate.
