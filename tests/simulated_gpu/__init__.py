@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,20 @@ def launch(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
     function(pointers, (ctypes.c_uint * 7)(*dims, cluster), ctypes.c_size_t(shared))
+
+
+def dims(function: Any, extents: Mapping[str, int]) -> list[int]:
+    """Blocks and threads of a kernel's launch, from its PrimFunc and its dynamic extents by name."""
+    import tvm
+
+    from rescompile.backends.cuda.schedule import thread_extents
+
+    analyzer, found = tvm.sym.Analyzer(), {}
+    for tag, extent in thread_extents(function).items():
+        for variable in tvm.tirx.analysis.undefined_vars(tvm.tirx.Evaluate(extent)):
+            analyzer.bind(variable, tvm.tirx.const(extents[variable.name], "int64"))
+        found[tag] = int(analyzer.simplify(extent).value)
+    return [found.get(f"{kind}.{axis}", 1) for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
 
 
 def parameters(source: str, name: str) -> list[str]:
