@@ -67,7 +67,7 @@ class Run:
                 "--seconds", str(self.left(share) - 3), *flags, share=share,
             )  # fmt: skip
             broken = gpu_kernels.results(path)[1]
-            if status == 0 or len(broken) == before:
+            if status == 0 or (status != gpu_kernels.START_AGAIN and len(broken) == before):
                 if status not in (0, 124):
                     self.notes.append(f"the stage '{name}' ended with status {status}")
                 return

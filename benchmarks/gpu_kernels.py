@@ -12,13 +12,13 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_rivals
 from benchmarks.gpu_set import Region, Set, load_runtime
-from rescompile.backends.cuda.contest import Buffers, Verdict, contest
+from rescompile.backends.cuda.contest import BrokenDevice, Buffers, Verdict, contest
 from rescompile.backends.cuda.device import Device, TorchDevice
 
 RIVALS: dict[str, Callable[[Region], Callable[..., object] | None]] = {
@@ -27,6 +27,7 @@ RIVALS: dict[str, Callable[[Region], Callable[..., object] | None]] = {
     "plain library": gpu_rivals.alone,
 }
 INDUCTOR = "inductor max-autotune"
+START_AGAIN = 3  # exit status: the device is broken for this process, and there is more to do
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -41,15 +42,19 @@ def main(given: Sequence[str] | None = None) -> None:
     opened = Set.open(options.set)
     load_runtime(options.set)
     device = TorchDevice()
-    run(opened, options.out, device, only=options.only, seconds=options.seconds, inductor=options.inductor)
+    if not run(opened, options.out, device, only=options.only, seconds=options.seconds, inductor=options.inductor):
+        raise SystemExit(START_AGAIN)
 
 
 def run(
     opened: Set, out: Path, device: Device, *, only: str = "", seconds: float = 1e9, inductor: bool = False
-) -> None:
-    """Measure the regions that `out` does not name yet; each is named there before it is touched."""
+) -> bool:
+    """Measure what `out` does not name yet; each region is named there before it is touched.
+
+    False where a candidate broke the device: a new process goes on, and leaves that one out.
+    """
     deadline = time.monotonic() + seconds
-    known = {line["name"] for line in read_lines(out)}
+    known, without = begun(out)
     with out.open("a", encoding="utf-8") as file:
 
         def tell(line: dict[str, Any]) -> None:
@@ -61,14 +66,45 @@ def run(
                 continue
             tell({"name": region.name, "begun": True})
             began = time.monotonic()
-            line = inductor_line(region, device) if inductor else region_line(region, device)
+            out_of_it = without.get(region.name, {})
+            try:
+                line = inductor_line(region, device) if inductor else region_line(region, device, out_of_it)
+            except BrokenDevice as error:
+                tell({"name": region.name, "breaks": error.label, "said": str(error)})
+                return False
             tell({"name": region.name, **line, "took": round(time.monotonic() - began, 2)})
+            if not device.healthy():
+                return False
+    return True
 
 
-def region_line(region: Region, device: Device) -> dict[str, Any]:
-    """Our candidates, the libraries' and the rivals on one region."""
+def begun(path: Path) -> tuple[set[str], dict[str, dict[str, str]]]:
+    """Regions not to begin again, and the candidates that broke the device, with what was said, by region."""
+    starts: dict[str, int] = {}
+    without: dict[str, dict[str, str]] = {}
+    done: set[str] = set()
+    for line in read_lines(path):
+        name = line["name"]
+        if line.get("begun"):
+            starts[name] = starts.get(name, 0) + 1
+        elif "breaks" in line:
+            without.setdefault(name, {})[line["breaks"]] = line["said"]
+        else:
+            done.add(name)
+    # A region that ended its process without a word is not tried again.
+    silent = {name for name, count in starts.items() if count > len(without.get(name, {}))}
+    return done | silent, without
+
+
+def region_line(region: Region, device: Device, without: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Our candidates, the libraries' and the rivals on one region; `without` those that break the device."""
+    out_of_it = without or {}
     buffers = Buffers(region.buffers, device)
-    entrants = [*region.kernels(), *region.libraries(device.torch)]
+    entrants = [
+        (label, function)
+        for label, function in [*region.kernels(), *region.libraries(device.torch)]
+        if label not in out_of_it
+    ]
     verdicts = contest(region.data["spec"], buffers, entrants, device)
     rivals = {name: made for name, make in RIVALS.items() if (made := make(region)) is not None}
     calls = [buffers.call(_on_torch(function, device)) for function in rivals.values()]
@@ -81,7 +117,10 @@ def region_line(region: Region, device: Device) -> dict[str, Any]:
         "bytes": region.data["bytes"],
         "own": [candidate["label"] for candidate in region.data["candidates"]],
         "copies": buffers.copies,
-        "candidates": {verdict.label: _told(verdict) for verdict in verdicts},
+        "candidates": {
+            **{verdict.label: _told(verdict) for verdict in verdicts},
+            **{label: {"refused": said, "gaps": {}} for label, said in out_of_it.items()},
+        },
         "failures": region.data["failures"],
         "rivals": {name: {"seconds": timing.device, "host": timing.host} for name, timing in timings.items() if timing},
     }
@@ -113,13 +152,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def results(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What was measured, by region, and the regions that ended the process they were measured in."""
     found: dict[str, dict[str, Any]] = {}
-    begun: dict[str, None] = {}
+    named: dict[str, None] = {}
     for line in read_lines(path):
-        if line.get("begun"):
-            begun[line["name"]] = None
+        if line.get("begun") or "breaks" in line:
+            named[line["name"]] = None
         else:
             found[line["name"]] = line
-    return found, [name for name in begun if name not in found]
+    return found, [name for name in named if name not in found]
 
 
 def _on_torch(function: Callable[..., object], device: Device) -> Callable[..., object]:

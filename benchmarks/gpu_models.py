@@ -20,11 +20,15 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.gpu_kernels import read_lines
+from benchmarks.gpu_kernels import START_AGAIN, read_lines
 from benchmarks.gpu_set import Set, load_runtime
+from rescompile.backends.cuda.device import TorchDevice
 from rescompile.errors import RescompileError
+
+if TYPE_CHECKING:
+    from benchmarks.gpu_specs import Entry
 
 ROUNDS, LOOP_SECONDS = 9, 0.05
 DRAWN = "weights.json"
@@ -129,9 +133,14 @@ def llama_stack(layers: int, width: int, inner: int, heads: int) -> Any:
 # ---- packing, with TVM -----------------------------------------------------------------------------------------
 
 
-def pack_models(folder: Path, names: str, arch: str) -> None:
-    """Compile models (with commas, or `all`) into the set's folder, without weights, and name them in its index."""
+def pack_models(folder: Path, names: str, arch: str) -> list[Entry]:
+    """Compile models (with commas, or `all`) into the set's folder, without weights, and name them in its index.
+
+    What their regions are is returned: measured, they make records with which the models are compiled the next time.
+    """
     from benchmarks.gpu_set import INDEX
+    from benchmarks.gpu_specs import model_entries
+    from rescompile.backends.cuda.choose import observed
 
     known = models()
     wanted = list(known) if names == "all" else [name.strip() for name in names.split(",")]
@@ -139,9 +148,12 @@ def pack_models(folder: Path, names: str, arch: str) -> None:
     if unknown:
         raise RescompileError(f"There is no model '{unknown[0]}': choose from {', '.join(known)}.")
     index = folder / INDEX
+    entries: list[Entry] = []
     for name in wanted:
         began = time.monotonic()
-        program = compiled(*known[name](), arch=arch, measure=False)
+        with observed() as seen:
+            program = compiled(*known[name](), arch=arch, measure=False)
+        entries += model_entries(name, seen[0].wanted.values())
         file = f"{name.replace(' ', '_')}.zip"
         with tempfile.TemporaryDirectory() as place:
             program.save(Path(place) / "whole.zip")
@@ -151,6 +163,7 @@ def pack_models(folder: Path, names: str, arch: str) -> None:
         data["models"].append({"name": name, "file": file, "regions": len(program.explain())})
         index.write_text(json.dumps(data, indent=1), encoding="utf-8")
         print(f"{name}: {(folder / file).stat().st_size / 2**20:.1f} MiB, {time.monotonic() - began:.0f} s", flush=True)
+    return entries
 
 
 def compiled(module: Any, inputs: tuple[Any, ...], _: str, *, arch: str, measure: bool) -> Any:
@@ -269,6 +282,13 @@ def main(given: Sequence[str] | None = None) -> None:
             for line in ({"begun": True}, measured(opened, model, inductor=options.inductor)):
                 file.write(json.dumps({"name": name, **line}) + "\n")
                 file.flush()
+            if not healthy():
+                raise SystemExit(START_AGAIN)
+
+
+def healthy() -> bool:
+    """Whether the device still runs what this process gives it."""
+    return TorchDevice().healthy()
 
 
 def measured(opened: Set, model: Mapping[str, Any], *, inductor: bool) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-rules", action="store_true", help="leave out schedules by rule")
     parser.add_argument("--no-runtime", action="store_true", help="leave out TVM's runtime")
     parser.add_argument("--models", default="", help="models to compile, with commas, or `all`")
+    parser.add_argument("--no-model-regions", action="store_true", help="leave out the models' own regions")
     parser.add_argument("--archive", type=Path, default=None, help="pack the finished folder into this .tar.xz")
     options = parser.parse_args(given)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,13 @@ def main(given: Sequence[str] | None = None) -> None:
     if options.models:
         from benchmarks.gpu_models import pack_models
 
-        pack_models(options.folder, options.models, options.arch)
+        known = {repr(entry.spec) for entry in entries()}
+        fresh: dict[str, Entry] = {}
+        for entry in pack_models(options.folder, options.models, options.arch):
+            if repr(entry.spec) not in known:
+                fresh.setdefault(repr(entry.spec), entry)
+        if not options.no_model_regions:
+            pack(options.folder, list(fresh.values()), options.arch, tiles=options.tiles, rules=False)
     if not options.no_runtime:
         pack_runtime(options.folder)
     if options.archive is not None:

@@ -22,6 +22,7 @@ class MadeUpDevice:
         self.facts = facts
         self.cache_bytes = 1 << 12
         self.timed = 0
+        self.broken = False
 
     def tensor(self, shape: Sequence[int], dtype: str, seed: int, scale: float = 1.0) -> Any:
         kind = getattr(torch, dtype)
@@ -41,6 +42,9 @@ class MadeUpDevice:
 
     def torch(self, tensor: Any) -> Any:
         return tensor
+
+    def healthy(self) -> bool:
+        return not self.broken
 
     def times(self, calls: Sequence[Call], copies: int) -> list[Timing | None]:
         self.timed += 1

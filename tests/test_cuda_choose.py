@@ -109,6 +109,13 @@ def test_a_librarys_call_costs_the_processor_something_where_no_graph_is_replaye
     assert Timing(1e-6, host=5e-6, captured=False).cost(captured=True) == 5e-6
 
 
+def test_a_dynamic_extent_keeps_a_call_out_of_graphs(tmp_path: Path) -> None:
+    times = [Timing(3e-6, host=1e-6), Timing(2e-6, host=9e-6)]
+    device = MadeUpDevice(lambda index: times[index])
+    found, _ = chosen(device, tmp_path, family(FIRST), spec=replace(SPEC, rows=None))
+    assert found.candidate.tile == FIRST
+
+
 @pytest.mark.parametrize(
     ("tile", "why"),
     [
@@ -142,6 +149,13 @@ def test_a_candidate_that_fails_while_it_is_timed_has_no_time(tmp_path: Path) ->
     device = MadeUpDevice(lambda index: None if index == 0 else Timing(1e-6))
     found, _ = chosen(device, tmp_path, family(FIRST, SECOND))
     assert [label for label, _ in found.tried] == [f"rows {SECOND}", LIBRARY]
+
+
+def test_a_candidate_that_breaks_the_device_is_named(tmp_path: Path) -> None:
+    device = MadeUpDevice([1e-6])
+    device.broken = True
+    with pytest.raises(RescompileError, match=r"'rows .*failing.* broke the GPU .*CUDA error"):
+        chosen(device, tmp_path, family(Tile("failing"), SECOND))
 
 
 def test_without_a_gpu_the_first_is_taken_and_this_is_said(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ pytest.importorskip("tvm")
 import rescompile as rc
 from benchmarks import gpu, gpu_kernels, gpu_models, gpu_pack, gpu_report
 from benchmarks.gpu_set import INDEX, Set
-from benchmarks.gpu_specs import entries
+from benchmarks.gpu_specs import entries, model_entries
+from rescompile.backends.cuda import compile as cuda_compile
 from rescompile.backends.cuda.choice_records import read_shipped
+from rescompile.backends.cuda.choose import observed
 from rescompile.backends.cuda.cubin import Cubin
 from rescompile.errors import RescompileError
 from tests import simulated_gpu
@@ -95,6 +98,19 @@ def test_a_region_that_ended_its_process_is_named_and_not_run_again(tmp_path: Pa
     assert {line["name"] for line in gpu_kernels.read_lines(out)} == {"a", "b"}
 
 
+def test_a_candidate_that_broke_the_device_is_left_out_the_next_time(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.jsonl"
+    lines = [
+        {"name": "a", "begun": True}, {"name": "a", "breaks": "mma 1", "said": "illegal access"},
+        {"name": "b", "begun": True}, {"name": "c", "begun": True}, {"name": "c", "took": 1},
+    ]  # fmt: skip
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known, without = gpu_kernels.begun(out)
+    assert known == {"b", "c"}
+    assert without == {"a": {"mma 1": "illegal access"}}
+    assert gpu_kernels.results(out)[1] == ["a", "b"]
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 7}'])
 def test_a_folder_without_a_set_is_one_sentence(tmp_path: Path, text: str) -> None:
     if text:
@@ -127,6 +143,17 @@ def test_a_model_travels_without_its_weights_and_gets_others_of_the_same_kind(tm
     assert not torch.equal(out, want)
 
 
+def test_what_a_model_is_made_of_can_be_measured_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compile, "to_cubin", lambda *_: None)  # its machine code is not needed
+    module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)).eval().half()
+    with observed() as seen:
+        rc.compile(module, (torch.randn(8, 64).half(),), target="cuda:sm_90")
+    found = model_entries("tiny", seen[0].wanted.values())
+    assert [entry.name for entry in found] == ["linear/tiny 0/float16", "region/tiny 1/float16"]
+    assert all(not family.refusal(entry.spec, seen[0].limits) for entry in found for family in entry.families[:1])
+    assert not model_entries("none", [])
+
+
 def test_models_are_named_once_and_the_most_telling_come_first() -> None:
     names = list(gpu_models.models())
     assert names[:3] == ["resnet50 b32", "bert_base b32", "llama 12 layers"]
@@ -154,6 +181,46 @@ def test_a_dry_run_names_what_would_run(packed: Path, capsys: pytest.CaptureFixt
     told = capsys.readouterr().out
     assert "kernels within 60 s" in told
     assert all(entry.name in told for entry in entries(small=True))
+
+
+def test_a_run_collects_what_its_processes_wrote_and_starts_again_where_one_ended(
+    packed: Path, measured: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes are stand-ins that write what the simulated GPU measured; the second of them dies once."""
+    facts = {"device": "simulated", "arch": "sm_90", "driver": "0"}
+    monkeypatch.setattr(gpu.device, "here", lambda: SimpleNamespace(facts=facts))
+    started: list[tuple[str, str]] = []
+
+    def child(run: gpu.Run, module: str, *arguments: str, share: float) -> int:
+        started.append((module.rpartition(".")[2], Path(arguments[-1] if len(arguments) == 1 else arguments[1]).name))
+        if module.endswith("rivals"):
+            Path(arguments[0]).write_text(json.dumps(RESULTS["ceilings"]))
+            return 0
+        path = Path(arguments[1])
+        if path.name == "kernels.jsonl":
+            first = not path.is_file()
+            with path.open("a") as file:
+                for line in list(measured.values())[:1] if first else list(measured.values())[2:]:
+                    file.write(json.dumps(line) + "\n")
+                if first:
+                    file.write(json.dumps({"name": list(measured)[1], "begun": True}) + "\n")
+            return -11 if first else 0
+        path.write_text("")
+        return 0
+
+    monkeypatch.setattr(gpu.Run, "child", child)
+    gpu.main(["--set", str(packed), "--out", str(tmp_path), "--seconds", "600"])
+    assert [out for _, out in started] == [
+        "ceilings.json", "kernels.jsonl", "kernels.jsonl", "models.jsonl", "inductor-models.jsonl",
+        "inductor-kernels.jsonl",
+    ]  # fmt: skip
+    (data,) = tmp_path.glob("gpu-simulated-*.json")
+    found = json.loads(data.read_text())
+    assert len(found["kernels"]) == len(measured) - 1
+    assert found["broken"] == [list(measured)[1]]
+    (records,) = tmp_path.glob("records-simulated-*.json")
+    assert len(json.loads(records.read_text())["records"]) == len(measured) - 1
+    assert "ended the process" in next(tmp_path.glob("gpu-simulated-*.md")).read_text()
 
 
 def test_an_unknown_stage_is_wrong_usage() -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -93,6 +95,11 @@ class Wanted:
     families: tuple[Any, ...]
 
     @property
+    def dynamic(self) -> bool:
+        """Whether an extent is known at run time only: such launches are not captured."""
+        return any(None in part.shape for part in self.arguments)
+
+    @property
     def arguments(self) -> list[Argument]:
         """The buffers, the same for every candidate."""
         found: list[Argument] = self.families[0].arguments(self.spec)
@@ -116,6 +123,20 @@ def candidates(wanted: Wanted, limits: Architecture, *, libraries: bool = True) 
     return [*found, *(candidate for candidate in own if candidate.inline)]
 
 
+_observed: ContextVar[list[KernelChoice] | None] = ContextVar("observed", default=None)
+
+
+@contextmanager
+def observed() -> Iterator[list[KernelChoice]]:
+    """The choices of all programs that are compiled inside: what they want can be measured elsewhere."""
+    seen: list[KernelChoice] = []
+    token = _observed.set(seen)
+    try:
+        yield seen
+    finally:
+        _observed.reset(token)
+
+
 class KernelChoice:
     """The kernels of one program: what it wants, and what was chosen."""
 
@@ -125,6 +146,9 @@ class KernelChoice:
         self.libraries = libraries
         self.wanted: dict[Any, Wanted] = {}
         self.choices: dict[Any, Choice] = {}
+        seen = _observed.get()
+        if seen is not None:
+            seen.append(self)
 
     def pick(self, spec: Any, families: Sequence[Any]) -> Choice:
         """What computes the spec; before the choice the first candidate.
@@ -176,15 +200,18 @@ class KernelChoice:
             built = _all_built({spec: entrants[spec] for spec in open_}, build, deadline)
             for spec in open_:
                 if deadline is None or time.monotonic() < deadline:
-                    found[spec] = choice = contest(self.wanted[spec], built[spec], device, captured=captured)
+                    wanted = self.wanted[spec]
+                    found[spec] = choice = contest(
+                        wanted, built[spec], device, captured=captured and not wanted.dynamic
+                    )
                     if choice.tried:
                         own.put(spec, Record(choice.candidate.label, choice.seconds, dict(choice.tried)))
             own.save()
         name = None if device is None else device.facts["device"]
         for spec, listed in entrants.items():
             elsewhere = lookup(shipped, spec, self.limits.name, name) if found[spec] is None else None
-            choice = found[spec] or (None if elsewhere is None else _recorded(listed, *elsewhere))
-            self.choices[spec] = choice or Choice(listed[0], _unmeasured(device, len(listed)))
+            decided = found[spec] or (None if elsewhere is None else _recorded(listed, *elsewhere))
+            self.choices[spec] = decided or Choice(listed[0], _unmeasured(device, len(listed)))
         return any(before[spec] != choice.candidate or choice.tried for spec, choice in self.choices.items())
 
 

@@ -14,12 +14,24 @@ from typing import Any, Protocol, TypeAlias
 
 from rescompile.backends.cuda import reference
 from rescompile.backends.cuda.device import Device, Timing, rotations
+from rescompile.errors import RescompileError
 
 DYNAMIC_EXTENT = 4096  # what an extent that is known at run time only is timed at
 DYNAMIC_EXTENTS = 64  # what several of them are
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TF32 = 4e-3  # of products whose factors are rounded to 10 bits
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+class BrokenDevice(RescompileError):
+    """A candidate, `label`, broke the device for this process: nothing runs on it any more."""
+
+    def __init__(self, label: str, said: str) -> None:
+        super().__init__(
+            f"The candidate '{label}' broke the GPU for this process ({said}): start again, and leave it out."
+        )
+        self.label = label
+
 
 Function: TypeAlias = Callable[..., object]  # takes the buffers in order
 
@@ -57,7 +69,10 @@ class Verdict:
 def contest(
     spec: reference.Plain, buffers: Buffers, entrants: Sequence[tuple[str, Function | None]], device: Device
 ) -> list[Verdict]:
-    """Compare candidates with the reference, and time those that agree; None stands for one that does not build."""
+    """Compare candidates with the reference, and time those that agree; None stands for one that does not build.
+
+    BrokenDevice where one of them leaves the device unusable.
+    """
     judge = Judge(spec, buffers, device)
     judged = [
         Verdict(label, refused="does not build") if function is None else judge.verdict(label, function)
@@ -74,6 +89,8 @@ def contest(
         timing = None if verdict.refused else next(timings)
         refused = verdict.refused or ("" if timing is not None else "fails when it is called again and again")
         found.append(Verdict(verdict.label, timing, refused, verdict.gaps))
+        if refused and not verdict.refused and not device.healthy():
+            raise BrokenDevice(verdict.label, refused)
     return found
 
 
@@ -142,6 +159,8 @@ class Judge:
             gaps = {name: self.device.gap(tensor, self.want[name]) for name, tensor in found.items()}
         except (RuntimeError, ValueError, TypeError) as error:  # torch's and TVM's own errors
             lines = str(error).strip().splitlines()
+            if not self.device.healthy():
+                raise BrokenDevice(label, lines[-1][:160] if lines else type(error).__name__) from error
             return Verdict(label, refused=f"does not run: {lines[-1][:160] if lines else type(error).__name__}")
         for part in self.buffers.described:
             if part.output and not gaps[part.name] <= tolerance(self.spec, part.dtype):

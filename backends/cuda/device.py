@@ -64,6 +64,9 @@ class Device(Protocol):
     def torch(self, tensor: Any) -> Any:
         """A buffer as a torch tensor, sharing its memory, for a library."""
 
+    def healthy(self) -> bool:
+        """Whether the device still runs what this process gives it."""
+
     def times(self, calls: Sequence[Call], copies: int) -> list[Timing | None]:
         """Each call timed in turns with the others; None for one that fails."""
 
@@ -148,6 +151,14 @@ class TorchDevice:
     def torch(self, tensor: Any) -> Any:
         """The tensor itself."""
         return tensor
+
+    def healthy(self) -> bool:
+        """Whether the device still runs what this process gives it: some errors end its context."""
+        try:
+            self._torch.cuda.synchronize()
+            return bool(self._torch.ones(1, device=f"cuda:{self.index}").item() == 1)
+        except RuntimeError:
+            return False
 
     def times(self, calls: Sequence[Call], copies: int) -> list[Timing | None]:
         """Each call timed in turns with the others; None for one that fails."""

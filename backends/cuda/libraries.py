@@ -103,7 +103,7 @@ def _parsed(text: str) -> Callable[..., None]:
             "The program calls torch's libraries, and torch is not installed here: install it, or compile the model "
             "without libraries."
         ) from error
-    return LibraryCall.parse(text).function(torch.from_dlpack)
+    return LibraryCall.parse(text).function(torch.utils.dlpack.from_dlpack)
 
 
 # ---- contractions ----------------------------------------------------------------------------------------------
@@ -310,7 +310,8 @@ class _Tf32:
     def __init__(self, like: Any) -> None:
         import torch
 
-        self.switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if like.dtype == torch.float32 else ()
+        switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+        self.switches = switches if like.dtype == torch.float32 else ()
 
     def __enter__(self) -> None:
         self.before = [switch.allow_tf32 for switch in self.switches]

@@ -97,10 +97,17 @@ class CudaEmitter(Emitter):
         """What the GPU can do."""
         return self.choice.limits
 
-    def call(self, op: Op, spec: Any, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
+    def call(
+        self,
+        op: Op,
+        spec: Any,
+        given: Mapping[str, Expr],
+        rows: Extent | None = None,
+        into: Sequence[int | None] = (),
+    ) -> list[Expr]:
         """Call what computes attention, one kernel before all else; nothing where it is to be composed."""
         if not isinstance(spec, AttentionSpec):
-            return super().call(op, spec, given, rows)
+            return super().call(op, spec, given, rows, into)
         return self.call_kernel(op, spec, (flash, composed), "attention", given)
 
     def takes(self, spec: Any, *families: Any) -> bool:

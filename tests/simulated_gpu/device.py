@@ -52,6 +52,9 @@ class SimulatedDevice:
         memory = (ctypes.c_uint8 * size).from_address(tensor.data_ptr())
         return torch.frombuffer(memory, dtype=kind).reshape(tuple(tensor.shape))
 
+    def healthy(self) -> bool:
+        return True
+
     def times(self, calls: Sequence[Call], copies: int) -> list[Timing | None]:
         for call in calls:
             call(0)
