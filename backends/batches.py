@@ -285,7 +285,8 @@ def _gathered(_: _Walk, op: Op, given: _Given) -> int:
 
 
 def _product(extents: Sequence[Dim]) -> int | None:
-    return prod(extents) if all(isinstance(extent, int) for extent in extents) else None  # type: ignore[arg-type]
+    numbers = [extent for extent in extents if isinstance(extent, int)]
+    return prod(numbers) if len(numbers) == len(extents) else None
 
 
 def _numbers(attribute: object) -> list[int]:

@@ -137,7 +137,7 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def storage_dtype(name: str) -> np.dtype[Any]:
+def storage_dtype(name: str) -> Any:
     """numpy's dtype to keep elements in that are not computed with: two bytes where bfloat16 is not to be had."""
     try:
         return np.dtype(numpy_dtype(name))

@@ -31,6 +31,6 @@ def corrected(source: str) -> str:
     """The source with vectors of booleans read and written one by one; itself where it has none."""
     start = source.find(_KERNELS)
     body = source[start:]
-    if start < 0 or not _BOOLEANS.search(body) or not _ACCESS.search(body):
+    if start < 0 or "shorts_at" in source or not _BOOLEANS.search(body) or not _ACCESS.search(body):
         return source
     return source[:start] + _PLACES + _ACCESS.sub(r"shorts_at<ushort\1, \1>(", body)

@@ -30,8 +30,6 @@ _STACK = re.compile(
 )
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
-
-
 _DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (?!dynamic_shared_)(\w+)\[\];")
 # Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
 CUBIN_DRIVER = (13, 0)
@@ -73,7 +71,10 @@ def code_arch(source: str, arch: str) -> str:
 
 
 def ready_to_compile(source: str) -> str:
-    """TVM's source, its booleans corrected, with one name for dynamic shared memory: kernels declare that alike."""
+    """TVM's source, its booleans corrected, with one name for dynamic shared memory: kernels declare that alike.
+
+    A source that is so already stays as it is.
+    """
     return _DYNAMIC_SHARED.sub(
         r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
         r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",

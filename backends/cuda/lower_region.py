@@ -1,7 +1,7 @@
 """Fused regions and norms as calls of one GPU kernel each.
 
-A region that multiplies goes to the tensor-core kernels, one that memory bounds to `region_kernel`: norms over rows,
-elements, gates, concatenations, with the views between them as index arithmetic. Operands are read as they lie, channels
+A region that multiplies goes to the tensor-core kernels, one that memory bounds to `region_kernel`: norms over rows and
+elements, with the views between them as index arithmetic. Operands are read as they lie, channels
 last or not, and outputs lie as the largest operand does. What no kernel takes is written out before it is lowered.
 """
 

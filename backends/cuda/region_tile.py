@@ -16,14 +16,17 @@ _MOST = 1024  # threads of a block
 _ONE_WARP = 1024  # elements of the widest row that one warp holds
 _HELD = 64  # bytes of a row that one thread holds for each value that a later phase needs
 _STATIC_SHARED = 48 << 10
+_SHARED_ROW = 32 << 10  # bytes of a row from which on a cluster of blocks may serve it better than one
+_CLUSTER = (2, 4, 8)  # blocks
 
 
 @dataclass(frozen=True)
 class RegionTile:
     """`vector` elements an access, `threads` a row, `chunks` accesses a thread, `rows` a block.
 
-    `parts`: blocks that share a row (of a region without norms). `streams`: a row that no block holds is read chunk by
-    chunk, once for each pass over it; `stash`: what is normalised stays in shared memory between the passes.
+    `parts`: blocks that share a row: a cluster of them where norms have to know all of it. `streams`: a row that no
+    block holds is read chunk by chunk, once for each pass over it; `stash`: what is normalised stays in shared memory
+    between the passes.
     """
 
     vector: int
@@ -47,8 +50,7 @@ def candidates(spec: RegionSpec, limits: Architecture | None = None) -> list[Reg
     width = trace.space.width.number
     if not trace.norms:
         return _element_tiles(width, vector, trace.space.rows.number if not trace.space.rows.names else None)
-    shared = limits.shared_bytes if limits is not None else _STATIC_SHARED
-    tiles = _row_tiles(spec, trace, width, vector, shared)
+    tiles = _row_tiles(spec, trace, width, vector, limits)
     # Without shuffles a row is summed in shared memory, by a block of its own.
     return list(dict.fromkeys(replace(tile, rows=1) for tile in tiles)) if is_portable() else tiles
 
@@ -129,7 +131,7 @@ def _element_tiles(width: int, vector: int, rows: int | None) -> list[RegionTile
     return list(dict.fromkeys(found))
 
 
-def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, shared: int) -> list[RegionTile]:
+def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None) -> list[RegionTile]:
     held = max(BYTES[spec.dtype(value)] for value in {spec.step(norm).inputs[0] for norm in trace.norms})  # type: ignore[union-attr]
     most = max(vector, _HELD // held)  # elements of a row that one thread holds
     accesses = -(-width // vector)
@@ -147,9 +149,25 @@ def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, shared: 
         threads = min(-(-width // (_WARP * per_thread)), -(-accesses // _WARP)) * _WARP
         if threads <= _MOST:
             found.append(RegionTile(vector, threads, -(-accesses // threads)))
-    if not found:
-        row = width * held
+    if limits is not None and limits.number >= 90 and not is_portable() and width * held >= _SHARED_ROW:
+        # Small blocks, of several rows at once on a multiprocessor, keep reading while one row's blocks meet.
+        wide = _cluster_tiles(width, vector)
+        found = [*wide, *found] if width * held >= 2 * _SHARED_ROW or not found else [*found, *wide]
+    if not found or width * held > _SHARED_ROW * 2:
+        row, shared = len(trace.norms) * width * held, limits.shared_bytes if limits is not None else _STATIC_SHARED
         for threads in (512,):
             stash = row <= shared - (2 << 10)
             found.append(RegionTile(vector, threads, -(-accesses // threads), streams=True, stash=stash))
     return list(dict.fromkeys(found))
+
+
+def _cluster_tiles(width: int, vector: int) -> list[RegionTile]:
+    """Rows of clusters of blocks, 16 elements a thread, the smallest blocks that eight are enough of first."""
+    found = []
+    accesses = -(-width // vector)
+    for threads in (256, 512, 1024):
+        held = max(vector, 16)
+        blocks = next((blocks for blocks in _CLUSTER if blocks * threads * held >= width), None)
+        if blocks is not None:
+            found.append(RegionTile(vector, threads, -(-accesses // (threads * blocks)), parts=blocks))
+    return found[:2]

@@ -22,11 +22,10 @@ from rescompile.backends.cuda.lower_contraction import conv as product_conv
 from rescompile.backends.cuda.lower_contraction import linear, matmul
 from rescompile.backends.cuda.lower_region import REGIONS
 from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
-from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import Architecture, architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.kernels import Argument, AttentionSpec, NormSpec
+from rescompile.backends.kernels import Argument, AttentionSpec
 from rescompile.backends.lower_attention import MASKED, attention_by_kernel, attention_in_relax, softmax_in_relax
 from rescompile.backends.lower_reduce import REDUCTIONS, product
 from rescompile.backends.reports import Region, bytes_of
@@ -89,9 +88,9 @@ class CudaEmitter(Emitter):
             return None
         rows = lead if isinstance(lead, int) else None
         spec = RowSoftmax(rows, shape[-1], self.dtype(x), out_dtype, log, floor)
-        if not softmax.takes(spec):
+        if not self.takes(spec, softmax):
             return None
-        return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
+        return self.reshape(self.call_kernel(op, spec, softmax, "softmax", {"x": x}, lead)[0], shape)
 
     @property
     def limits(self) -> Architecture:
@@ -153,37 +152,6 @@ class CudaEmitter(Emitter):
             return relax.op.call_dps_packed(GLOBAL, told, types)
 
         return self._called(op, self._calls[spec], buffers, given, rows, call)
-
-    def call_rows(
-        self,
-        op: Op,
-        spec: NormSpec | RowSoftmax,
-        stem: str,
-        kernel: Any,
-        dtype: str,
-        given: Mapping[str, Expr],
-        rows: Extent | None,
-    ) -> list[Expr]:
-        """Call a kernel over rows: `kernel` is its module."""
-        buffers = kernel.arguments(spec)
-        if spec not in self._kernels:
-            name = f"{stem}_{len(self.regions)}"
-            self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
-            static = spec.rows is not None
-            self.regions[name] = Region(
-                name,
-                "softmax" if isinstance(spec, RowSoftmax) else "norm",
-                spec=str(spec),
-                tile=str(row_tile(spec.width, dtype)),
-                bytes=bytes_of(buffers) if static else None,
-                dtype=str(getattr(spec, "dtype", "")),
-            )
-        function = self._kernels[spec]
-
-        def call(operands: list[Expr], types: Any) -> Expr:
-            return relax.call_tir(function, relax.Tuple(operands), types)
-
-        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
 
     def _called(
         self,

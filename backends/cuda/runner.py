@@ -93,7 +93,9 @@ class GpuRunner:
             size = max(size, _LEAST)
             stream = memory.stream
             outputs = [memory.empty(shape, info.dtype) for info, shape in zip(self._outputs, shapes, strict=True)]
-            if self.note or not self.graphs or self._dynamic or cudart.is_capturing(stream):
+            if all(0 in shape for shape in shapes):
+                return outputs  # a launch of nothing is an error
+            if self.note or not self.graphs or self._dynamic or memory.capturing:
                 self._launch(inputs, outputs, size, memory, stream)
             else:
                 self._captured(inputs, outputs, size, memory, stream)
@@ -129,9 +131,7 @@ class GpuRunner:
 
     def _launch(self, inputs: Sequence[Any], outputs: Sequence[Any], size: int, memory: Memory, stream: int) -> None:
         # While the caller captures, memory is the graph's: a later call on this stream must not write there.
-        workspace = (
-            memory.empty((size,), "uint8") if cudart.is_capturing(stream) else self._workspace(stream, size, memory)
-        )
+        workspace = memory.empty((size,), "uint8") if memory.capturing else self._workspace(stream, size, memory)
         self._call(stream, memory, inputs, workspace, outputs)
 
     def _call(self, stream: int, memory: Memory, inputs: Sequence[Any], workspace: Any, outputs: Sequence[Any]) -> None:
@@ -253,6 +253,7 @@ class _Staged:
 
     def __init__(self, memory: PlainMemory, kept: list[Any]) -> None:
         self._memory, self._kept, self._next = memory, kept, 0
+        self.capturing = False
         self.stream, self.pointer, self.rows = memory.stream, memory.pointer, memory.rows
         self.view, self.graph = memory.view, memory.graph
 

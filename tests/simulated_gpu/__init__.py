@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,10 +66,11 @@ def launch(
     scalars: Sequence[int],
     dims: Sequence[int],
     shared: int = 0,
+    cluster: int = 1,
 ) -> None:
     """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
 
-    `shared`: bytes of dynamic shared memory.
+    `shared`: bytes of dynamic shared memory; `cluster`: how many blocks run together.
     """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
@@ -80,7 +81,7 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
+    function(pointers, (ctypes.c_uint * 7)(*dims, cluster), ctypes.c_size_t(shared))
 
 
 def dims(function: Any, extents: Mapping[str, int]) -> list[int]:
@@ -117,6 +118,14 @@ def run_functions(
 
     functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
     """
+    build_functions(folder, functions, optimise=optimise)
+    return call_functions(folder, calls)
+
+
+def build_functions(
+    folder: Path, functions: Any, *, optimise: str = "-O1", edit: Callable[[str], str] = lambda source: source
+) -> None:
+    """Make `functions.so` of an IRModule of kernels; `edit` may change their source, to test the simulation."""
     import tvm
 
     from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
@@ -126,7 +135,11 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source, optimise=optimise)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(edit(source), optimise=optimise)), folder / "functions.so")
+
+
+def call_functions(folder: Path, calls: dict[str, list[np.ndarray[Any, Any]]]) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Call functions of `functions.so`, all in one process; RuntimeError with what it said when it fails."""
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
