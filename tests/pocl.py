@@ -39,7 +39,9 @@ class Kernels:
         self.queue = pyopencl.CommandQueue(self.context)
         self.program = pyopencl.Program(self.context, source).build()
         self.parameters = {
-            kernel["name"]: [part.split()[-1].removesuffix("_ptr").removesuffix("_flat") for part in kernel["parameters"].split(",")]
+            kernel["name"]: [
+                part.split()[-1].removesuffix("_ptr").removesuffix("_flat") for part in kernel["parameters"].split(",")
+            ]
             for kernel in _KERNEL.finditer(source)
         }
 

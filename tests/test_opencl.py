@@ -73,7 +73,8 @@ def _functions() -> dict[str, Any]:
             made[name] = region_kernel.prim_func(spec, region_kernel.candidates(spec, LIMITS)[0], name)
         for name, (family, window) in WINDOWS.items():
             made[name] = family.prim_func(window, family.candidates(window, LIMITS)[0], name)
-        made["softmax"] = softmax.prim_func(RowSoftmax(None, 197), "softmax")
+        row = RowSoftmax(None, 197)
+        made["softmax"] = softmax.prim_func(row, softmax.candidates(row, LIMITS)[0], "softmax")
     return {**made, "product": _product().with_attr("global_symbol", "product")}
 
 

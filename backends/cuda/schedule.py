@@ -14,13 +14,18 @@ from rescompile.backends.cuda.targets import THREADS_PER_BLOCK
 from rescompile.backends.cuda.tensor_core import TensorCoreProduct
 from rescompile.errors import RescompileError
 
+_LIMITS = ("max_num_threads", "max_shared_memory_per_block", "thread_warp_size")
+
 
 class _Matmul(dlight.gpu.Matmul):  # type: ignore[misc]
     """dlight's rule for products, in registers and shared memory. It looks for tensor cores by the target's number."""
 
     def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, _: bool) -> Any:
-        plain = {**{str(key): value for key, value in dict(target.attrs).items()}, "kind": "cuda", "arch": "sm_60"}
-        return super().apply(func, tvm.target.Target(plain), _)
+        if str(target.kind.name) == "webgpu":
+            # TVM makes a buffer of WGSL one of vectors by its accesses, and fails at those of NVIDIA's tiles.
+            return super().apply(func, target, _)
+        limits = {name: target.attrs[name] for name in _LIMITS if name in target.attrs}
+        return super().apply(func, tvm.target.Target({**limits, "kind": "cuda", "arch": "sm_60"}), _)
 
 
 # From the most to the least particular. Matmul takes contractions, convolutions as implicit products among them. It
@@ -36,7 +41,7 @@ RULES: tuple[Any, ...] = (
     dlight.gpu.Fallback(),
 )
 # For other GPUs: what takes no account of NVIDIA's.
-PORTABLE_RULES: tuple[Any, ...] = (dlight.gpu.Matmul(), *RULES[2:])
+PORTABLE_RULES: tuple[Any, ...] = RULES[1:]
 # How dlight's rules say, besides returning None, that a function is not of their kind: they take much for granted.
 _NOT_MINE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
