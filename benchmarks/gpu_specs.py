@@ -19,9 +19,7 @@ from rescompile.backends.cuda.contraction import (
     EpilogueStep,
 )
 from rescompile.backends.cuda.region_spec import RegionSpec, Tensor, norm_spec
-from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
-from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.cuda.windows import Window
 from rescompile.backends.kernels import Epilogue, NormSpec
 from rescompile.fused_region import Region, Step
@@ -87,7 +85,7 @@ def _softmaxes() -> Iterator[Entry]:
         (2048, "float32"),
     ):
         rows = ELEMENTS // width
-        yield Entry(f"softmax/{rows}x{width}/{dtype}", RowSoftmax(rows, width, dtype, dtype), (_rows_family(softmax),))
+        yield Entry(f"softmax/{rows}x{width}/{dtype}", RowSoftmax(rows, width, dtype, dtype), (softmax,))
 
 
 def _elements() -> Iterator[Entry]:
@@ -110,32 +108,6 @@ def _elements() -> Iterator[Entry]:
     both = Tensor((32, 288, 28, 28), "float16", last)
     concat = Region(2, (Step(OpKind.CONCAT, (0, 1), {"axis": 1}), Step(OpKind.RELU, (2,))), (3,))
     yield Entry("concat/b32 256+32 28² +relu/float16", RegionSpec(concat.text(), (old, new), (both,)), (region_kernel,))
-
-
-class _rows_family:
-    """A module over rows that knows one tile for each spec, as a kernel family."""
-
-    def __init__(self, module: Any) -> None:
-        self.module, self.__name__ = module, module.__name__
-        self.arguments = module.arguments
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _rows_family) and self.module is other.module
-
-    def __hash__(self) -> int:
-        return hash(self.module)
-
-    def refusal(self, spec: Any, limits: Architecture | None) -> str:
-        """Whether the module takes the spec."""
-        return "" if self.module.takes(spec) else "its rows are too wide"
-
-    def candidates(self, spec: Any, limits: Architecture) -> list[Any]:
-        """The one tile."""
-        return [row_tile(spec.width, spec.dtype)]
-
-    def prim_func(self, spec: Any, tile: Any, name: str) -> Any:
-        """The kernel."""
-        return self.module.prim_func(spec, name)
 
 
 # ---- contractions ----------------------------------------------------------------------------------------------
@@ -235,7 +207,7 @@ def _small() -> Iterator[Entry]:
     steps = (Step(OpKind.ADD, (0, 1)), Step(OpKind.GROUP_NORM, (4, 2, 3), {"groups": 4}), Step(OpKind.SILU, (5,)))
     norm = RegionSpec(Region(4, steps, (6, 4)).text(), (image, image, vector, vector), (image, image))
     yield Entry("group_norm/b2 16x3x5 +add +silu/float16", norm, (region_kernel,))
-    yield Entry("softmax/6x40/float32", RowSoftmax(6, 40), (_rows_family(softmax),))
+    yield Entry("softmax/6x40/float32", RowSoftmax(6, 40), (softmax,))
     yield Entry(
         "linear/24x32x16/float16",
         ContractionSpec(24, 16, 32, program("float16", residual=True, act="relu"), dtype="float16"),

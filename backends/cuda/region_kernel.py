@@ -148,7 +148,7 @@ class _Thread:
         self.stats: dict[int, _Stats] = {}
         self.held: dict[Node, tuple[Expr, bool]] = {}  # buffer, and whether it is in shared memory
         self.registers: dict[Load, _Registers] = {}
-        elements = [tensor for tensor in (*spec.operands, *spec.outputs)]
+        elements = (*spec.operands, *spec.outputs)
         self.stash: Expr = None  # shared memory for rows, and where each one's begins
         self.places: dict[Node, int] = {}
         self.shared: Expr = None  # of a cluster's blocks, and how much of it has been given out
@@ -176,7 +176,7 @@ class _Thread:
             needed = self._reads([*sources, *roots.values()])
             streams = [load for load in needed if is_stream(self.spec, load)]
             if phase == 0:
-                later = self._reads([root for root in self.roots.values()])
+                later = self._reads(list(self.roots.values()))
                 streams += [load for load in later if is_stream(self.spec, load) and load not in streams]
             for load in streams:
                 # All of them first: they are in flight together.
@@ -517,7 +517,7 @@ class _Thread:
                 self.stats[norm.value] = _Stats(None, None)
         if centred:
             self._pass({}, [], centred)
-            for norm, power, _ in centred:
+            for _, power, _ in centred:
                 across_threads(power, self.tile.threads, self.lane, zero)
         for norm in norms:
             step = self.spec.step(norm.value)

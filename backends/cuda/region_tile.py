@@ -23,8 +23,9 @@ _CLUSTER = (2, 4, 8)  # blocks
 class RegionTile:
     """`vector` elements an access, `threads` a row, `chunks` accesses a thread, `rows` a block.
 
-    `parts`: blocks that share a row: a cluster of them where norms have to know all of it. `streams`: a row that no block holds is read chunk by
-    chunk, once for each pass over it; `stash`: what is normalised stays in shared memory between the passes.
+    `parts`: blocks that share a row: a cluster of them where norms have to know all of it. `streams`: a row that no
+    block holds is read chunk by chunk, once for each pass over it; `stash`: what is normalised stays in shared memory
+    between the passes.
     """
 
     vector: int
@@ -127,8 +128,10 @@ def _element_tiles(width: int, vector: int, rows: int | None) -> list[RegionTile
     return list(dict.fromkeys(found))
 
 
-def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None) -> list[RegionTile]:
-    held = max(BYTES[spec.dtype(value)] for value in {spec.step(norm).inputs[0] for norm in trace.norms})  # type: ignore[union-attr]
+def _row_tiles(
+    spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None
+) -> list[RegionTile]:
+    held = max(BYTES[spec.dtype(trace.source(norm))] for norm in trace.norms)
     most = max(vector, _HELD // held)  # elements of a row that one thread holds
     accesses = -(-width // vector)
     found: list[RegionTile] = []
