@@ -107,4 +107,5 @@ def test_residual_regions_are_calls_of_our_kernels(programs: dict[str, tuple[rc.
     assert {"norm", "concat", "elementwise"} <= kinds["images"]
     assert {"norm", "elementwise"} <= kinds["tokens"]
     for program, _, _ in programs.values():
-        assert "written out" not in program.manifest.note
+        # In float32 a plain epilogue of a product is TVM's; nothing that memory bounds is.
+        assert "written out" not in program.manifest.note or "its product has no kernel" in program.manifest.note

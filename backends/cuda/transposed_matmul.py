@@ -1,7 +1,7 @@
 """x·wᵀ as one loop nest that reads w as it lies.
 
-TVM's own pass takes the first operand of what it has matched for the weight, which it is not where x was bound first,
-and expects two of them, which x·xᵀ has not.
+TVM's own pass takes whatever it has matched for a transposition of the first operand and a product: also a product
+alone where two products share the transposition (wrong numbers where w is square), and x·xᵀ, which has one operand.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ class _Fuser(_TransposeMatmulFuser._cls):  # type: ignore[misc, name-defined]
         if isinstance(call.op, relax.GlobalVar):
             function = self.builder_.get()[call.op]
             if function.attrs is not None and function.attrs.get("Composite") == _NAME:
-                call = relax.Call(call.op, [call.args[place] for place in _places(function)])
+                return self._joined(call, function)
         return super().visit_call_(call)
 
+    def _joined(self, call: Any, function: Any) -> Any:
+        """The product of what was matched."""
+        steps = {binding.value.op.name: binding.value for block in function.body.blocks for binding in block.bindings}
+        product, turned = steps["relax.matmul"], steps.get("relax.permute_dims")
+        params = list(function.params)
 
-def _places(function: Any) -> tuple[int, int]:
-    """Which parameters of a matched function the weight and the other factor are."""
-    params = list(function.params)
+        def given(value: Any) -> Any:
+            return call.args[next(index for index, param in enumerate(params) if param.same_as(value))]
 
-    def place(value: Any) -> int:
-        return next(index for index, param in enumerate(params) if param.same_as(value))
-
-    weight = factor = 0
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            name = binding.value.op.name
-            if name == "relax.permute_dims":
-                weight = place(binding.value.args[0])
-            elif name == "relax.matmul":
-                factor = place(binding.value.args[0])
-    return weight, factor
+        if turned is None:
+            return relax.op.matmul(*map(given, product.args), out_dtype=product.attrs.out_dtype)
+        weight, factor = given(turned.args[0]), given(product.args[0])
+        if not isinstance(function.ret_ty, relax.TensorType):  # others read the transposition
+            other = self.builder_.emit(relax.op.permute_dims(weight, turned.attrs.axes))
+            made = self.builder_.emit(relax.op.matmul(factor, other, out_dtype=product.attrs.out_dtype))
+            return relax.Tuple([other, made])
+        return super().visit_call_(relax.Call(call.op, [weight, factor]))
