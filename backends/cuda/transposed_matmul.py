@@ -16,7 +16,7 @@ from tvm.relax.transform.fuse_transpose_matmul import _pattern, _TransposeMatmul
 _NAME = "transpose_matmul_fuse"
 
 
-@tvm.transform.module_pass(opt_level=0, name="JoinTransposedMatmul")
+@tvm.transform.module_pass(opt_level=0, name="JoinTransposedMatmul")  # type: ignore[untyped-decorator]
 def join_transposed_matmul(module: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     """A product with a transposed operand, and that transposition, as one."""
     matched = relax.transform.FuseOpsByPattern([(_NAME, *_pattern())], bind_constants=False)(module)
@@ -28,7 +28,7 @@ def join_transposed_matmul(module: tvm.IRModule, _: tvm.transform.PassContext) -
 
 
 @mutator
-class _Fuser(_TransposeMatmulFuser._cls):  # type: ignore[misc, name-defined]
+class _Fuser(_TransposeMatmulFuser._cls):  # type: ignore[misc]
     def visit_call_(self, call: Any) -> Any:
         if isinstance(call.op, relax.GlobalVar):
             function = self.builder_.get()[call.op]
