@@ -11,6 +11,7 @@ from tvm import relax
 from rescompile.backends import artifact, constants, lowering, threads
 from rescompile.backends.artifact import Manifest
 from rescompile.backends.compile import Progress, describe
+from rescompile.backends.concat_in_place import share_concats
 from rescompile.backends.emitter import Emitter
 from rescompile.backends.fallback import Imports
 from rescompile.backends.heads import pack_heads
@@ -19,15 +20,15 @@ from rescompile.backends.kernels import schedule_default
 from rescompile.backends.layouts import wanted_borders
 from rescompile.backends.lower_conv import padded_input
 from rescompile.backends.program import Program
-from rescompile.backends.region_draft import keeps
+from rescompile.backends.region_draft import why_not
 from rescompile.backends.regions import group_epilogues
-from rescompile.backends.reports import generated
+from rescompile.backends.reports import concatenations, generated, written_out
 from rescompile.backends.rules import CPU_RULES
 from rescompile.backends.schedule import schedule_generated
 from rescompile.backends.targets import CompileTarget
 from rescompile.backends.working import working_copy
 from rescompile.errors import RescompileError
-from rescompile.graph import Graph
+from rescompile.graph import Graph, Op
 
 if TYPE_CHECKING:
     from rescompile.backends.tuning_contest import Contest
@@ -43,23 +44,31 @@ def compile_cpu(
     contest: Contest | None = None,
 ) -> Program:
     """A program for `target`, which is a processor; a `contest` puts tuned schedules beside its kernels."""
+    reasons: dict[str, str] = {}
+
+    def keeps(op: Op) -> bool:
+        reasons[op.name] = why_not(op, graph.ir == "onnx")
+        return not reasons[op.name]
+
     work = working_copy(graph, keeps)
     constants.fold(work, imports)
     pack_heads(work)
     group_epilogues(work)
+    shared = share_concats(work)
     borders = wanted_borders(work, padded_input)
     if target.machine is None:
         raise RescompileError(f"The target '{target.name}' is not a processor: use cpu.")
     kernels = KernelSet(target.machine)
-    lowering.lower(Emitter(work, kernels, borders), imports, contents=False, rules=CPU_RULES)
+    lowering.lower(Emitter(work, kernels, borders, shared), imports, contents=False, rules=CPU_RULES)
     threads.use(target.threads)
     kernels.choose(database, None if tuning is None else float(tuning))
-    lowered = lowering.lower(Emitter(work, kernels, borders), imports, rules=CPU_RULES)
+    lowered = lowering.lower(Emitter(work, kernels, borders, shared), imports, rules=CPU_RULES)
     schedule = schedule_generated(lowered.regions)
     if contest is not None:
         schedule = contest.schedule(kernels.called(lowered.regions), schedule_default)
     module = lowering.finish(lowered.module, target.tvm, schedule)
-    regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
+    regions = [*lowered.regions.values(), *generated(module, lowered.regions), *concatenations(shared)]
+    regions += written_out({name: why for name, why in reasons.items() if why})
     if contest is not None:
         contest.annotate(regions)
     executable = relax.build(module, target=target.tvm, relax_pipeline=lowering.build_passes(), exec_mode="compiled")

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from tvm import relax
 
+from rescompile.backends.dense_buffers import Shared
 from rescompile.backends.kernel_set import KernelSet
-from rescompile.backends.kernels import LayoutSpec, Spec, arguments, prim_func
+from rescompile.backends.kernels import LayoutSpec, Place, Program, RegionSpec, Spec, arguments, prim_func
 from rescompile.backends.layouts import (
     CHANNELS_LAST,
     NATIVE,
@@ -22,9 +23,12 @@ from rescompile.backends.layouts import (
     to_channels_last,
 )
 from rescompile.backends.reports import Region
+from rescompile.backends.shared_buffers import SharedBuffers
 from rescompile.backends.symbols import Extent, Symbols, static
 from rescompile.backends.working import WorkingGraph
 from rescompile.errors import GraphError
+from rescompile.fused_region import Region as FusedRegion
+from rescompile.fused_region import Step
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind
 from rescompile.values import numpy_dtype
@@ -42,13 +46,18 @@ class Emitter:
     """Builds `main(inputs..., weights...)` out of a working graph, one operation at a time."""
 
     def __init__(
-        self, graph: WorkingGraph, kernels: KernelSet | None = None, borders: dict[Value, Pair] | None = None
+        self,
+        graph: WorkingGraph,
+        kernels: KernelSet | None = None,
+        borders: dict[Value, Pair] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.graph = graph
         self.kernels = kernels
         self.bb = relax.BlockBuilder()
         self.symbols = Symbols(graph.extents)
         self.borders = borders or {}
+        self.buffers = SharedBuffers(shared or Shared(), self.borders)
         self.regions: dict[str, Region] = {}
         self._functions: dict[Spec, Expr] = {}
         self._weights: dict[str, Callable[[], np.ndarray[Any, Any]]] = {}
@@ -117,6 +126,8 @@ class Emitter:
     def get(self, value: Value, layout: Layout = NATIVE) -> Expr:
         """The value in a layout, converted where it does not lie so already."""
         forms = self._forms.setdefault(value, {})
+        if not forms and self.buffers.holds(value):
+            forms[self.buffers.layout(value)] = self._taken_out(value)
         if layout not in forms:
             forms[layout] = self._convert(value, forms, layout)
         return forms[layout]
@@ -135,11 +146,15 @@ class Emitter:
     def lies_channels_last(self, value: Value) -> bool:
         """Whether the value lies channels last and not as the graph says."""
         forms = self._forms.get(value, {})
+        if not forms and self.buffers.holds(value):
+            return self.buffers.layout(value).channels_last
         return bool(forms) and NATIVE not in forms and any(layout.channels_last for layout in forms)
 
     def widest(self, value: Value) -> Layout:
         """The channels-last layout to read the value in: with the border that its readers want, if it has one."""
         found = [layout for layout in self._forms.get(value, {}) if layout.channels_last]
+        if not self._forms.get(value) and self.lies_channels_last(value):
+            return self.buffers.layout(value)
         want = self.borders.get(value, (0, 0))
         return max(found, key=lambda layout: layout.border) if found else Layout(channels_last=True, border=want)
 
@@ -182,8 +197,19 @@ class Emitter:
         """Contents of `weight_vars`, by name, in order."""
         return {name: np.asarray(make(), order="C") for name, make in self._weights.items()}
 
-    def call(self, op: Op, spec: Spec, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
-        """Call the kernel of a spec with buffers by name; the outputs. `rows` is the dynamic row count."""
+    def call(
+        self,
+        op: Op,
+        spec: Spec,
+        given: Mapping[str, Expr],
+        rows: Extent | None = None,
+        into: Sequence[int | None] = (),
+    ) -> list[Expr]:
+        """Call the kernel of a spec with buffers by name; the outputs. `rows` is the dynamic row count.
+
+        into: for each output the number of the shared buffer that it is written into; those that hold something already
+        come first.
+        """
         if self.kernels is None:
             raise GraphError("There are no kernels for this target.")
         tile = self.kernels.tile(spec)
@@ -203,10 +229,52 @@ class Emitter:
 
         operands = [self.reshape(given[buffer.name], extents(buffer.shape)) for buffer in buffers if not buffer.output]
         types = [_type(extents(buffer.shape), buffer.dtype) for buffer in buffers if buffer.output]
-        result = self.emit(relax.call_tir(function, relax.Tuple(operands), types[0] if len(types) == 1 else types))
-        if len(types) == 1:
-            return [result]
-        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+        targets = [*into, *[None] * (len(types) - len(into))]
+        held = [self.buffers.held[number] for number in targets if number in self.buffers.held]
+        out = types[0] if len(types) == 1 else types
+        if held:
+            places = [len(operands) + i if number in self.buffers.held else -1 for i, number in enumerate(targets)]
+            called = relax.call_tir_inplace(function, relax.Tuple([*operands, *held]), places, out)
+        else:
+            called = relax.call_tir(function, relax.Tuple(operands), out)
+        result = self.emit(called)
+        many = len(types) > 1
+        results = [self.emit(relax.TupleGetItem(result, i)) for i in range(len(types))] if many else [result]
+        for number, made in zip(targets, results, strict=True):
+            if number is not None:
+                self.buffers.held[number] = made
+        return results
+
+    def join(self, op: Op) -> bool:
+        """Whether the concatenation lies in a shared buffer already; what nobody wrote there is copied into it."""
+        slot = self.buffers.shared.slots.get(op.output)
+        if slot is None:
+            return False
+        for value, start in self.buffers.missing(slot):
+            self._copy_into(op, value, slot.buffer, start)
+        if self.buffers.whole(op.output):
+            self._forms[op.output] = {self.buffers.layout(op.output): self.buffers.held[slot.buffer]}
+        return True
+
+    def _copy_into(self, op: Op, value: Value, number: int, start: int) -> None:
+        layout = self.buffers.layout_of(number)
+        source = self.widest(value) if layout.channels_last else NATIVE
+        expr = self.cast(self.get(value, source), self.buffers.shared.buffers[number].dtype)
+        shape, dtype = [int(extent) for extent in value.shape or ()], self.dtype(expr)
+        read = Place.channels_last(shape, dtype, source.border) if layout.channels_last else Place.plain(shape, dtype)
+        write = self.buffers.place_at(number, shape, start)
+        steps = FusedRegion(1, (Step(OpKind.ADD, (0,)),), (1,)).text()
+        program = Program(steps, (read,), (write,), ((tuple(shape), dtype),))
+        self.call(op, RegionSpec(program, 1, layout.channels_last, dtype), {"x0": expr}, None, [number])
+
+    def _taken_out(self, value: Value) -> Expr:
+        """A copy of a slice of a shared buffer, for who cannot read it there."""
+        slot = self.buffers.shared.slots[value]
+        expr = self.buffers.held[slot.buffer]
+        if self.buffers.whole(value):
+            return expr
+        axis = len(self.shape(expr)) - 1 if self.buffers.layout(value).channels_last else self.buffers.axis(value)
+        return self.slice(expr, [axis], [slot.start], [slot.start + slot.extent])
 
     def target_shape(self, op: Op, source: Expr | None = None) -> list[Extent]:
         """Extents of the operation's output as the graph has them; one that it cannot say is -1."""

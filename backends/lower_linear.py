@@ -69,6 +69,7 @@ def packed(
     weight: Value,
     bias: Value | None,
     view: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    bias_view: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = np.asarray,
 ) -> dict[str, Expr]:
     """Weight and bias of a contraction in its kernel's layout, as parameters of the program."""
     if e.kernels is None:
@@ -82,7 +83,9 @@ def packed(
     if bias is not None:
         given = bias
         made["bias"] = e.weight(
-            f"{bias.name}@{spec.dtype}", lambda: pack_bias(spec, tile, e.data(given)), *shapes["bias"]
+            f"{bias.name}@{spec.dtype}{shapes['bias'][0]}",
+            lambda: pack_bias(spec, tile, bias_view(e.data(given))),
+            *shapes["bias"],
         )
     return made
 

@@ -16,6 +16,7 @@ from rescompile.backends.kernels import (
     LinearSpec,
     Place,
     PoolSpec,
+    ProductSpec,
     Program,
     RegionSpec,
     RowsSpec,
@@ -132,6 +133,13 @@ class _Lowering:
     """One region on its way into the module."""
 
     def __init__(self, e: Emitter, op: Op, found: Draft, sources: list[Source]) -> None:
+        # Results that go into a buffer which holds something already come first, as calls in place want them.
+        buffers = [e.buffers.number(value) for value in op.outputs]
+        ranked = sorted(range(len(buffers)), key=lambda i: (buffers[i] not in e.buffers.held, buffers[i] is None, i))
+        self.outputs = [op.outputs[i] for i in ranked]
+        self.into = [buffers[i] for i in ranked]
+        made = tuple(found.region.outputs[i] for i in ranked)
+        found = replace(found, region=Region(found.region.operands, found.region.steps, made))
         self.e, self.op, self.draft, self.sources = e, op, found, sources
         self.given: dict[str, Expr] = {}
         self.rows: Any = None
@@ -165,8 +173,10 @@ class _Lowering:
             dtype = self.draft.type(self.draft.region.outputs[0])[1]
             spec = RegionSpec(program, anchor, last, dtype if dtype in ("float64", "float32") else "float32")
             spec = collapsed(spec, program, last) if not self.draft.dynamic else spec
-        made = self.e.call(self.op, spec, self.given, self.rows)
-        for value, expr, place, layout in zip(self.op.outputs, made, results, layouts, strict=True):
+        made = self.e.call(self.op, spec, self.given, self.rows, self.into)
+        for value, expr, place, layout in zip(self.outputs, made, results, layouts, strict=True):
+            if place.shared:
+                continue
             if layout.channels_last:
                 self.e.bind(value, self._unflat(expr, place), layout)
             else:
@@ -230,6 +240,10 @@ class _Lowering:
         value = source.value
         if value is None:
             return None
+        if self.e.buffers.holds(value) and not self.e.buffers.whole(value):
+            place = self.e.buffers.place(value)
+            self.given[name] = self.e.buffers.held[self.e.buffers.number(value)]
+            return replace(place, shared=False)
         if orders[number] != tuple(range(len(shape))):
             layout = self.e.widest(value) if len(shape) < 5 else CHANNELS_LAST
             self.given[name] = self.e.cast(self.e.get(value, layout), dtype)
@@ -250,9 +264,12 @@ class _Lowering:
 
     def _results(self, orders: dict[int, tuple[int, ...]]) -> tuple[list[Place], list[Layout]]:
         places, layouts = [], []
-        for value, made in zip(self.op.outputs, self.draft.region.outputs, strict=True):
+        for value, made in zip(self.outputs, self.draft.region.outputs, strict=True):
             shape, dtype = self.draft.type(made)
-            if len(shape) in (3, 4, 5) and orders[made] == to_channels_last(len(shape)):
+            if self.e.buffers.number(value) is not None:
+                places.append(self.e.buffers.place(value))
+                layouts.append(self.e.buffers.layout(value))
+            elif len(shape) in (3, 4, 5) and orders[made] == to_channels_last(len(shape)):
                 border = self.e.borders.get(value, (0, 0)) if len(shape) < 5 else (0, 0)
                 places.append(Place.channels_last([int(extent or 0) for extent in shape], dtype, border))
                 layouts.append(Layout(channels_last=True, border=border))
@@ -261,18 +278,24 @@ class _Lowering:
                 layouts.append(NATIVE)
         return places, layouts
 
-    def _rooted(self, program: Program, last: bool) -> ConvSpec | LinearSpec | PoolSpec:
+    def _rooted(self, program: Program, last: bool) -> ConvSpec | LinearSpec | PoolSpec | ProductSpec:
         """The spec of the contraction or window with the region as its tail."""
         root = self.draft.root or 0
         step = self.draft.step(root)
         tail = Tail(program, root, last)
+        if step.kind is K.MATMUL:
+            return self._product(step, tail)
         x = self.sources[step.inputs[0] or 0].value
         if x is None:
             raise GraphError(f"The region '{self.op.name}' reads nothing.")
         if step.kind is K.LINEAR:
             return self._linear(step, tail, x)
-        layout = self.e.widest(x)
-        self.given["x"] = self.e.get(x, layout)
+        sliced = self.e.buffers.holds(x) and not self.e.buffers.whole(x) and self.e.buffers.layout(x).channels_last
+        layout = self.e.buffers.layout(x) if sliced else self.e.widest(x)
+        self.given["x"] = self.e.buffers.held[self.e.buffers.number(x)] if sliced else self.e.get(x, layout)
+        slot = self.e.buffers.shared.slots[x] if sliced else None
+        pitch = self.e.buffers.shared.buffers[slot.buffer].shape[1] if slot is not None else 0
+        first = slot.start if slot is not None else 0
         shape = [int(extent or 0) for extent in self.draft.type(step.inputs[0] or 0)[0]]
         flat = len(shape) == 3
         attrs = with_defaults(step)
@@ -285,17 +308,33 @@ class _Lowering:
                 pair(attrs["stride"], flat) if attrs["stride"] else kernel, spatial_pads_of(attrs["pads"]),
                 pair(attrs["dilation"] or (1, 1), flat) if largest else (1, 1), bool(attrs["ceil_mode"]),
                 not largest and bool(attrs["count_include_pad"]), layout.border, (0, 0),
-                self.draft.type(root)[1], tail,
+                self.draft.type(root)[1], pitch, first, tail,
             )  # fmt: skip
         weight, bias = self._stored(step)
+        view, turned = _VIEWS[attrs.get("turned", "")], attrs.get("turned") == "columns"
         extents = [int(extent) for extent in (weight.shape or ())]
+        if turned:
+            extents = [prod(extents[1:]), extents[0], *[1] * (len(extents) - 2)]
+        elif attrs.get("turned"):
+            extents[:2] = extents[1::-1]
         spec = ConvSpec(
             shape[0], *size, shape[1], extents[0],
             pair(extents[2:], flat), pair(attrs["stride"], flat), spatial_pads_of(attrs["pads"]),
             pair(attrs["dilation"], flat), int(attrs["groups"]), in_border=layout.border,
-            epilogue=Epilogue(bias=bias is not None), dtype=self.draft.type(root)[1], tail=tail,
+            epilogue=Epilogue(bias=bias is not None), dtype=self.draft.type(root)[1],
+            in_pitch=pitch, in_first=first, tail=tail,
         )  # fmt: skip
-        self.given.update(packed(self.e, spec, weight, bias, lambda data: data[:, :, None] if flat else data))
+        repeat = prod(int(k) for k in (weight.shape or ())[2:]) if turned else 1
+        self.given.update(
+            packed(
+                self.e,
+                spec,
+                weight,
+                bias,
+                lambda data: view(data)[:, :, None] if flat else view(data),
+                lambda data: np.tile(data, repeat),
+            )
+        )
         return spec
 
     def _linear(self, step: Step, tail: Tail, x: Value) -> LinearSpec:
@@ -304,15 +343,31 @@ class _Lowering:
         inside, outside = (int(extent) for extent in weight.shape or ())
         if turned:
             inside, outside = outside, inside
-        expr = self.e.get(x)
+        buffers = self.e.buffers
+        sliced = buffers.holds(x) and not buffers.whole(x) and buffers.axis(x) == (x.rank or 0) - 1
+        expr = buffers.held[buffers.number(x)] if sliced else self.e.get(x)
+        pitch = int(self.e.shape(expr)[-1]) if sliced else 0
+        first = buffers.shared.slots[x].start if sliced else 0
         self.given["x"] = expr
         if self.draft.dynamic:
             self._dynamic(expr)
         rows = None if self.draft.dynamic else prod(self.e.shape(expr)[:-1])
         dtype = self.draft.type(self.draft.root or 0)[1]
-        spec = LinearSpec(rows, inside, outside, Epilogue(bias=bias is not None), dtype, tail=tail)
+        given = Epilogue(bias=bias is not None)
+        spec = LinearSpec(rows, inside, outside, given, dtype, in_pitch=pitch, in_first=first, tail=tail)
         self.given.update(packed(self.e, spec, weight, bias, (lambda data: data) if turned else (lambda data: data.T)))
         return spec
+
+    def _product(self, step: Step, tail: Tail) -> ProductSpec:
+        a, b = (self.draft.type(value or 0)[0] for value in step.inputs)
+        shape, dtype = self.draft.type(self.draft.root or 0)
+        *lead, rows, columns = (int(extent or 0) for extent in shape)
+        for name, place in zip("ab", step.inputs, strict=True):
+            value = self.sources[place or 0].value
+            if value is not None:
+                self.given[name] = self.e.get(value)
+        shared = [prod(int(extent or 0) for extent in s[:-2]) == 1 and prod(lead) > 1 for s in (a, b)]
+        return ProductSpec(tuple(lead), rows, int(a[-1] or 0), columns, tail, *shared, dtype=dtype)
 
     def _stored(self, step: Step) -> tuple[Value, Value | None]:
         weight = self.sources[step.inputs[1] or 0].value
@@ -320,6 +375,24 @@ class _Lowering:
         if weight is None:
             raise GraphError(f"The region '{self.op.name}' has no weight.")
         return weight, None if place is None else self.sources[place].value
+
+
+def _as_stored(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return data
+
+
+def _mirrored(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The weight [in, out, *kernel] of a transposed convolution as that of a convolution with the same result."""
+    return np.flip(data, tuple(range(2, data.ndim))).swapaxes(0, 1)
+
+
+def _columns(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The weight [in, out, *kernel] of a transposed convolution as [kernel × out, in, 1, ...]."""
+    turned = np.moveaxis(data, (0, 1), (-1, -2))
+    return turned.reshape(-1, data.shape[0], *[1] * (data.ndim - 2))
+
+
+_VIEWS = {"": _as_stored, "mirror": _mirrored, "columns": _columns}
 
 
 def _regrouped(before: Sequence[Any], after: Sequence[Any], order: tuple[int, ...]) -> tuple[int, ...]:

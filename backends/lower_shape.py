@@ -129,7 +129,9 @@ def split(e: Emitter, op: Op) -> None:
 
 
 def concat(e: Emitter, op: Op) -> None:
-    """y = x_0, x_1, ... joined along `axis`"""
+    """y = x_0, x_1, ... joined along `axis`; nothing where they lie so already"""
+    if e.join(op):
+        return
     last = any(e.lies_channels_last(value) for value in op.operands)
     layout = CHANNELS_LAST if last else NATIVE
     parts = [e.cast(e.get(value, layout), op.output.dtype) for value in op.operands]

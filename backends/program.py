@@ -49,6 +49,9 @@ class Program:
 
     def __call__(self, *inputs: torch.Tensor | np.ndarray[Any, Any]) -> Any:
         """Run the model. RescompileError when an input's number, shape, dtype or device is not the declared one."""
+        if self.manifest.device not in ("cpu", "cuda"):
+            target, note = self.manifest.target, self.manifest.note
+            raise RescompileError(f"The program is compiled for {target}, which this process cannot run: {note}.")
         if len(inputs) != len(self.manifest.inputs):
             names = ", ".join(info.name for info in self.manifest.inputs)
             raise RescompileError(

@@ -19,7 +19,9 @@ S = TypeVar("S", RegionSpec, RowsSpec)
 def collapsed(spec: S, program: Program, channels_last: bool) -> S:
     """The spec over as few axes as its places allow; itself where a step counts axes."""
     region = program.region
-    if any(step.kind in _FIXED for step in region.steps) or any(any(place.border) for place in program.results):
+    if any(step.kind in _FIXED for step in region.steps) or any(
+        any(place.border) or place.shared for place in program.results
+    ):
         return spec
     rank = len(program.shape(spec.anchor))
     cuts = _cuts(spec, rank)

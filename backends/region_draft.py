@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from rescompile.backends.kernels import Place, Program
 from rescompile.backends.kernels.region import unfollowed, unpulled
 from rescompile.backends.kernels.row_region import GROUPED, ROW_NORMS
 from rescompile.fused_region import Region, Step, parse, step_types
-from rescompile.graph import Op, Role, Value
+from rescompile.graph import Op, Role, Value, ValueType
 from rescompile.kinds import OpKind
 
 K = OpKind
@@ -101,6 +102,7 @@ def draft(region: Region, inputs: Sequence[Value | None], outputs: Sequence[Valu
     """The region in the form that a kernel has for it, or why none has."""
     given = [None if value is None else value.type for value in inputs]
     made = step_types(region, given, [value.type for value in outputs])
+    region, made = _upsampling(region, given, made)
     if any(type_.shape is None or type_.dtype is None for type_ in [*made, *(t for t in given if t is not None)]):
         return "the shape of a value in it is not known"
     operands = [None if t is None else (tuple(t.shape or ()), str(t.dtype)) for t in given]
@@ -136,6 +138,60 @@ def draft(region: Region, inputs: Sequence[Value | None], outputs: Sequence[Valu
     return reason or flat
 
 
+def _upsampling(
+    region: Region, given: Sequence[ValueType | None], made: list[ValueType]
+) -> tuple[Region, list[ValueType]]:
+    """A transposed convolution of stride 1 is one with mirrored weights; one whose windows do not overlap a product.
+
+    y[n, c, s·h + i, s·w + j] = Σ x[n, k, h, w]·W[k, c, i, j]   →   columns (i, j, c) of a 1×1 convolution, moved
+    """
+    number = next((n for n, step in enumerate(region.steps) if step.kind is K.CONV_TRANSPOSE), None)
+    if number is None:
+        return region, made
+    step, types = region.steps[number], [*given, *made]
+    attrs, x = with_defaults(step), types[step.inputs[0] or 0]
+    weight, out = types[step.inputs[1] or 0], made[number]
+    if x is None or weight is None or None in (x.shape, weight.shape, out.shape):
+        return region, made
+    kernel = (weight.shape or ())[2:]
+    space = (x.shape or ())[2:]
+    d = len(kernel)
+    if attrs["groups"] == 1 and set(attrs["stride"][:d]) == {1} and not any(attrs["output_padding"]) and d in (1, 2):
+        reach = [int(step_) * (int(k) - 1) for step_, k in zip(attrs["dilation"], kernel, strict=False)]
+        pads = tuple(way - pad for way, pad in zip([*reach, *reach], attrs["pads"], strict=False))
+        if len(pads) == 2 * d and min(pads) >= 0:
+            mirrored = {"pads": pads, "dilation": tuple(attrs["dilation"])[:d], "stride": (1,) * d, "turned": "mirror"}
+            steps = [*region.steps]
+            steps[number] = Step(K.CONV, step.inputs, mirrored)
+            return Region(region.operands, tuple(steps), region.outputs), made
+    known = all(isinstance(extent, int) for extent in (*(x.shape or ()), *(out.shape or ())))
+    apart = tuple(attrs["stride"])[: len(kernel)] == kernel and not any((*attrs["pads"], *attrs["output_padding"]))
+    if not known or not apart or attrs["groups"] != 1 or set(attrs["dilation"]) != {1} or len(kernel) > 2:
+        return region, made
+    batch, channels = (out.shape or ())[:2]
+    apart_shape = (batch, *kernel, channels, *space)
+    perm = (0, 1 + d, *(axis for i in range(d) for axis in (2 + d + i, 1 + i)))
+    turned = tuple(apart_shape[axis] for axis in perm)
+    columns = (batch, prod(int(k) for k in (*kernel, channels)), *space)
+    first = region.operands + number
+    ones = (1,) * d
+    steps = [
+        Step(K.CONV, step.inputs, {"stride": ones, "pads": (0,) * (2 * d), "dilation": ones, "turned": "columns"}),
+        Step(K.RESHAPE, (first,), {"shape": apart_shape}),
+        Step(K.PERMUTE, (first + 1,), {"perm": perm}),
+        Step(K.RESHAPE, (first + 2,), {"shape": out.shape}),
+    ]
+
+    def at(value: int | None) -> int | None:
+        return value if value is None or value < first else value + 3
+
+    after = [Step(s.kind, tuple(at(v) for v in s.inputs), s.attrs) for s in region.steps[number + 1 :]]
+    shapes = [ValueType(shape, out.dtype) for shape in (columns, apart_shape, turned, out.shape)]
+    outputs = tuple(made_ if (made_ := at(value)) is not None else value for value in region.outputs)
+    changed = Region(region.operands, (*region.steps[:number], *steps, *after), outputs)
+    return changed, [*made[:number], *shapes, *made[number + 1 :]]
+
+
 def _strange_slice(found: Draft) -> str:
     for number, step in enumerate(found.region.steps, found.region.operands):
         read = found.type(step.inputs[0] or 0)[0] if step.inputs else ()
@@ -165,8 +221,10 @@ def _literal(value: Value | None) -> bool:
 def _no_contraction(found: Draft, inputs: Sequence[Value | None]) -> str:
     root = found.root or 0
     step = found.step(root)
-    if step.kind in (K.CONV_TRANSPOSE, K.MATMUL):
-        return f"there is no kernel for a {step.kind.value} with what follows it"
+    if step.kind is K.CONV_TRANSPOSE:
+        return "there is no kernel for a conv_transpose with what follows it"
+    if step.kind is K.MATMUL:
+        return _no_product(found, step)
     x, weight, *rest = step.inputs
     bias = rest[0] if rest else None
     if any(value is not None and value >= found.region.operands for value in step.inputs):
@@ -181,6 +239,19 @@ def _no_contraction(found: Draft, inputs: Sequence[Value | None]) -> str:
         return f"a conv over {len(shape) - 2} dimensions" if not found.dynamic else "a conv with a dynamic extent"
     if step.kind is K.LINEAR and len(found.type(weight)[0]) != 2:
         return "a linear whose weight is no matrix"
+    return ""
+
+
+def _no_product(found: Draft, step: Step) -> str:
+    a, b = (found.type(value or 0) for value in step.inputs)
+    shape, dtype = found.type(found.root or 0)
+    if any(value is None or value >= found.region.operands for value in step.inputs):
+        return "what the matmul reads is computed in the region"
+    if found.dynamic or a[1] != b[1] or a[1] != dtype or dtype not in FLOATS or min(len(a[0]), len(b[0])) < 2:
+        return "a matmul of vectors, of mixed types or of unknown size"
+    for lead in (a[0][:-2], b[0][:-2]):
+        if lead != shape[:-2] and any(extent != 1 for extent in lead):
+            return "a matmul that broadcasts some of its batches"
     return ""
 
 
@@ -284,12 +355,7 @@ def with_defaults(step: Step) -> dict[str, Any]:
     return {**step.kind.spec.attrs, **step.attrs}
 
 
-def keeps(op: Op) -> bool:
-    """Whether a processor has one kernel for a fused region."""
-    return not why_not(op)
-
-
-def why_not(op: Op) -> str:
+def why_not(op: Op, onnx: bool = False) -> str:
     """Why a processor has no kernel for a fused region; empty when it has."""
-    found = draft(parse(op.attr("steps")), op.inputs, op.outputs)
+    found = draft(parse(op.attr("steps")), op.inputs, op.outputs, onnx)
     return found if isinstance(found, str) else ""

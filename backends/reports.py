@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import tvm
 from tvm import relax
 
+from rescompile.backends.dense_buffers import Shared
 from rescompile.backends.kernels import Argument, Choice, Spec, Tile
 from rescompile.backends.loop_costs import cost_of
 
@@ -21,14 +22,17 @@ class Region:
     """What one function of a program computes, and how that was decided.
 
     Attributes:
-        kernel: conv, linear, attention, norm, softmax, pool, globalmean, layout; "generated" for loop nests of TVM's.
+        kernel: conv, linear, attention, norm, softmax, pool, globalmean, layout; region and rows of fused regions;
+            "generated" for loop nests of TVM's; "in place" for a concatenation written part by part, "written
+            out" for a fused region without a kernel of its own, "copied" for a concatenation: no functions, but a why.
         ops: operations of the graph that call it.
         tried: tile and microseconds of each candidate that was timed; none where the choice was remembered.
         microseconds: of one call of the chosen tile on cold weights; None where nothing was timed.
         chosen: how a GPU's candidate was chosen: timed, remembered, recorded elsewhere, or first in order.
         flops: floating point operations of one call; None where the row count is dynamic.
-        bytes: of all buffers of one call.
+        bytes: of all buffers of one call; of a concatenation in place those that are not moved.
         dtype: of what it reads.
+        why: what there is to say of it.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Region:
     bytes: int | None = None
     chosen: str = ""
     dtype: str = ""
+    why: str = ""
 
     @staticmethod
     def of_kernel(
@@ -86,3 +91,18 @@ def generated(module: tvm.IRModule, known: dict[str, Region]) -> list[Region]:
 
     relax.analysis.post_order_visit(module["main"], visit)
     return list(found.values())
+
+
+def written_out(reasons: Mapping[str, str]) -> list[Region]:
+    """Entries for the fused regions that have no kernel of their own, by name."""
+    return [Region(name, "written out", [name], why=why) for name, why in reasons.items()]
+
+
+def concatenations(shared: Shared) -> list[Region]:
+    """Entries for the concatenations that are written in place, and for those that are not."""
+    found = []
+    for name, join in shared.joins.items():
+        copied = "".join(f"; copied: {why}" for why in join.copied.values())
+        why = f"written in place, {join.saved:,} bytes are not moved{copied}"
+        found.append(Region(name, "in place", [name], bytes=join.saved, why=why))
+    return found + [Region(name, "copied", [name], why=why) for name, why in shared.refused.items()]

@@ -13,11 +13,12 @@ import tvm_ffi
 
 from rescompile.backends import threads as threading
 from rescompile.backends.cuda.targets import cuda_target
+from rescompile.backends.gpu_limits import GPU_LIMITS, GpuLimits, gpu_target
 from rescompile.backends.kernels import Machine
 from rescompile.errors import RescompileError, nearest
 
 _EXTENSIONS = ("avx", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-_NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80")
+_NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80", *GPU_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class CompileTarget:
         """Compute capability of an NVIDIA GPU, such as sm_90."""
         return str(self.tvm.attrs["arch"]) if self.cuda else None
 
+    @property
+    def gpu(self) -> GpuLimits | None:
+        """The limits of a GPU that is not NVIDIA's."""
+        return GPU_LIMITS.get(self.name)
+
 
 def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
     """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90[,tf32]`."""
@@ -75,11 +81,17 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
     found = re.fullmatch(r"cuda:(sm_\d+)(,tf32)?", target) if isinstance(target, str) else None
     if found is not None:
         return replace(_cuda(str(target), {"arch": found[1]}), tf32=found[2] is not None)
+    if isinstance(target, str) and target in GPU_LIMITS:
+        return CompileTarget(target, gpu_target(target), None, 1, host=False)
     return _of_tvm(target, count)
 
 
 def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
     spelled = target if isinstance(target, str) else json.dumps(dict(target))
+    if isinstance(target, str) and target.split(":")[0] in {name.split(":")[0] for name in GPU_LIMITS}:
+        raise RescompileError(
+            f"There is no target '{target}'{nearest(target, GPU_LIMITS)}: use {', '.join(GPU_LIMITS)}."
+        )
     try:
         made = tvm.target.Target(target if isinstance(target, str) else dict(target))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -94,7 +106,8 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
         return _cuda(spelled, options)
     if kind != "llvm":
         raise RescompileError(
-            f"The target '{spelled}' is of kind {kind}, for which there are no schedules: use {', '.join(_NAMED)}."
+            f"The target '{spelled}' is of kind {kind}, which this build of TVM generates no code for, or which there "
+            f"are no schedules for: use {', '.join(_NAMED)}."
         )
     mcpu, triple = made.attrs.get("mcpu"), made.attrs.get("mtriple")
     if mcpu is None:

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_set import INDEX, SCHEMA, SITE
+from benchmarks.gpu_set import INDEX, SCHEMA, SITE, Buffer
 from benchmarks.gpu_specs import Entry, entries
 from rescompile.backends import targets
 from rescompile.backends.cuda import nvrtc, plain
@@ -116,7 +116,8 @@ def _packed(
             except (*TVM_ERRORS, RescompileError) as error:
                 failures[label] = _last_line(error)
     arguments = [
-        replace(part, shape=shape) for part, shape in zip(wanted.arguments, shapes(wanted.arguments), strict=True)
+        Buffer(part.name, shape, part.dtype, part.output)
+        for part, shape in zip(wanted.arguments, shapes(wanted.arguments), strict=True)
     ]
     libraries = library_candidates(entry.spec, tuple(part.name for part in arguments))
     alone = None
@@ -149,7 +150,7 @@ def _listed(wanted: Wanted, limits: Architecture, tiles: int, rules: bool) -> li
     found: list[Candidate] = []
     counts: dict[int, int] = {}
     for candidate in candidates(wanted, limits, libraries=False):
-        if candidate.family is plain and not rules:
+        if candidate.inline or (candidate.family is plain and not rules):
             continue
         counts[id(candidate.family)] = counts.get(id(candidate.family), 0) + 1
         if counts[id(candidate.family)] <= tiles:
@@ -222,7 +223,7 @@ def _of_runtime(name: str) -> bool:
     if name.endswith(".dist-info/METADATA"):
         return True
     if name.startswith("tvm_ffi"):
-        left_out = ("/include/", "/3rdparty/", "/testing/", "_testing", "/cython/", "/src/")
+        left_out = ("/include/", "/3rdparty/", "/cython/", "/src/")
         return not any(part in name for part in left_out)
     return name in RUNTIME
 

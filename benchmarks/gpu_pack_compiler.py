@@ -21,7 +21,7 @@ from benchmarks.gpu_pack import PLATFORMS, PYTHON
 
 PACKAGES = ("msgspec", "rustworkx", "xgboost-cpu")
 # numpy, torch, cloudpickle, psutil, tornado, safetensors, ml_dtypes and onnx are there already.
-_LEFT_OUT = ("/include/", "/3rdparty/", "/testing/", "_testing", "/__pycache__/")
+_LEFT_OUT = ("/include/", "/3rdparty/", "/__pycache__/")
 
 
 def main(given: Sequence[str] | None = None) -> None:

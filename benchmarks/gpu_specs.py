@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rescompile.backends.cuda import depthwise, mma, pool, region_kernel, softmax, wgmma
+from rescompile.backends.cuda import composed, depthwise, flash, mma, pool, region_kernel, softmax, wgmma
 from rescompile.backends.cuda.contraction import (
     ContractionSpec,
     ConvGeometry,
@@ -21,7 +21,7 @@ from rescompile.backends.cuda.contraction import (
 from rescompile.backends.cuda.region_spec import RegionSpec, Tensor, norm_spec
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.windows import Window
-from rescompile.backends.kernels import Epilogue, NormSpec
+from rescompile.backends.kernels import AttentionSpec, Epilogue, NormSpec
 from rescompile.fused_region import Region, Step
 from rescompile.kinds import OpKind
 
@@ -48,7 +48,7 @@ def entries(*, small: bool = False) -> list[Entry]:
     """Everything, the most telling first within each group; `small`: a few tiny ones, for a simulated device."""
     if small:
         return list(_small())
-    return [*_norms(), *_softmaxes(), *_linears(), *_convolutions(), *_windows(), *_elements()]
+    return [*_norms(), *_softmaxes(), *_linears(), *_convolutions(), *_windows(), *_elements(), *_attentions()]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
@@ -187,6 +187,21 @@ def _convolutions() -> Iterator[Entry]:
         yield conv_entry(images, 7, 512, 512, 3, 1, **relu)
         yield conv_entry(images, 56, 128, 128, 3, 2, **relu)
         yield conv_entry(images, 56, 256, 512, 1, 2)
+
+
+def _attentions() -> Iterator[Entry]:
+    """Packed queries, keys and values, as one projection writes them."""
+    for batch, heads, length, size, causal, dtype in (
+        (32, 12, 128, 64, False, "float16"),
+        (1, 12, 128, 64, False, "float16"),
+        (32, 12, 197, 64, False, "float16"),
+        (1, 16, 2048, 128, True, "bfloat16"),
+        (4, 32, 2048, 128, True, "bfloat16"),
+    ):
+        scale = size**-0.5
+        spec = AttentionSpec(batch, heads, length, length, size, scale, causal=causal, layout="qkv", dtype=dtype)
+        told = " causal" if causal else ""
+        yield Entry(f"attention/b{batch} {heads}x{length}x{size}{told}/{dtype}", spec, (flash, composed))
 
 
 def _windows() -> Iterator[Entry]:

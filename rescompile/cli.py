@@ -298,7 +298,7 @@ def compile_(
     require_tvm()
     from rescompile.backends import targets
 
-    predicted = predicted_gpu(targets.resolve_all(target)[0], gpu)
+    predicted = predicted_gpu(targets.resolve_all(target), gpu)
     sizes = _sizes(buckets)
     specs = _passes(passes, api.COMPILE_PASSES)
     check_writable(output)

@@ -111,18 +111,22 @@ def program_data(program: Program, gpu: Gpu | None = None) -> dict[str, Any]:
     return data
 
 
-def predicted_gpu(target: CompileTarget, name: str | None) -> Gpu | None:
-    """The GPU to predict times for: the named one, else the first known of the target's architecture; None for a CPU.
+def predicted_gpu(targets: Sequence[CompileTarget], name: str | None) -> Gpu | None:
+    """The GPU to predict times for: the named one, else the first known of the last target's; None for a CPU.
 
-    RescompileError where a GPU is named that the target is not for.
+    RescompileError where a GPU is named that no target is for.
     """
-    from rescompile.backends.roofline import gpu_of
+    from rescompile.backends.roofline import gpu_of, named_gpu
 
+    target = targets[-1]
     if target.arch is None:
         if name is not None:
             raise RescompileError(f"Times are predicted for GPUs, and '{target.name}' is none: leave --gpu out.")
         return None
-    return gpu_of(target.arch, name)
+    if name is not None:
+        arch = named_gpu(name).arch
+        target = next((one for one in targets if one.arch == arch), target)
+    return gpu_of(str(target.arch), name)
 
 
 def describe(program: Program, path: Path) -> str:

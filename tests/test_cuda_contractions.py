@@ -284,43 +284,49 @@ BIG = MmaTile(128, 128, 32, (2, 2, 1), 4)
 TURNED = {"a_depth_last": False, "b_depth_last": False}
 ASSEMBLED: dict[str, tuple[ContractionSpec, MmaTile | None]] = {
     "float16": (ContractionSpec(4096, 4096, 4096, fused()), BIG),
-    "bfloat16": (replace(ContractionSpec(4096, 4096, 4096, fused("bfloat16")), dtype="bfloat16"), BIG),
-    "turned": (ContractionSpec(4096, 4096, 4096, fused(), **TURNED), BIG),  # type: ignore[arg-type]
+    "bfloat16_turned": (
+        replace(ContractionSpec(4096, 4096, 4096, fused("bfloat16"), **TURNED), dtype="bfloat16"),  # type: ignore[arg-type]
+        BIG,
+    ),
     "tf32": (
         ContractionSpec(4096, 4096, 4096, fused("float32"), dtype="float32"),
         MmaTile(128, 128, 16, (2, 2, 1), 4),
     ),
     "dynamic": (ContractionSpec(None, 3072, 768, fused()), None),
-    "one_row": (ContractionSpec(1, 4096, 4096, fused()), None),
-    "conv": (image(32, 56, 64, 64, pads=PADDED, epilogue=fused()), None),
     "conv_strided": (image(32, 56, 128, 128, stride=(2, 2), pads=PADDED, epilogue=fused()), None),
 }
+# What each architecture is asked for; the committed table of machine code has more.
+ASKED = [("sm_90", name) for name in ASSEMBLED] + [("sm_80", "float16"), ("sm_80", "conv_strided")]
 
 
 @pytest.fixture(scope="module")
-def assembled() -> dict[str, dict[str, sass.KernelCode]]:
+def assembled() -> dict[tuple[str, str], sass.KernelCode]:
     if not compilers() or sass.disassembler() is None:
         pytest.skip("no compiler of CUDA, or no disassembler, here")
-    limits = architecture("sm_90")
-    functions = {
-        name: mma.prim_func(spec, tile or mma.candidates(spec, limits)[0], name)
-        for name, (spec, tile) in ASSEMBLED.items()
-    }
-    source = cuda_source(tvm.compile(tvm.IRModule(functions), target=cuda_target("sm_90")).mod)
-    made = {arch: to_cubin(source, arch) for arch in ("sm_80", "sm_90")}
-    return {arch: sass.read(cubin) for arch, cubin in made.items() if cubin is not None}
+    found = {}
+    for arch in ("sm_80", "sm_90"):
+        limits = architecture(arch)
+        functions = {
+            name: mma.prim_func(spec, tile or mma.candidates(spec, limits)[0], name)
+            for name, (spec, tile) in ASSEMBLED.items()
+            if (arch, name) in ASKED
+        }
+        source = cuda_source(tvm.compile(tvm.IRModule(functions), target=cuda_target(arch)).mod)
+        cubin = to_cubin(source, arch)
+        assert cubin is not None
+        found.update({(arch, name): code for name, code in sass.read(cubin).items()})
+    return found
 
 
 INSTRUCTION = {"float16": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16", "float32": "HMMA.1688.F32.TF32"}
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ASSEMBLED)
+@pytest.mark.parametrize(("arch", "name"), ASKED)
 def test_machine_code_is_what_a_tuned_kernel_has(
-    name: str, arch: str, assembled: dict[str, dict[str, sass.KernelCode]]
+    arch: str, name: str, assembled: dict[tuple[str, str], sass.KernelCode]
 ) -> None:
     spec = ASSEMBLED[name][0]
-    code = assembled[arch][name]
+    code = assembled[arch, name]
     assert (code.spills, code.stack) == (0, 0)
     assert set(code.tensor) == {INSTRUCTION[spec.dtype]}
     assert set(code.accesses["async_copies"]) == {128}
@@ -331,11 +337,10 @@ def test_machine_code_is_what_a_tuned_kernel_has(
     assert min(code.accesses["shared_stores"]) >= 64
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_large_tiles_leave_room_for_two_blocks(arch: str, assembled: dict[str, dict[str, sass.KernelCode]]) -> None:
-    code = assembled[arch]["float16"]
-    shared = BIG.shared_bytes("float16")
-    assert sass.occupancy(architecture(arch), BIG.threads, code.registers, shared) >= 8
+def test_large_tiles_leave_room_for_two_blocks(assembled: dict[tuple[str, str], sass.KernelCode]) -> None:
+    for arch in ("sm_80", "sm_90"):
+        registers, shared = assembled[arch, "float16"].registers, BIG.shared_bytes("float16")
+        assert sass.occupancy(architecture(arch), BIG.threads, registers, shared) >= 8
 
 
 def test_unknown_inline_assembly_does_not_run_on_the_simulated_gpu() -> None:

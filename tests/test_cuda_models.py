@@ -1,111 +1,144 @@
-"""Residual networks of many kinds, fused and compiled for a GPU: whole programs on the simulated one against eager."""
+"""Whole models on the simulated GPU: each product is one tensor-core kernel with what follows it, and numbers agree."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-import rescompile as rc
+import rescompile
 from tests import simulated_gpu
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import compile as compile_module
+from rescompile.backends.cuda import compile as compiling
 from rescompile.backends.cuda.cubin import Cubin
+from rescompile.backends.program import Program
 
-WIDTH = 32
 
+class Images(nn.Module):
+    """A stem, a residual block with a projection, channel gates, a block in ConvNeXt's manner, a classifier."""
 
-class ImageNets(nn.Module):
-    """One block each of ConvNeXt, a dense net, a squeeze-and-excite net, and one with group norm."""
-
-    def __init__(self) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
-        self.depthwise = nn.Conv2d(16, 16, 7, padding=3, groups=16)
-        self.norm = nn.LayerNorm(16)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-        self.scale = nn.Parameter(torch.full((16,), 0.5))
-        self.dense, self.after = nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(24)
-        self.squeeze, self.excite = nn.Conv2d(24, 4, 1), nn.Conv2d(4, 24, 1)
-        self.conv, self.groups = nn.Conv2d(24, 24, 3, padding=1), nn.GroupNorm(3, 24)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.first, self.second = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Conv2d(2 * width, 2 * width, 3, 1, 1)
+        self.skip = nn.Conv2d(width, 2 * width, 1, 2)
+        self.gate, self.scale = nn.Conv2d(2 * width, 2 * width, 1), nn.Parameter(torch.rand(2 * width, 1, 1))
+        self.wide, self.narrow = nn.Conv2d(2 * width, 4 * width, 1), nn.Conv2d(4 * width, 2 * width, 1)
+        self.head = nn.Linear(2 * width, 10)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        x = x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
-        x = F.relu(self.after(torch.cat([x, self.dense(x)], 1)))
-        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
-        x = F.relu(self.conv(x) * gate + x)
-        return F.silu(self.groups(self.conv(x) + x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = F.relu(self.second(F.relu(self.first(x))) + self.skip(x))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        x = x + self.scale * self.narrow(F.gelu(self.wide(x)))
+        return self.head(x.mean((2, 3)))
 
 
-class TokenNets(nn.Module):
-    """One block each of Swin (shifted windows), a pre-norm and a post-norm transformer, Llama, and a highway net."""
+class Layers(nn.Module):
+    """A layer in BERT's manner and one in Llama's: attention without and with a causal mask, a gated unit."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32, heads: int = 2) -> None:
         super().__init__()
-        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.rms, self.last = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
-        self.mix, self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.heads = heads
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width), nn.RMSNorm(width), nn.RMSNorm(width)])
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.gate, self.value = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.last = nn.Linear(2 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        windows = torch.roll(self.first(x).view(-1, 8, 8, WIDTH), (-2, -2), (1, 2))
-        windows = windows.view(-1, 2, 4, 2, 4, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, WIDTH)
-        turned = self.mix(windows).view(-1, 2, 2, 4, 4, WIDTH).permute(0, 1, 3, 2, 4, 5).reshape(-1, 8, 8, WIDTH)
-        x = x + torch.roll(turned, (2, 2), (1, 2)).reshape(-1, 64, WIDTH)
-        x = self.second(x + self.mix(F.gelu(self.up(x))))
-        s = x + self.rms(self.down(x))
-        x = s + self.down(F.silu(self.gate(self.last(s))) * self.up(s))
-        gate = torch.sigmoid(self.gate(x))
-        return gate * torch.tanh(self.up(x)) + (1 - gate) * x, s
+    def attend(self, x: torch.Tensor, index: int, *, causal: bool) -> torch.Tensor:
+        batch, length, width = x.shape
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv[index](x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out[index](y.transpose(1, 2).reshape(batch, length, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norms[0](x + self.attend(x, 0, causal=False))
+        x = self.norms[1](x + self.down(F.gelu(self.up(x))))
+        x = x + self.attend(self.norms[2](x), 1, causal=True)
+        y = self.norms[3](x)
+        return x + self.last(F.silu(self.gate(y)) * self.value(y))
 
 
-NETS = {"images": (ImageNets, (2, 16, 8, 8)), "tokens": (TokenNets, (2, 64, WIDTH))}
+class Products(nn.Module):
+    """Products of two results, one operand turned, and a scale."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(a @ b.transpose(-1, -2) * 0.5, -1, 1) @ b
+
+
+MODELS = {
+    "images": (Images().half(), (torch.randn(1, 3, 30, 30).half(),), "cuda:sm_90"),
+    "layers": (Layers().bfloat16(), (torch.randn(2, 18, 32).bfloat16(),), "cuda:sm_90"),
+    "products": (Products().half(), (torch.randn(2, 3, 24, 16).half(), torch.randn(2, 3, 40, 16).half()), "cuda:sm_90"),
+    "tf32": (nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)), (torch.randn(5, 24),), "cuda:sm_90,tf32"),
+}
+TOLERANCE = {"images": 5e-3, "layers": 3e-2, "products": 5e-3, "tf32": 5e-3}
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[rc.Program, list[Tensor], list[Tensor]]]:
-    """Of each net the program, its outputs on the simulated GPU, and eager's."""
+def programs() -> dict[str, Program]:
     if simulated_gpu.COMPILER is None:
         pytest.skip("no g++ here")
-    folder: Path = tmp_path_factory.mktemp("models")
-    made, given, wanted = {}, {}, {}
+    torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            compile_module,
-            "to_cubin",
-            lambda source, arch: Cubin(simulated_gpu.simulated_cubin(source, optimise="-O0"), (), "simulated"),
-        )
-        patch.setattr(compile_module, "to_ptx", lambda *_: None)
-        for name, (net, shape) in NETS.items():
-            torch.manual_seed(1)
-            model, x = net().eval(), torch.randn(shape)
-            made[name] = rc.compile(model, (x,), target="cuda:sm_90")
-            made[name].save(folder / f"{name}.zip")
-            given[name] = {"x": x.numpy()}
-            with torch.no_grad():
-                out = model(x)
-            wanted[name] = list(out) if isinstance(out, tuple) else [out]
-    got = simulated_gpu.run_programs(folder, given)
-    return {name: (made[name], [torch.from_numpy(y) for y in got[name]], wanted[name]) for name in NETS}
+        patch.setattr(compiling, "to_cubin", lambda source, arch: Cubin(_simulated(source), (), "g++"))
+        return {
+            name: rescompile.compile(model.eval(), inputs, target=target)
+            for name, (model, inputs, target) in MODELS.items()
+        }
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_program_computes_what_the_model_does(name: str, programs: dict[str, tuple[rc.Program, list, list]]) -> None:
-    _, got, wanted = programs[name]
-    for have, want in zip(got, wanted, strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+def _simulated(source: str) -> bytes:
+    return simulated_gpu.simulated_cubin(source, optimise="-O0")
 
 
-def test_residual_regions_are_calls_of_our_kernels(programs: dict[str, tuple[rc.Program, list, list]]) -> None:
-    kinds = {
-        name: {region["kernel"] for region in program.manifest.regions} for name, (program, _, _) in programs.items()
-    }
-    assert {"norm", "concat", "elementwise"} <= kinds["images"]
-    assert {"norm", "elementwise"} <= kinds["tokens"]
-    for program, _, _ in programs.values():
-        # In float32 a plain epilogue of a product is TVM's; nothing that memory bounds is.
-        assert "written out" not in program.manifest.note or "its product has no kernel" in program.manifest.note
+def _kernels(program: Program) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for region in program.manifest.regions:
+        found[str(region["kernel"])] += int(str(region["calls"]))
+    return found
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def test_models_compute_what_torch_computes(programs: dict[str, Program], tmp_path: Path) -> None:
+    given = {}
+    for name, program in programs.items():
+        program.save(tmp_path / f"{name}.zip")
+        given[name] = {f"x{i}": _numpy(value) for i, value in enumerate(MODELS[name][1])}
+    results = simulated_gpu.run_programs(tmp_path, given)
+    for name, (model, inputs, _) in MODELS.items():
+        want = model.double()(*(value.double() for value in inputs)).detach()
+        got = torch.from_numpy(results[name][0].astype(np.float64))
+        assert (got - want).abs().max() < TOLERANCE[name] * want.abs().max(), name
+
+
+def test_each_product_is_one_kernel_with_what_follows_it(programs: dict[str, Program]) -> None:
+    images, layers = _kernels(programs["images"]), _kernels(programs["layers"])
+    assert images["conv"] + images["linear"] == 8
+    # The layout of the image, and what gates read.
+    assert images["generated"] <= 2, images
+    assert layers["linear"] == 9
+    assert layers["attention"] == 2
+    assert layers["generated"] == 0, layers
+    assert _kernels(programs["products"]) == {"matmul": 2}
+    assert _kernels(programs["tf32"]) == {"linear": 2}
+
+
+def test_float32_stays_exact_where_tf32_is_not_asked_for() -> None:
+    program = rescompile.compile(nn.Linear(24, 40), (torch.randn(5, 24),), target="cuda:sm_80")
+    assert _kernels(program)["linear"] == 0

@@ -6,6 +6,7 @@ so that an order that nothing guarantees shows as wrong numbers, and refuses in 
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rescompile.errors import RescompileError
 from rescompile.kinds import OpKind as K
@@ -30,14 +32,15 @@ from rescompile.backends.artifact import Code
 from rescompile.backends.compile import compile_graph
 from rescompile.backends.cuda import codes, ptx
 from rescompile.backends.cuda import compile as compile_module
-from rescompile.backends.cuda.cubin import Cubin, compilers
+from rescompile.backends.cuda.cubin import Cubin, compilers, to_cubin
 from rescompile.backends.cuda.ptx import Ptx
 from rescompile.backends.program import load
 
 WIDTH = 48
 EXACT = 2e-6  # float32 sums of 48 against float64
 SCENARIOS = (
-    "numpy", "pointers", "streams", "capture_of_the_caller", "failures", "buckets", "architectures", "machines",
+    "numpy", "pointers", "streams", "capture_of_the_caller", "libraries", "failures", "buckets", "architectures",
+    "machines",
 )  # fmt: skip
 
 
@@ -154,6 +157,16 @@ def test_caller_that_captures_gets_the_launches_into_its_own_graph(seen: dict[st
     assert max(found["errors"]) < EXACT
     assert found["captures"] == 1
     assert found["note"] == ""
+
+
+def test_programs_that_call_libraries_are_captured_by_torch(seen: dict[str, Any]) -> None:
+    found = seen["libraries"]
+    assert max(found["errors"]) < EXACT
+    assert found["note"] == ""
+    assert found["modes"]
+    assert set(found["modes"]) == {"thread_local"}
+    accepted = inspect.signature(torch.cuda.graph.__init__).parameters
+    assert {"stream", "capture_error_mode"} <= set(accepted)
 
 
 def test_what_cannot_be_captured_runs_as_before_with_a_note(seen: dict[str, Any]) -> None:
@@ -294,6 +307,31 @@ def test_ptx_that_nobody_can_check_stays_and_says_what_it_needs(monkeypatch: pyt
     assert made.driver == (13, 4)
     assert made.data.startswith(b".version 9.4")
     assert "CUDA 13.4" in made.note
+
+
+def test_code_of_one_architecture_alone_has_ptx_made_for_any_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def to_ptx(_: str, arch: str) -> Ptx:
+        asked.append(arch)
+        return Ptx(b".version 8.0\0", (12, 0))
+
+    monkeypatch.setattr(compile_module, "to_cubin", lambda *_: Cubin(b"\x7fELF", (), "simulated"))
+    monkeypatch.setattr(compile_module, "to_ptx", to_ptx)
+    monkeypatch.setattr(compile_module, "code_arch", lambda _, arch: f"{arch}a" if arch == "sm_90" else arch)
+    manifest = compile_graph(_graph(64)[0].graph, "cuda:sm_90").manifest
+    assert [(code.arch, code.form) for code in manifest.codes] == [("sm_90a", "cubin"), ("sm_89", "ptx")]
+    assert asked == ["sm_89"]
+    assert codes.choose(manifest.codes, (12, 0), (13, 0))[0].form == "ptx"
+    assert codes.choose(manifest.codes, (9, 0), (13, 0))[0].form == "cubin"
+
+
+def test_more_shared_memory_than_the_architecture_has_is_one_sentence() -> None:
+    if not compilers():
+        pytest.skip("neither nvcc nor NVRTC here")
+    source = 'extern "C" __global__ void f(float* x) { __shared__ float s[65536]; s[threadIdx.x] = x[0]; x[1] = s[0]; }'
+    with pytest.raises(RescompileError, match=r"does not compile for sm_80: .*shared"):
+        to_cubin(source, "sm_80")
 
 
 def test_program_for_a_newer_driver_is_refused_in_one_sentence() -> None:

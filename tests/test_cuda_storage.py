@@ -1,4 +1,4 @@
-"""The memory of a program that its caller owns: planned without overlaps, given to `main`, and right on a processor too."""
+"""Memory of a program that is its caller's: planned without overlaps, given to `main`, right on a processor too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import tvm_ffi  # noqa: E402
 from tvm import relax, topi  # noqa: E402
 
 from rescompile.backends import lowering, tvm_runtime  # noqa: E402
+from rescompile.backends.cuda import compile as compile_module  # noqa: E402
 from rescompile.backends.cuda.outputs import own_outputs  # noqa: E402
 from rescompile.backends.cuda.storage import ALIGNMENT, Block, StoragePlan, pack, plan_storage  # noqa: E402
 
@@ -123,7 +124,9 @@ def test_calls_of_libraries_read_and_write_planned_memory() -> None:
         tripled = b.emit(relax.op.call_dps_packed("tests.triple", (words, doubled), x.ty))
         return [b.emit_te(topi.negative, tripled)]
 
-    (found,), plan = _run(_module(6, build), X)
+    module = _module(6, build)
+    assert compile_module.packed_functions(module) == ["tests.triple"]
+    (found,), plan = _run(module, X)
     np.testing.assert_array_equal(found, -6 * X)
     assert seen == ["as text"]
     assert plan.peak == 512

@@ -20,6 +20,7 @@ from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.group_contractions import group_contractions
 from rescompile.backends.cuda.lower_region import KeptRegions
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.ptx import to_ptx
@@ -153,6 +154,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
         cpu=",".join(str(target.arch) for target in targets),
         regions=[_described(region, cubin) for region in first.regions],
         note="; ".join(note for note in notes if note),
+        weights=list(program.weights),
         codes=program.codes,
         symbols=list(dict.fromkeys(dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, str))),
         libraries=first.libraries,
@@ -173,6 +175,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     constants.fold(work, settings.imports)
     pack_heads(work)
     group_epilogues(work)
+    group_contractions(work, limits, tf32=target.tf32)
     tell("lowering", 0, 3)
     choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
@@ -186,14 +189,13 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     scheduled = schedule_with_rules(module, target.tvm)
     plans: list[StoragePlan] = []
 
-    @tvm.transform.module_pass(opt_level=0, name="PlanStorage")
     def own_storage(made: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         planned, plan = plan_storage(made)
         plans.append(plan)
         return planned
 
     with cross_compiling():
-        passes = lowering.build_passes(own_storage)
+        passes = lowering.build_passes(tvm.transform.module_pass(own_storage, opt_level=0, name="PlanStorage"))
         executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=passes)
     regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
     for region in regions:
@@ -201,7 +203,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if contest is not None:
         contest.annotate(regions)
     source = cuda_source(executable.mod)
-    return _Built(executable.mod, source, lowered.weights, plans[0], regions, _packed_functions(module), kept.note())
+    return _Built(executable.mod, source, lowered.weights, plans[0], regions, packed_functions(module), kept.note())
 
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
@@ -273,7 +275,7 @@ def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:
     }
 
 
-def _packed_functions(module: tvm.IRModule) -> list[str]:
+def packed_functions(module: tvm.IRModule) -> list[str]:
     """What the code calls that neither it nor TVM's runtime holds."""
     found: dict[str, None] = {}
 

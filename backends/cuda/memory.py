@@ -53,7 +53,7 @@ class TorchMemory:
     def __init__(self, index: int, *, libraries: bool) -> None:
         import torch
 
-        self._torch = torch
+        self._torch: Any = torch
         self._device = torch.device("cuda", index)
         self._libraries = libraries
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rescompile.backends.cuda.index import lanes
 from rescompile.backends.cuda.region_nodes import Chosen, Load, Made, Node, Normed, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.cuda.targets import Architecture
 
 _WARP = 32
@@ -49,7 +50,9 @@ def candidates(spec: RegionSpec, limits: Architecture | None = None) -> list[Reg
     width = trace.space.width.number
     if not trace.norms:
         return _element_tiles(width, vector, trace.space.rows.number if not trace.space.rows.names else None)
-    return _row_tiles(spec, trace, width, vector, limits)
+    tiles = _row_tiles(spec, trace, width, vector, limits)
+    # Without shuffles a row is summed in shared memory, by a block of its own.
+    return list(dict.fromkeys(replace(tile, rows=1) for tile in tiles)) if is_portable() else tiles
 
 
 def vector_of(spec: RegionSpec, trace: Trace) -> int:
@@ -57,7 +60,7 @@ def vector_of(spec: RegionSpec, trace: Trace) -> int:
     width = trace.space.width.number
     streams = [load for value in spec.region.outputs for load in loads(trace.root(value)) if is_stream(spec, load)]
     tensors = [*(spec.operands[load.operand] for load in streams), *spec.outputs]
-    vector = max(1, min(8, max(ACCESS[tensor.dtype] for tensor in tensors)))
+    vector = max(1, min(widest_lanes(), max(ACCESS[tensor.dtype] for tensor in tensors)))
     while width % vector:
         vector //= 2
     # Lanes that no access joins would only cost registers.
@@ -148,7 +151,7 @@ def _row_tiles(
         threads = min(-(-width // (_WARP * per_thread)), -(-accesses // _WARP)) * _WARP
         if threads <= _MOST:
             found.append(RegionTile(vector, threads, -(-accesses // threads)))
-    if limits is not None and limits.number >= 90 and width * held >= _SHARED_ROW:
+    if limits is not None and limits.number >= 90 and not is_portable() and width * held >= _SHARED_ROW:
         # Small blocks, of several rows at once on a multiprocessor, keep reading while one row's blocks meet.
         wide = _cluster_tiles(width, vector)
         found = [*wide, *found] if width * held >= 2 * _SHARED_ROW or not found else [*found, *wide]

@@ -16,6 +16,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.kernels import Argument
 
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
@@ -51,7 +52,7 @@ class RowTile:
 
 def row_tiles(width: int, dtype: str) -> list[RowTile]:
     """The tiles for rows of `width` elements, `dtype` being the widest type that is read or written; the best first."""
-    vector = _ACCESS // _bytes(dtype)
+    vector = min(_ACCESS // _bytes(dtype), widest_lanes())
     while width % vector:
         vector //= 2
     accesses = width // vector
@@ -60,7 +61,9 @@ def row_tiles(width: int, dtype: str) -> list[RowTile]:
         while threads < min(accesses, _WARP):
             threads *= 2
         chunks = -(-accesses // threads)
-        return [RowTile(vector, threads, chunks, rows) for rows in (_THREADS // threads, 2 * _THREADS // threads)]
+        # Without shuffles a row is summed in shared memory, by a block of its own.
+        beside = (1,) if is_portable() else (_THREADS // threads, 2 * _THREADS // threads)
+        return [RowTile(vector, threads, chunks, rows) for rows in beside]
     if width > WIDEST:
         return [RowTile(vector, threads, -(-accesses // threads), 1) for threads in (_STREAMING, 2 * _STREAMING)]
     found = []
@@ -198,6 +201,9 @@ def across_threads(
 
     shared: where each warp's is to be kept, and from which place on; by default in memory of its own.
     """
+    if is_portable():
+        _in_shared(total, threads, lane, largest)
+        return
     _shuffle(total, min(threads, _WARP), largest)
     if threads <= _WARP:
         return
@@ -216,6 +222,24 @@ def across_threads(
             with T.Else():
                 store(total, start, 0)
     _shuffle(total, _WARP, largest)
+
+
+def _in_shared(total: Expr, threads: int, lane: Expr, largest: bool) -> None:
+    """The same without shuffles, of a block that has one row: a tree in shared memory."""
+    if threads == 1:
+        return
+    partial = T.alloc_buffer((threads,), total.dtype, scope="shared")
+    store(partial, total[0], lane)
+    T.evaluate(T.tvm_storage_sync("shared"))
+    half = 1
+    while 2 * half < threads:
+        half *= 2
+    while half:
+        with T.If(lane < min(half, threads - half)), T.Then():
+            store(partial, _joined(partial[lane], partial[lane + half], largest), lane)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        half //= 2
+    store(total, partial[0], 0)
 
 
 def local(size: int, dtype: str = "float32") -> Expr:

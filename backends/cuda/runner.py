@@ -131,9 +131,7 @@ class GpuRunner:
 
     def _launch(self, inputs: Sequence[Any], outputs: Sequence[Any], size: int, memory: Memory, stream: int) -> None:
         # While the caller captures, memory is the graph's: a later call on this stream must not write there.
-        workspace = (
-            memory.empty((size,), "uint8") if memory.capturing else self._workspace(stream, size, memory)
-        )
+        workspace = memory.empty((size,), "uint8") if memory.capturing else self._workspace(stream, size, memory)
         self._call(stream, memory, inputs, workspace, outputs)
 
     def _call(self, stream: int, memory: Memory, inputs: Sequence[Any], workspace: Any, outputs: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.cuda.rows import Expr, local, store, unrolled, vector
-from rescompile.backends.cuda.scalars import dtype_of
+from rescompile.backends.cuda.scalars import dtype_of, widest_lanes
 from rescompile.backends.kernels import Argument
 from rescompile.errors import RescompileError
 
@@ -107,7 +107,7 @@ class WindowTile:
 
 def widest(channels: int, dtype: str) -> int:
     """Channels that one access can move."""
-    count = ACCESS // SIZES[dtype]
+    count = min(ACCESS // SIZES[dtype], widest_lanes())
     while channels % count:
         count //= 2
     return count

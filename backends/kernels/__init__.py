@@ -29,6 +29,7 @@ from rescompile.backends.kernels.default_schedule import schedule_default
 from rescompile.backends.kernels.elementwise import RegionSpec
 from rescompile.backends.kernels.families import Spec, arguments, candidates, pack_bias, pack_weight, prim_func
 from rescompile.backends.kernels.machine import Machine
+from rescompile.backends.kernels.product import ProductSpec
 from rescompile.backends.kernels.region import Place, Program
 from rescompile.backends.kernels.row_region import RowsSpec
 from rescompile.backends.kernels.specs import (
@@ -61,6 +62,7 @@ __all__ = [
     "NormSpec",
     "Place",
     "PoolSpec",
+    "ProductSpec",
     "Program",
     "RegionSpec",
     "RowsSpec",

@@ -190,6 +190,8 @@ def _emit_spatial(
             _reduce(spec, tile, blocks, sums, x, weight, block, origin, in_plane)
             return sums
 
+        aligned = tile.lanes if blocks.groups == 1 else 0
+
         def rows_of(pixel: int) -> list[Expr]:
             flat = following is not None and len(following.tail.program.shape(following.tail.root)) == 3
             return [image, column + pixel] if flat else [image, row, column + pixel]
@@ -202,7 +204,7 @@ def _emit_spatial(
             sums.store(
                 spec.epilogue,
                 width,
-                write if following is None else following.storer(rows_of, channel),
+                write if following is None else following.storer(rows_of, channel, aligned),
                 None if bias is None else lambda lane: bias[channel + lane],
                 None if residual is None else lambda pixel, lane: residual[from_ + pixel * step + lane],
             )

@@ -7,10 +7,22 @@ from typing import Any
 import numpy as np
 import tvm
 
-from rescompile.backends.kernels import attention, conv, elementwise, layout, linear, norm, pool, row_region, softmax
+from rescompile.backends.kernels import (
+    attention,
+    conv,
+    elementwise,
+    layout,
+    linear,
+    norm,
+    pool,
+    product,
+    row_region,
+    softmax,
+)
 from rescompile.backends.kernels.blocks import as_dtype
 from rescompile.backends.kernels.elementwise import RegionSpec
 from rescompile.backends.kernels.machine import Machine
+from rescompile.backends.kernels.product import ProductSpec
 from rescompile.backends.kernels.row_region import RowsSpec
 from rescompile.backends.kernels.specs import (
     Argument,
@@ -36,6 +48,7 @@ Spec = (
     | GlobalMeanSpec
     | LayoutSpec
     | RegionSpec
+    | ProductSpec
     | RowsSpec
 )
 
@@ -49,6 +62,7 @@ _FAMILIES: dict[type, Any] = {
     GlobalMeanSpec: pool.GlobalMean,
     LayoutSpec: layout,
     RegionSpec: elementwise,
+    ProductSpec: product,
     RowsSpec: row_region,
 }
 

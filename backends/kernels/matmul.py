@@ -51,7 +51,7 @@ def emit_matmul(
         if following is None:
             write = _writer(y, first, columns, column)
         else:
-            write = following.storer(lambda pixel: following.tail.unflattened(first + pixel), column)
+            write = following.storer(lambda pixel: following.tail.unflattened(first + pixel), column, tile.lanes)
         blocks.with_width(
             block,
             lambda width: tile_sums.store(

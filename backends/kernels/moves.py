@@ -73,10 +73,46 @@ def source(
             last = attrs["pads"][len(index) + axis]
             if not first and not last:
                 continue
-            at = moved[axis] - first
+            at = plain(moved[axis]) - first
             tests.append((at, before[axis]))
             moved[axis] = maximum(minimum(at, before[axis] - 1), 0)
     return tuple(moved), tests
+
+
+class Lanes:
+    """A coordinate base + lane of a vector of `count` lanes that begins at a multiple of `count`.
+
+    Dividing an axis by a multiple of `count` leaves all lanes on one side, which index arithmetic alone cannot know.
+    """
+
+    def __init__(self, base: Expr, lane: Expr, count: int) -> None:
+        self.base, self.lane, self.count = base, lane, count
+
+    @property
+    def expr(self) -> Expr:
+        """The coordinate."""
+        return self.base + self.lane
+
+    def __add__(self, other: Expr) -> Expr:
+        return self.expr + plain(other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Expr) -> Expr:
+        return self.expr - plain(other)
+
+    def __rsub__(self, other: Expr) -> Expr:
+        return plain(other) - self.expr
+
+    def __mul__(self, other: Expr) -> Expr:
+        return self.expr * other
+
+    __rmul__ = __mul__
+
+
+def plain(coordinate: Expr) -> Expr:
+    """A coordinate as an expression."""
+    return coordinate.expr if isinstance(coordinate, Lanes) else coordinate
 
 
 def regrouped(before: Extents, after: Extents, index: Index) -> Index:
@@ -122,15 +158,25 @@ def _spread(position: Expr, extents: Extents) -> list[Expr]:
     inner = prod(extents)
     for number, extent in enumerate(extents):
         outer, inner = inner, inner // extent
-        part = position if inner == 1 else div(position, inner)
         # The outermost axis of a group cannot overflow, and an axis of one element is always at its first.
-        whole = all(before == 1 for before in extents[:number])
-        result.append(0 if extent == 1 else part if whole and outer == extent * inner else mod(part, extent))
+        whole = all(before == 1 for before in extents[:number]) and outer == extent * inner
+        if extent == 1:
+            result.append(0)
+        elif whole and inner == 1:
+            result.append(position)
+        elif isinstance(position, Lanes) and inner % position.count == 0:
+            part = div(position.base, inner)
+            result.append(part if whole else mod(part, extent))
+        elif isinstance(position, Lanes) and inner == 1 and extent % position.count == 0:
+            result.append(Lanes(mod(position.base, extent), position.lane, position.count))
+        else:
+            part = plain(position) if inner == 1 else div(plain(position), inner)
+            result.append(part if whole else mod(part, extent))
     return result
 
 
 def _rolled(coordinate: Expr, shift: int, extent: int) -> Expr:
-    return coordinate if shift == 0 else mod(coordinate + shift, extent)
+    return coordinate if shift == 0 else mod(plain(coordinate) + shift, extent)
 
 
 def _flipped(attrs: Attrs, extents: Extents, index: Index) -> Index:

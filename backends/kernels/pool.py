@@ -34,7 +34,7 @@ from rescompile.backends.kernels.tiles import Tile
 
 def arguments(spec: PoolSpec, tile: Tile | None = None) -> list[Argument]:
     """x, y: NHWC with their borders; with a tail, its own buffers instead of y."""
-    x = bordered((spec.batch, spec.height, spec.width, spec.channels), spec.in_border)
+    x = bordered((spec.batch, spec.height, spec.width, spec.in_pitch or spec.channels), spec.in_border)
     if spec.tail is not None:
         return [Argument("x", x, spec.dtype), *spec.tail.arguments]
     y = bordered((spec.batch, spec.out_height, spec.out_width, spec.channels), spec.out_border)
@@ -84,7 +84,7 @@ def _window(
     store: Callable[[Expr, Expr], None],
 ) -> None:
     compute = compute_dtype(spec.dtype)
-    plane = bordered((spec.batch, spec.height, spec.width, spec.channels), spec.in_border)
+    plane = bordered((spec.batch, spec.height, spec.width, spec.in_pitch or spec.channels), spec.in_border)
     rows, row_inside = _axis(spec, 0, line)
     columns, column_inside = _axis(spec, 1, column)
     largest = spec.kind == "max"
@@ -95,7 +95,7 @@ def _window(
         for j in range(spec.kernel[1]):
             at = (image * plane[1] + rows[i] + spec.in_border[0]) * plane[2] + columns[j] + spec.in_border[1]
             inside = [test for test in (row_inside[i], column_inside[j]) if test is not None]
-            taps.append((let(at * plane[3]), let(tvm.tirx.all(*inside)) if inside else None))
+            taps.append((let(at * plane[3] + spec.in_first), let(tvm.tirx.all(*inside)) if inside else None))
     neutral = const(LOWEST[compute] if largest else 0.0, compute)
 
     def channel(c: Expr) -> None:

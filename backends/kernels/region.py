@@ -16,7 +16,7 @@ from typing import Any
 import tvm
 
 from rescompile.backends.kernels.emit import Expr, Flat, const, let, rounded, select, sqrt
-from rescompile.backends.kernels.moves import Index, moves_all, source, target
+from rescompile.backends.kernels.moves import Index, moves_all, plain, source, target
 from rescompile.backends.kernels.scalars import has_rule, scalar, uses_library
 from rescompile.backends.kernels.specs import Argument, Pair, compute_dtype
 from rescompile.fused_region import Region, Step, parse
@@ -71,7 +71,7 @@ class Place:
         total: Expr = self.offset
         for coordinate, stride, extent in zip(index, self.strides, self.shape, strict=True):
             if extent != 1:
-                total = total + coordinate * stride
+                total = total + plain(coordinate) * stride
         return total
 
     def argument(self, name: str, output: bool = False) -> Argument:
@@ -263,7 +263,9 @@ class Values:
     # ---- inside ------------------------------------------------------------------------------------------------
 
     def _named(self, value: Expr) -> Expr:
-        return let(value) if self.bind and not isinstance(value, tvm.tirx.IntImm | tvm.tirx.FloatImm) else value
+        """Computed once; vectors of integers and truth values stay nameless, since TVM 0.27 cannot analyse them."""
+        literal = isinstance(value, tvm.tirx.IntImm | tvm.tirx.FloatImm)
+        return let(value) if self.bind and not literal and "float" in str(value.ty.dtype) else value
 
     def _stored(self, number: int, index: Index, value: Expr) -> Expr:
         for place, made, flat in zip(self.program.results, self.program.region.outputs, self.results, strict=True):
@@ -360,6 +362,7 @@ class Values:
         for value in step.inputs:
             extent = int(self.program.shape(value or 0)[axis] or 0)
             where = list(index)
+            where[axis] = plain(where[axis])
             shifted = where[axis] - start
             if isinstance(shifted, int):
                 if 0 <= shifted < extent:
@@ -369,7 +372,7 @@ class Values:
                 continue
             where[axis] = tvm.tirx.max(tvm.tirx.min(shifted, extent - 1), 0)
             element = self.at(value or 0, tuple(where))
-            result = element if result is None else select(index[axis] >= start, element, result)
+            result = element if result is None else select(plain(index[axis]) >= start, element, result)
             start += extent
         return result
 

@@ -265,7 +265,7 @@ class PoolSpec:
     """y[n, oh, ow, c] = max or mean of x over a window, NHWC, with borders as for `ConvSpec`.
 
     The border of x is never read: a maximum ignores padding, a mean counts it as zeros (`count_include_pad`) or not.
-    A `tail` says what follows and where it goes.
+    `in_pitch`, `in_first` and `tail` as there.
     """
 
     kind: str
@@ -282,6 +282,8 @@ class PoolSpec:
     in_border: Pair = (0, 0)
     out_border: Pair = (0, 0)
     dtype: str = "float32"
+    in_pitch: int = 0
+    in_first: int = 0
     tail: Tail | None = None
 
     def __post_init__(self) -> None:

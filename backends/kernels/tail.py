@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rescompile.backends.kernels.elementwise import bound, clear_borders, emit_anchor
 from rescompile.backends.kernels.emit import Expr, Flat, div, mod
-from rescompile.backends.kernels.moves import Index
+from rescompile.backends.kernels.moves import Index, Lanes
 from rescompile.backends.kernels.region import Program, Values
 from rescompile.backends.kernels.specs import Argument
 from rescompile.backends.kernels.tiles import Tile
@@ -68,8 +68,12 @@ class Following:
         self.values.follow(self.tail.root, self.tail.index(rows, column), value)
         self.values.forget()
 
-    def storer(self, rows_of: Callable[[int], Sequence[Expr]], column: Expr) -> Callable[[int, Expr, Expr], None]:
-        """store(pixel, lane, value), as register tiles want it."""
+    def storer(
+        self, rows_of: Callable[[int], Sequence[Expr]], column: Expr, aligned: int = 0
+    ) -> Callable[[int, Expr, Expr], None]:
+        """store(pixel, lane, value), as register tiles want it; `aligned`: what `column` is a multiple of, or 0."""
+        if aligned:
+            return lambda pixel, lane, value: self.store(rows_of(pixel), Lanes(column, lane, aligned), value)
         return lambda pixel, lane, value: self.store(rows_of(pixel), column + lane, value)
 
     def beside(self, tile: Tile, several: bool) -> None:

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,20 @@ def launch(
     function(pointers, (ctypes.c_uint * 7)(*dims, cluster), ctypes.c_size_t(shared))
 
 
+def dims(function: Any, extents: Mapping[str, int]) -> list[int]:
+    """Blocks and threads of a kernel's launch, from its PrimFunc and its dynamic extents by name."""
+    import tvm
+
+    from rescompile.backends.cuda.schedule import thread_extents
+
+    analyzer, found = tvm.sym.Analyzer(), {}
+    for tag, extent in thread_extents(function).items():
+        for variable in tvm.tirx.analysis.undefined_vars(tvm.tirx.Evaluate(extent)):
+            analyzer.bind(variable, tvm.tirx.const(extents[variable.name], "int64"))
+        found[tag] = int(analyzer.simplify(extent).value)
+    return [found.get(f"{kind}.{axis}", 1) for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
+
+
 def parameters(source: str, name: str) -> list[str]:
     """Names of a kernel's parameters, without TVM's suffix."""
     kernel = next(kernel for kernel in _KERNEL.finditer(source) if kernel["name"] == name)
@@ -104,6 +118,14 @@ def run_functions(
 
     functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
     """
+    build_functions(folder, functions, optimise=optimise)
+    return call_functions(folder, calls)
+
+
+def build_functions(
+    folder: Path, functions: Any, *, optimise: str = "-O1", edit: Callable[[str], str] = lambda source: source
+) -> None:
+    """Make `functions.so` of an IRModule of kernels; `edit` may change their source, to test the simulation."""
     import tvm
 
     from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
@@ -113,7 +135,11 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source, optimise=optimise)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(edit(source), optimise=optimise)), folder / "functions.so")
+
+
+def call_functions(folder: Path, calls: dict[str, list[np.ndarray[Any, Any]]]) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Call functions of `functions.so`, all in one process; RuntimeError with what it said when it fails."""
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))

@@ -273,14 +273,16 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, co
   if (reinterpret_cast<uintptr_t>(map) % 64) return refused("a tensor map that is not aligned to 64 bytes");
   if (reinterpret_cast<uintptr_t>(address) % 16) return refused("a tensor map of an address not aligned to 16 bytes");
   if (rank < 1 || rank > 5) return refused("a tensor map of a rank outside of 1 to 5");
-  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, static_cast<uint8_t>(rank),
-                   static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle), static_cast<uint8_t>(type)};
+  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, {},
+                   static_cast<uint8_t>(rank), static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle),
+                   static_cast<uint8_t>(type)};
   for (unsigned i = 0; i < rank; ++i) {
     if (extents[i] < 1 || extents[i] > uint64_t{1} << 32) return refused("an extent outside of 1 to 2^32");
     if (box[i] < 1 || box[i] > 256) return refused("a box outside of 1 to 256 elements");
-    if (steps[i] != 1) return refused("a traversal in steps");
+    if (steps[i] < 1 || steps[i] > 8 || (i == 0 && steps[i] != 1)) return refused("a step outside of 1 to 8");
     made.extents[i] = extents[i];
-    made.box[i] = static_cast<uint16_t>(box[i]);
+    made.box[i] = static_cast<uint16_t>((box[i] + steps[i] - 1) / steps[i]);
+    made.steps[i] = static_cast<uint8_t>(steps[i]);
     if (i + 1 == rank) break;
     const uint64_t inner = i ? strides[i - 1] * extents[i] : bytes * extents[0];
     if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40 || strides[i] < inner)

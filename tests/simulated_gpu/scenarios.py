@@ -85,7 +85,10 @@ class FakeTorchMemory:
         from rescompile.backends.cuda.memory import PlainMemory
 
         self._plain, self._index = PlainMemory(index), index
-        self.graph = self._plain.graph
+
+    def graph(self) -> Any:
+        """The runtime's, where no library is called."""
+        return self._plain.graph()
 
     def empty(self, shape: Any, dtype: str) -> FakeTensor:
         """Of what was dropped the lowest address, as torch's allocator does, or a new one."""
@@ -214,6 +217,77 @@ def scenario_capture_of_the_caller(folder: Path, gpu: Controls) -> Any:
         graph.launch(stream)
         cudart.synchronize(stream)
         return {"errors": [_error(_arrays(kept), y)], "captures": captures, "note": program.note}
+
+
+def scenario_libraries(folder: Path, gpu: Controls) -> Any:
+    """A program that calls torch's libraries is captured by torch, on the stream that both launch on."""
+    import torch
+
+    from rescompile.backends.cuda import cudart
+    from rescompile.backends.cuda.memory import TorchGraph
+
+    program, x, y = _loaded(folder, "static")
+    program.manifest.libraries = ["rescompile.library"]
+    current, streams = [cudart.create_stream()], []
+
+    class Stream:
+        """As torch.cuda.ExternalStream."""
+
+        def __init__(self, handle: int) -> None:
+            self.cuda_stream = handle
+
+    class CaptureOfTorch:
+        """As torch.cuda.graph."""
+
+        def __init__(self, graph: Any, *, stream: Stream, capture_error_mode: str) -> None:
+            self._graph, self._stream, self._mode = graph, stream, capture_error_mode
+
+        def __enter__(self) -> None:
+            streams.append(self._mode)
+            current.append(self._stream.cuda_stream)
+            self._inner = self._graph.capturing(self._stream.cuda_stream)
+            self._inner.__enter__()
+
+        def __exit__(self, *error: Any) -> Any:
+            current.pop()
+            return self._inner.__exit__(*error)
+
+    class GraphOfTorch(cudart.Graph):
+        """As torch.cuda.CUDAGraph."""
+
+        def replay(self) -> None:
+            """On torch's current stream."""
+            self.launch(current[-1])
+
+    names = ("CUDAGraph", "graph", "ExternalStream", "current_stream")
+    usual = {name: getattr(torch.cuda, name) for name in names}
+    with _fake_torch(stream=current[0]):
+        given = _tensor(x)
+        program(given)
+        runner = next(iter(program._gpu._runners.values()))
+        main = runner._main
+
+        def with_library(*arguments: Any) -> None:
+            """The kernels, and then a copy of an output onto itself, on torch's current stream."""
+            main(*arguments)
+            address = int(arguments[-1].data_ptr())
+            cudart.copy(address, address, 4, current[-1])
+
+        runner._main = with_library
+        own_graph = FakeTorchMemory.graph
+        FakeTorchMemory.graph = lambda _: TorchGraph()  # type: ignore[method-assign]
+        for name, made in zip(names, (GraphOfTorch, CaptureOfTorch, Stream, lambda: Stream(current[-1])), strict=True):
+            setattr(torch.cuda, name, made)
+        try:
+            kept, errors = None, []
+            for _ in range(7):
+                kept = program(given)
+                errors.append(_error(_arrays(kept), y))
+        finally:
+            for name, was in usual.items():
+                setattr(torch.cuda, name, was)
+            FakeTorchMemory.graph = own_graph  # type: ignore[method-assign]
+    return {"errors": errors, "modes": streams, "note": program.note}
 
 
 def scenario_failures(folder: Path, gpu: Controls) -> Any:
