@@ -33,9 +33,6 @@ K = OpKind
 Expr = Any
 _WARP = 32
 
-# Kinds whose expression holds an operand more than once: it is computed beforehand.
-_ONCE = frozenset((K.ADD, K.MUL, K.DIV, K.CAST, K.NEG, K.ABS, K.EXP, K.SQRT, K.RSQRT, K.BATCH_NORM, K.RECIPROCAL))
-
 
 def refusal(spec: RegionSpec, limits: Architecture | None = None) -> str:
     """Why there is no kernel for the region, one clause; empty where there is one."""
