@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -123,3 +124,8 @@ def norm_spec(spec: NormSpec) -> RegionSpec:
     made = [count + len(steps) - 1, *([source] if spec.sum_output else [])]
     region = Region(count, tuple(steps), tuple(made))
     return RegionSpec(region.text(), tuple(operands), (matrix,) * len(made))
+
+
+def tensors(shapes: Sequence[tuple[Dim, ...]], dtype: str) -> tuple[Tensor, ...]:
+    """Tensors of one element type that lie as their shapes say."""
+    return tuple(Tensor(shape, dtype) for shape in shapes)
