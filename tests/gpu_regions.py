@@ -1,4 +1,4 @@
-"""Regions for tests of GPU kernels: written down briefly, run on the simulated GPU, and computed by torch in float64."""
+"""Regions for tests of GPU kernels: written down briefly, run on the simulated GPU, computed by torch in float64."""
 
 from __future__ import annotations
 

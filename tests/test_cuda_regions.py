@@ -13,11 +13,11 @@ from tests import simulated_gpu
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import region_kernel, sass  # noqa: E402
-from rescompile.backends.cuda.cubin import compilers, to_cubin  # noqa: E402
-from rescompile.backends.cuda.region_spec import BYTES  # noqa: E402
-from rescompile.backends.cuda.targets import architecture  # noqa: E402
-from tests.gpu_regions import Case, check, full, inputs, run, source_of  # noqa: E402
+from rescompile.backends.cuda import region_kernel, sass
+from rescompile.backends.cuda.cubin import compilers, to_cubin
+from rescompile.backends.cuda.region_spec import BYTES
+from rescompile.backends.cuda.targets import architecture
+from tests.gpu_regions import Case, check, full, inputs, run, source_of
 
 K = OpKind
 NHWC, NHC = (0, 2, 3, 1), (0, 2, 1)

@@ -1,7 +1,7 @@
 """Residual add + LayerNorm or RMSNorm with both outputs, and the norms alone, for a `NormSpec`: a region as any other.
 
-    s = x + residual;  y = (s − mean(s)) / sqrt(var(s) + eps) · weight + bias      (layer)
-    s = x + residual;  y = s / sqrt(mean(s²) + eps) · weight                       (rms)
+s = x + residual;  y = (s − mean(s)) / sqrt(var(s) + eps) · weight + bias      (layer)
+s = x + residual;  y = s / sqrt(mean(s²) + eps) · weight                       (rms)
 """
 
 from __future__ import annotations

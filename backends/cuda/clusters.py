@@ -43,7 +43,7 @@ __device__ __forceinline__ {spelled} {name}({spelled}* place, int rank) {{
 
 
 def across_cluster(total: Any, blocks: int, shared: Any, slot: int, lane: Any) -> None:
-    """total[0] = the sum over the blocks of each block's total, in all threads; `slot` of `shared` is for this alone."""
+    """total[0] = the sum over the blocks of each one's total, in all threads; `slot` of `shared` is for this alone."""
     with T.If(lane == 0), T.Then():
         store(shared, total[0], slot)
     meet()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 from typing import Any, TypeAlias
 
@@ -201,7 +202,7 @@ def _radix(term: Term, size: Extent) -> list[tuple[Term, Extent]] | None:
     if not isinstance(term, Sum) or term.offset or len(term.parts) < 2 or term.parts[0][1] != ONE:
         return None
     strides = [stride for _, stride in term.parts] + [size]
-    extents = [above.over(here) for here, above in zip(strides, strides[1:], strict=False)]
+    extents = [above.over(here) for here, above in pairwise(strides)]
     if any(found is None for found in extents):
         return None
     return [(part, found or ONE) for (part, _), found in zip(term.parts, extents, strict=True)][::-1]
@@ -255,10 +256,8 @@ def lanes(term: Term, vector: int) -> Lanes:
     if isinstance(term, Digit):
         if term.source == "row":
             return Lanes(vector, False, 1)
-        if isinstance(term.source, str):
-            inner = Lanes(vector, True, vector)
-        else:
-            inner = lanes(term.source, vector)
+        own = isinstance(term.source, str)
+        inner = Lanes(vector, True, vector) if own else lanes(term.source, vector)  # type: ignore[arg-type]
         if not inner.steps:
             return Lanes(inner.group, False, 1)
         if term.div == ONE:

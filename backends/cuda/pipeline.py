@@ -8,6 +8,7 @@ import tvm
 from tvm import relax
 
 from rescompile.backends.cuda.outputs import own_outputs
+from rescompile.backends.cuda.transposed_matmul import join_transposed_matmul
 
 
 def generate(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
@@ -15,11 +16,12 @@ def generate(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     passes: list[Any] = [
         relax.transform.InlinePrivateFunctions(),
         relax.transform.CanonicalizeBindings(),
+        # x·wᵀ is one loop nest that reads w as it lies, not a transposition and a product. Products that share w have
+        # each a transposition of their own as yet.
+        join_transposed_matmul,
         relax.transform.EliminateCommonSubexpr(),
         relax.transform.DeadCodeElimination(),
         relax.backend.DispatchSortScan(),
-        # x·wᵀ is one loop nest that reads w as it lies, not a transposition and a product.
-        relax.transform.FuseTransposeMatmul(),
         # A reshape is another view of the same memory; inside a generated loop it would cost divisions.
         relax.transform.LegalizeOps(skip_ops=["relax.reshape"]),
         relax.transform.AnnotateTIROpPattern(),

@@ -33,9 +33,6 @@ K = OpKind
 Expr = Any
 _WARP = 32
 
-# Kinds whose expression holds an operand more than once: it is computed beforehand.
-_ONCE = frozenset((K.ADD, K.MUL, K.DIV, K.CAST, K.NEG, K.ABS, K.EXP, K.SQRT, K.RSQRT, K.BATCH_NORM, K.RECIPROCAL))
-
 
 def refusal(spec: RegionSpec, limits: Architecture | None = None) -> str:
     """Why there is no kernel for the region, one clause; empty where there is one."""
@@ -148,7 +145,7 @@ class _Thread:
         self.stats: dict[int, _Stats] = {}
         self.held: dict[Node, tuple[Expr, bool]] = {}  # buffer, and whether it is in shared memory
         self.registers: dict[Load, _Registers] = {}
-        elements = [tensor for tensor in (*spec.operands, *spec.outputs)]
+        elements = (*spec.operands, *spec.outputs)
         self.stash: Expr = None  # shared memory for rows, and where each one's begins
         self.places: dict[Node, int] = {}
         self.shared: Expr = None  # of a cluster's blocks, and how much of it has been given out
@@ -176,7 +173,7 @@ class _Thread:
             needed = self._reads([*sources, *roots.values()])
             streams = [load for load in needed if is_stream(self.spec, load)]
             if phase == 0:
-                later = self._reads([root for root in self.roots.values()])
+                later = self._reads(list(self.roots.values()))
                 streams += [load for load in later if is_stream(self.spec, load) and load not in streams]
             for load in streams:
                 # All of them first: they are in flight together.
@@ -188,20 +185,29 @@ class _Thread:
                         self._load(load, chunk)
             for node in sources:
                 self.held[node] = (_local(self.tile.chunks * self.tile.vector, self.sources[node]), False)
-            staged = {value: _local(self.tile.vector, self._out(value).dtype) for value in roots}
+            direct = {value for value, node in roots.items() if self._kept_as(node, self._out(value).dtype)}
+            mixed = {value: node for value, node in roots.items() if value not in direct}
+            staged = {value: _local(self.tile.vector, self._out(value).dtype) for value in mixed}
             for chunk in range(self.tile.chunks):
                 for load in needed:
                     if load not in streams:
                         self._allocate(load, persistent=False)
                         self._load(load, chunk)
-                self._compute(chunk, sources, roots, staged)
-                for value in roots:
-                    self._write(value, staged[value], chunk)
+                self._compute(chunk, sources, mixed, staged)
+                for value, node in roots.items():
+                    if value in direct:
+                        self._write(value, self.held[node][0], chunk, self._slot(chunk))
+                    else:
+                        self._write(value, staged[value], chunk)
             for norm in self.norms:
                 if self._level(norm.source) == phase:
                     self._reduce(norm)
         if clustered:
             clusters.meet()  # no block ends while another reads its memory
+
+    def _kept_as(self, node: Node, dtype: str) -> bool:
+        """Whether a node is in registers just as it is to be written."""
+        return node in self.held and not self.held[node][1] and str(self.held[node][0].dtype) == dtype
 
     def _compute(self, chunk: Expr, sources: Sequence[Node], roots: dict[int, Node], staged: dict[int, Expr]) -> None:
         """Hold what is normalised next, and stage what is written, of one chunk."""
@@ -392,8 +398,8 @@ class _Thread:
                     index = self._index(load.at, chunk, first)
                     vector(width, lambda j, at=at, index=index: store(registers.buffer, source[index + j], at + j))
 
-    def _write(self, value: int, staged: Expr, chunk: Expr) -> None:
-        """Write a chunk of an output."""
+    def _write(self, value: int, staged: Expr, chunk: Expr, slot: int = 0) -> None:
+        """Write a chunk of an output, which begins at a slot of registers."""
         tensor = self._out(value)
         at = self.trace.written(value)
         seen = lanes(at, self.tile.vector)
@@ -402,7 +408,7 @@ class _Thread:
         with self._guarded(self.inside), self._guarded(self._within(chunk)):
             for first in range(0, self.tile.vector, width):
                 index = self._index(at, chunk, first)
-                vector(width, lambda j, f=first, index=index: T.buffer_store(target, staged[f + j], [index + j]))
+                vector(width, lambda j, f=first, index=index: T.buffer_store(target, staged[slot + f + j], [index + j]))
 
     @contextmanager
     def _guarded(self, condition: Expr | None) -> Iterator[None]:
@@ -517,7 +523,7 @@ class _Thread:
                 self.stats[norm.value] = _Stats(None, None)
         if centred:
             self._pass({}, [], centred)
-            for norm, power, _ in centred:
+            for _, power, _ in centred:
                 across_threads(power, self.tile.threads, self.lane, zero)
         for norm in norms:
             step = self.spec.step(norm.value)

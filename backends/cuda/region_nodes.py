@@ -146,12 +146,12 @@ class Trace:
         spec = self.spec
         if self.norms:
             value = self.norms[0]
-            source = self._source(value)
+            source = self.source(value)
             rows, width, place = self._norm_space(value, spec.shape(source))
             space = Space(rows, width)
             self._spread(space, source, place)
             for other in self.norms[1:]:
-                if other not in space.here or self._norm_space(other, spec.shape(self._source(other)))[:2] != (
+                if other not in space.here or self._norm_space(other, spec.shape(self.source(other)))[:2] != (
                     rows,
                     width,
                 ):
@@ -216,12 +216,12 @@ class Trace:
         if step is None:
             return
         if step.kind in VIEWS:
-            source = self._source(value)
+            source = self.source(value)
             below, guards, _ = self._through(value, step, place)
             if not guards:
                 self._down(space, source, below)
         elif step.kind in NORMS:
-            self._down(space, self._source(value), place)
+            self._down(space, self.source(value), place)
         elif step.kind is not K.CONCAT:
             for read in step.inputs:
                 if read is not None and self.spec.shape(read) == self.spec.shape(value):
@@ -264,7 +264,7 @@ class Trace:
         if step.kind in NORMS:
             if place != self.space.here.get(value):
                 raise GraphError("a norm's result is moved before it is used up")
-            source = self.node(self._source(value), place, guards)
+            source = self.node(self.source(value), place, guards)
             beside = [None if read is None else self._affine(value, read, place) for read in step.inputs[1:3]]
             return Normed(value, source, *[*beside, None, None][:2])
         if step.kind in VIEWS:
@@ -276,7 +276,7 @@ class Trace:
             raise GraphError(refused)
         if step.kind is K.BATCH_NORM:
             rest = [None if read is None else self.node(read, (place[1],), guards) for read in step.inputs[1:]]
-            return Made(value, (self.node(self._source(value), place, guards), *rest))
+            return Made(value, (self.node(self.source(value), place, guards), *rest))
         operands = [
             None if read is None else self.node(read, self._broadcast(value, step, read, place), guards)
             for read in step.inputs
@@ -291,7 +291,7 @@ class Trace:
             inner = place[axis:]
             if product(shape) == ONE:
                 return self.node(read, (ZERO,) * len(shape), ())
-            have = self.spec.shape(self._source(value))[axis:]
+            have = self.spec.shape(self.source(value))[axis:]
             return self.node(read, tuple(regroup(_sized(inner, have), [extent(dim) for dim in shape])), ())
         return self.node(read, (place[1],) if len(shape) == 1 else self._broadcast(value, step, read, place), ())
 
@@ -304,12 +304,12 @@ class Trace:
 
     def _view(self, value: int, step: Step, place: Place, guards: Guards) -> Node:
         below, more, outside = self._through(value, step, place)
-        inside = self.node(self._source(value), below, guards + more)
+        inside = self.node(self.source(value), below, guards + more)
         return Chosen(more, inside, Number(outside, self.spec.dtype(value))) if more else inside
 
     def _through(self, value: int, step: Step, place: Place) -> tuple[Place, Guards, float]:
         """Where a view reads: the place, what has to hold for it, and the number that stands where it does not."""
-        shape, attrs = self.spec.shape(self._source(value)), {**step.kind.spec.attrs, **step.attrs}
+        shape, attrs = self.spec.shape(self.source(value)), {**step.kind.spec.attrs, **step.attrs}
         if step.kind is K.PERMUTE:
             perm = tuple(attrs["perm"])
             return tuple(place[perm.index(axis)] for axis in range(len(perm))), (), 0.0
@@ -398,7 +398,8 @@ class Trace:
             raise GraphError("it joins nothing")
         return chosen
 
-    def _source(self, value: int) -> int:
+    def source(self, value: int) -> int:
+        """What a step reads first. GraphError where it reads nothing."""
         step = self.spec.step(value)
         source = None if step is None or not step.inputs else step.inputs[0]
         if source is None:

@@ -131,8 +131,10 @@ def _element_tiles(width: int, vector: int, rows: int | None) -> list[RegionTile
     return list(dict.fromkeys(found))
 
 
-def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None) -> list[RegionTile]:
-    held = max(BYTES[spec.dtype(value)] for value in {spec.step(norm).inputs[0] for norm in trace.norms})  # type: ignore[union-attr]
+def _row_tiles(
+    spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None
+) -> list[RegionTile]:
+    held = max(BYTES[spec.dtype(trace.source(norm))] for norm in trace.norms)
     most = max(vector, _HELD // held)  # elements of a row that one thread holds
     accesses = -(-width // vector)
     found: list[RegionTile] = []
