@@ -76,7 +76,8 @@ def emit_anchor(
     program = values.program
     step = program.step(anchor)
     shape = program.shape(anchor)
-    others = [made for made in dict.fromkeys(program.region.outputs) if made != anchor and made < anchor]
+    reached = {anchor, *program.following(anchor)}
+    others = [made for made in dict.fromkeys(program.region.outputs) if made not in reached]
 
     def finish(index: Index, value: Expr) -> None:
         values.follow(anchor, index, value)
