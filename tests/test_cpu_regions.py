@@ -59,7 +59,7 @@ def equal(got: tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...], tolerance:
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
-# ---- regions that fusion makes -----------------------------------------------------------------------------------------
+# ---- regions that fusion makes -----------------------------------------------------------------------------------
 
 TAILS = {
     "image": ["linear", "conv", "region", "pool", "conv", "conv", "written out", "conv"],
@@ -206,7 +206,7 @@ def test_rows_may_be_of_any_number() -> None:
             equal(program(x), model(x), 1e-5)
 
 
-# ---- what has no kernel ------------------------------------------------------------------------------------------------
+# ---- what has no kernel ------------------------------------------------------------------------------------------
 
 
 def drafted(b: Builder, ops: list[Value], *outputs: Value) -> str:
@@ -257,7 +257,7 @@ def test_moves_want_known_extents() -> None:
     assert drafted(b, [out := b.relu(b.add(x, x))], out) == "elements"
 
 
-# ---- the arithmetic ----------------------------------------------------------------------------------------------------
+# ---- the arithmetic ----------------------------------------------------------------------------------------------
 
 UNARY: dict[OpKind, Any] = {
     K.NEG: torch.neg,
