@@ -3,6 +3,8 @@
 #   make lint     ruff: lint, format, import rules    make types    mypy --strict on the package
 #   make bench    benchmarks/results/*.json and the README's table
 #   make bench-fusion     what each tool fuses, and what the pass costs (FUSION_ARGS="models.json --only resnet")
+#   make bench-gpu    kernels and models on a GPU, benchmarks/results/gpu-*; one line where there is none (GPU_ARGS="--only norm")
+#   make sass     machine code of the GPU kernels into benchmarks/results/sass.{json,md}; no GPU needed
 #   make sweep    detection over the families of torchvision, timm and transformers (hours; SWEEP_ARGS="--only resnet")
 
 VENV ?= .venv
@@ -12,9 +14,10 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 SWEEP_ARGS ?=
 FUSION_ARGS ?=
+GPU_ARGS ?=
 READY = $(VENV)/.ready
 
-.PHONY: env demo test lint types bench bench-fusion sweep clean
+.PHONY: env demo test lint types bench bench-fusion bench-gpu sweep sass clean
 .DEFAULT_GOAL := env
 
 env: $(READY)
@@ -50,8 +53,14 @@ bench-fusion: $(READY)
 	$(VENV)/bin/python -m benchmarks.fusion $(FUSION_ARGS) --verify
 	$(VENV)/bin/python -m benchmarks.fuse_scale
 
+bench-gpu: $(READY)
+	$(VENV)/bin/python -m benchmarks.gpu $(GPU_ARGS)
+
 sweep: $(READY)
 	$(VENV)/bin/python -m benchmarks.sweep $(SWEEP_ARGS)
+
+sass: $(READY)
+	$(VENV)/bin/python -m benchmarks.sass
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

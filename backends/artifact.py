@@ -1,7 +1,7 @@
-"""The file of a compiled program: one uncompressed zip of manifest.json, code as shared libraries, and weights.safetensors.
+"""The file of a compiled program: one uncompressed zip of manifest.json, shared libraries and weights.safetensors.
 
 Code for a processor is one library. Code for a GPU is one for each architecture, form (cubin, PTX, source) and size of
-batch that it was compiled for. Reading one needs numpy and TVM's runtime; torch, safetensors and the compiler it does not.
+batch that it was compiled for. Reading one needs numpy and TVM's runtime, and neither torch nor the compiler.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from math import prod
@@ -142,7 +142,9 @@ def write(path: Path, code: Mapping[str, Any], weights: dict[str, Any], manifest
                 archive.write(library, name)
             for name, text in manifest.sources.items():
                 archive.writestr(f"sources/{name}", text)
-            archive.writestr("weights.safetensors", _serialized(weights))
+            with archive.open("weights.safetensors", "w", force_zip64=True) as entry:
+                for part in _serialized(weights):
+                    entry.write(part)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(partial, 0o666 & ~mask)
@@ -249,20 +251,20 @@ def loaded(code: bytes) -> Any:
             os.rmdir(folder)
 
 
-def _serialized(weights: dict[str, Any]) -> bytes:
-    """The weights as safetensors."""
+def _serialized(weights: dict[str, Any]) -> Iterator[bytes]:
+    """The weights as safetensors, piece by piece."""
     header: dict[str, Any] = {}
-    parts, start = [], 0
+    start = 0
     for name, data in weights.items():
-        array = np.asarray(data, order="C")
-        end = start + array.nbytes
-        kind = _NAMES[tvm_runtime.dtype_name(array)]
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
-        parts.append(array.tobytes())
+        end = start + data.nbytes
+        kind = _NAMES[tvm_runtime.dtype_name(data)]
+        header[name] = {"dtype": kind, "shape": list(data.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _LENGTH.size)
-    return b"".join([_LENGTH.pack(len(text)), text, *parts])
+    yield _LENGTH.pack(len(text)) + text
+    for data in weights.values():
+        yield np.asarray(data, order="C").tobytes()
 
 
 def _deserialized(data: bytes) -> dict[str, Any]:

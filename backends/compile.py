@@ -68,6 +68,10 @@ def compile_graph(
 
         tell = progress or (lambda *_: None)
         return compile_cuda(graph, wheres, Settings(imports, tell, contest, database, tuning, buckets, ptx))
+    if where.gpu is not None:
+        from rescompile.backends.compile_gpu import compile_gpu
+
+        return compile_gpu(graph, where, imports, progress)
     if buckets:
         raise RescompileError(f"Sizes of the batch are for GPUs: '{where.name}' runs any size on the same code.")
     from rescompile.backends.compile_cpu import compile_cpu

@@ -69,7 +69,10 @@ def attention_by_kernel(e: Emitter, op: Op) -> bool:
         buffers = {"q": e.get(q, layout), "k": e.get(k, layout), "v": e.get(v, layout)}
     if given is not None:
         buffers["mask"] = given
-    out = e.call(op, spec, buffers)[0]
+    outs = e.call(op, spec, buffers)
+    if not outs:
+        return False
+    out = outs[0]
     if rank == 4:
         e.bind(op.output, e.reshape(out, [extents[0], extents[2], extents[1], full[0][3]]), SWAPPED)
     else:

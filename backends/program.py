@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from rescompile.backends.cuda.gpu_program import GpuProgram
+    from rescompile.backends.cuda.memory import TorchMemory
 
 # What generated code takes for granted of every buffer that it is given.
 ALIGNMENT = 64
@@ -40,6 +41,7 @@ class Program:
         self._call: Any = None
         self._bound: Any = None
         self._gpu: GpuProgram | None = None
+        self._memory: TorchMemory | None = None
         self._graphs = True
         self._threads = 0
 
@@ -47,6 +49,9 @@ class Program:
 
     def __call__(self, *inputs: torch.Tensor | np.ndarray[Any, Any]) -> Any:
         """Run the model. RescompileError when an input's number, shape, dtype or device is not the declared one."""
+        if self.manifest.device not in ("cpu", "cuda"):
+            target, note = self.manifest.target, self.manifest.note
+            raise RescompileError(f"The program is compiled for {target}, which this process cannot run: {note}.")
         if len(inputs) != len(self.manifest.inputs):
             names = ", ".join(info.name for info in self.manifest.inputs)
             raise RescompileError(
@@ -119,7 +124,9 @@ class Program:
                 f"call the program under `with torch.cuda.device({index})`."
             )
         gpu = self._on_gpu(index)
-        return gpu.run(tensors, extents, TorchMemory(index, libraries=bool(self.manifest.libraries)))
+        if self._memory is None:
+            self._memory = TorchMemory(index, libraries=bool(self.manifest.libraries))
+        return gpu.run(tensors, extents, self._memory)
 
     def _run_numpy(self, inputs: Sequence[Any]) -> Any:
         extents: dict[str, int] = {}

@@ -12,6 +12,7 @@ from tvm import relax
 
 from rescompile.backends.dense_buffers import Shared
 from rescompile.backends.kernels import Argument, Choice, Spec, Tile
+from rescompile.backends.loop_costs import cost_of
 
 _BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
 
@@ -30,6 +31,7 @@ class Region:
         chosen: how a GPU's candidate was chosen: timed, remembered, recorded elsewhere, or first in order.
         flops: floating point operations of one call; None where the row count is dynamic.
         bytes: of all buffers of one call; of a concatenation in place those that are not moved.
+        dtype: of what it reads.
         why: what there is to say of it.
     """
 
@@ -44,6 +46,7 @@ class Region:
     flops: int | None = None
     bytes: int | None = None
     chosen: str = ""
+    dtype: str = ""
     why: str = ""
 
     @staticmethod
@@ -64,6 +67,7 @@ class Region:
             microseconds=round(choice.seconds * 1e6, 1) if choice is not None and choice.seconds else None,
             flops=None if dynamic else getattr(spec, "flops", None),
             bytes=None if dynamic else bytes_of(buffers),
+            dtype=spec.dtype,
         )
 
 
@@ -80,7 +84,10 @@ def generated(module: tvm.IRModule, known: dict[str, Region]) -> list[Region]:
         if isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == "relax.call_tir":
             name = str(expr.args[0].name_hint)
             if name not in known:
-                found.setdefault(name, Region(name, "generated")).calls += 1
+                if name not in found:
+                    cost = cost_of(module[expr.args[0]])
+                    found[name] = Region(name, "generated", bytes=cost.bytes, flops=cost.flops, dtype=cost.dtype)
+                found[name].calls += 1
 
     relax.analysis.post_order_visit(module["main"], visit)
     return list(found.values())

@@ -1,4 +1,4 @@
-"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,tf32]`, or anything that TVM calls a target."""
+"""Names of machines to compile for: `cpu`, `cpu:NAME`, `cuda:sm_90[,sm_80][,tf32]`, or anything TVM calls a target."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import tvm_ffi
 
 from rescompile.backends import threads as threading
 from rescompile.backends.cuda.targets import cuda_target
+from rescompile.backends.gpu_limits import GPU_LIMITS, GpuLimits, gpu_target
 from rescompile.backends.kernels import Machine
 from rescompile.errors import RescompileError, nearest
 
 _EXTENSIONS = ("avx", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-_NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80")
+_NAMED = ("cpu", "cuda:sm_90", "cuda:sm_80", *GPU_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,22 @@ class CompileTarget:
         """Compute capability of an NVIDIA GPU, such as sm_90."""
         return str(self.tvm.attrs["arch"]) if self.cuda else None
 
+    @property
+    def gpu(self) -> GpuLimits | None:
+        """The limits of a GPU that is not NVIDIA's."""
+        return GPU_LIMITS.get(self.name)
+
 
 def resolve_all(target: str | Mapping[str, Any], threads: int | None = None) -> list[CompileTarget]:
-    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90`."""
-    if not isinstance(target, str) or not target.startswith("cuda:") or "," not in target:
+    """The machines of that name: several GPUs of NVIDIA's where it lists them, `cuda:sm_80,sm_90[,tf32]`."""
+    if not isinstance(target, str) or not target.startswith("cuda:"):
         return [resolve(target, threads)]
-    names = [name.strip().removeprefix("cuda:") for name in target.removeprefix("cuda:").split(",")]
-    found = {made.name: made for made in (resolve(f"cuda:{name}", threads) for name in names if name)}
-    return list(found.values())
+    parts = [part.strip().removeprefix("cuda:") for part in target.removeprefix("cuda:").split(",")]
+    names = [part for part in parts if part != "tf32"]
+    if len(names) < 2:
+        return [resolve(target, threads)]
+    option = ",tf32" if "tf32" in parts else ""
+    return list({name: resolve(f"cuda:{name}{option}") for name in names}.values())
 
 
 def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> CompileTarget:
@@ -72,11 +81,17 @@ def resolve(target: str | Mapping[str, Any], threads: int | None = None) -> Comp
     found = re.fullmatch(r"cuda:(sm_\d+)(,tf32)?", target) if isinstance(target, str) else None
     if found is not None:
         return replace(_cuda(str(target), {"arch": found[1]}), tf32=found[2] is not None)
+    if isinstance(target, str) and target in GPU_LIMITS:
+        return CompileTarget(target, gpu_target(target), None, 1, host=False)
     return _of_tvm(target, count)
 
 
 def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
     spelled = target if isinstance(target, str) else json.dumps(dict(target))
+    if isinstance(target, str) and target.split(":")[0] in {name.split(":")[0] for name in GPU_LIMITS}:
+        raise RescompileError(
+            f"There is no target '{target}'{nearest(target, GPU_LIMITS)}: use {', '.join(GPU_LIMITS)}."
+        )
     try:
         made = tvm.target.Target(target if isinstance(target, str) else dict(target))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -91,7 +106,8 @@ def _of_tvm(target: str | Mapping[str, Any], threads: int) -> CompileTarget:
         return _cuda(spelled, options)
     if kind != "llvm":
         raise RescompileError(
-            f"The target '{spelled}' is of kind {kind}, for which there are no schedules: use {', '.join(_NAMED)}."
+            f"The target '{spelled}' is of kind {kind}, which this build of TVM generates no code for, or which there "
+            f"are no schedules for: use {', '.join(_NAMED)}."
         )
     mcpu, triple = made.attrs.get("mcpu"), made.attrs.get("mtriple")
     if mcpu is None:

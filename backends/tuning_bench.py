@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,11 +112,15 @@ class Timing:
 class Bench:
     """Builds and times modules in other processes, so that a crash or a hang costs one candidate and nothing else."""
 
-    def __init__(self, target: CompileTarget, runner: Runner) -> None:
-        """RescompileError when nothing can be timed there."""
+    def __init__(self, target: CompileTarget, runner: Runner, assemble: Any = None) -> None:
+        """RescompileError when nothing can be timed there.
+
+        `assemble`: makes machine code of CUDA source for an architecture; by default `cubin.to_cubin`.
+        """
         require_packages(runner)
         self.target = target
         self.runner = runner
+        self.assemble = assemble
         self._builders: Any = None
         self._timer: Any = None
         if isinstance(runner, Remote):
@@ -157,9 +162,10 @@ class Bench:
 
     def times(self, modules: Sequence[Any], infos: Sequence[Any]) -> list[Timing]:
         """One timing for each module, whose function `main` takes arguments as `infos` describe them."""
+        build = self._build()
         built = list(
             self._builders.map_with_error_catching(
-                lambda module, target=self.target.tvm, build=tuning_worker.build: build(module, target), modules
+                lambda module, target=self.target.tvm, build=build: build(module, target), modules
             )
         )
         kind = "cuda" if self.target.cuda else "cpu"
@@ -177,6 +183,12 @@ class Bench:
             next(ran) if path is not None else Timing(None, f"did not build: {_why(one)}")
             for path, one in zip(paths, built, strict=True)
         ]
+
+    def _build(self) -> Any:
+        if not self.target.cuda:
+            return tuning_worker.build
+        folders = [folder for folder in sys.path if folder]
+        return partial(tuning_worker.build_cuda, arch=str(self.target.arch), folders=folders, assemble=self.assemble)
 
     def _result(self, future: Any) -> Timing:
         try:

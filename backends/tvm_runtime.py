@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,14 @@ def folder() -> Path:
 def load() -> None:
     """Load the runtime into the process, once; `import tvm` before or after it loads the same library."""
     try:
-        import tvm_ffi
-    except ImportError:
+        import_module("tvm_ffi")
+    except ModuleNotFoundError as error:
         raise RescompileError(
-            "Running a compiled program needs apache-tvm-ffi, which is not installed: pip install 'rescompile[tvm]'."
+            f"Running a compiled program needs the package {error.name}, which is not installed: "
+            f"pip install 'rescompile[tvm]'."
         ) from None
+    except ImportError as error:
+        raise RescompileError(f"The package tvm_ffi cannot be loaded: {error}.") from error
     try:
         ctypes.CDLL(str(folder() / RUNTIME), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
@@ -133,7 +137,7 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def storage_dtype(name: str) -> np.dtype[Any]:
+def storage_dtype(name: str) -> Any:
     """numpy's dtype to keep elements in that are not computed with: two bytes where bfloat16 is not to be had."""
     try:
         return np.dtype(numpy_dtype(name))

@@ -24,14 +24,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_set import INDEX, SCHEMA, SITE
+from benchmarks.gpu_set import INDEX, SCHEMA, SITE, Buffer
 from benchmarks.gpu_specs import Entry, entries
 from rescompile.backends import targets
 from rescompile.backends.cuda import nvrtc, plain
 from rescompile.backends.cuda.build import Assemble, compiled
 from rescompile.backends.cuda.choice_records import generators, versions
 from rescompile.backends.cuda.choose import Candidate, Wanted, candidates
-from rescompile.backends.cuda.contest import bytes_of, static
+from rescompile.backends.cuda.contest import bytes_of, shapes
 from rescompile.backends.cuda.contraction import ContractionSpec, EpilogueProgram
 from rescompile.backends.cuda.cubin import Cubin, to_cubin, usage
 from rescompile.backends.cuda.library_candidates import library_candidates
@@ -115,7 +115,10 @@ def _packed(
                 made.append(_library(folder, name, {label: function}, target, arch, assemble))
             except (*TVM_ERRORS, RescompileError) as error:
                 failures[label] = _last_line(error)
-    arguments = [replace(part, shape=static(part.shape)) for part in wanted.arguments]
+    arguments = [
+        Buffer(part.name, shape, part.dtype, part.output)
+        for part, shape in zip(wanted.arguments, shapes(wanted.arguments), strict=True)
+    ]
     libraries = library_candidates(entry.spec, tuple(part.name for part in arguments))
     alone = None
     if isinstance(entry.spec, ContractionSpec):
@@ -127,6 +130,7 @@ def _packed(
         "kernels": generators(),
         "key": repr(entry.spec),
         "spec": described(entry.spec),
+        "norm": None if entry.norm is None else described(entry.norm),
         "arguments": [asdict(part) for part in arguments],
         "flops": getattr(entry.spec, "flops", None),
         "bytes": bytes_of(arguments),
@@ -146,7 +150,7 @@ def _listed(wanted: Wanted, limits: Architecture, tiles: int, rules: bool) -> li
     found: list[Candidate] = []
     counts: dict[int, int] = {}
     for candidate in candidates(wanted, limits, libraries=False):
-        if candidate.family is plain and not rules:
+        if candidate.inline or (candidate.family is plain and not rules):
             continue
         counts[id(candidate.family)] = counts.get(id(candidate.family), 0) + 1
         if counts[id(candidate.family)] <= tiles:
@@ -216,8 +220,11 @@ def pack_runtime(folder: Path) -> None:
 
 
 def _of_runtime(name: str) -> bool:
+    if name.endswith(".dist-info/METADATA"):
+        return True
     if name.startswith("tvm_ffi"):
-        return not any(part in name for part in ("/include/", "/3rdparty/", "/testing/", "_testing"))
+        left_out = ("/include/", "/3rdparty/", "/cython/", "/src/")
+        return not any(part in name for part in left_out)
     return name in RUNTIME
 
 

@@ -5,8 +5,11 @@ Nothing here needs TVM. A rival is a function of a region's buffers, like a cand
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -121,26 +124,24 @@ def alone(region: Region) -> Callable[..., object] | None:
 
 def triton_add_norm(region: Region) -> Callable[..., object] | None:
     """A fused add + norm in Triton, one program a row, as its users write it; None for any other region."""
-    spec: Mapping[str, Any] = region.data["spec"]
-    if spec["type"] != "NormSpec" or not spec["residual"] or not spec["sum_output"]:
+    spec: Mapping[str, Any] | None = region.data["norm"]
+    if spec is None or not spec["residual"] or not spec["sum_output"] or not spec["weight"]:
         return None
     kernel = _triton_kernel()
     if kernel is None:
         return None
-    names = [buffer.name for buffer in region.buffers]
     rows, width = spec["rows"], spec["width"]
     block = 1 << (width - 1).bit_length()
     warps = min(32, max(1, block // 512))
 
-    def run(*buffers: Any) -> object:
-        t = dict(zip(names, buffers, strict=True))
-        weight, bias = t.get("weight"), t.get("bias")
+    def run(x: Any, residual: Any, weight: Any, *rest: Any) -> object:
+        *bias, y, total = rest
         return kernel[(rows,)](
-            t["x"], t["residual"], weight, bias if bias is not None else t["x"], t["y"], t["sum"], width, spec["eps"],
-            block=block, layer=spec["kind"] == "layer", has_bias=bias is not None, num_warps=warps,
+            x, residual, weight, bias[0] if bias else x, y, total, width, spec["eps"],
+            block=block, layer=spec["kind"] == "layer", has_bias=bool(bias), num_warps=warps,
         )  # fmt: skip
 
-    return run if spec["weight"] else None
+    return run
 
 
 @cache
@@ -151,3 +152,13 @@ def _triton_kernel() -> Any:
     except ImportError:
         return None
     return add_norm
+
+
+def main() -> None:
+    """python -m benchmarks.gpu_rivals OUT.json: the device's ceilings."""
+    path = Path(sys.argv[1])
+    path.write_text(json.dumps(ceilings(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

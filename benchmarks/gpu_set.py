@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 from collections.abc import Callable
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rescompile.backends import tvm_runtime
 from rescompile.backends.cuda.libraries import LibraryCall
 from rescompile.errors import RescompileError
 
 SCHEMA = 1
 INDEX = "set.json"
 SITE = "site"
-_RUNTIME = ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
 
 
 @dataclass(frozen=True)
@@ -94,42 +93,9 @@ def load_runtime(folder: Path) -> None:
     site = folder / SITE
     if site.is_dir() and str(site) not in sys.path:
         sys.path.append(str(site))
-    try:
-        import tvm_ffi
-    except ImportError as error:
-        raise RescompileError(
-            f"TVM's FFI is neither installed nor in the set ({error}): pack the set without --no-runtime, and run it "
-            f"with Python 3.12."
-        ) from error
-    if tvm_ffi.get_global_func("device_api.cuda", allow_missing=True) is not None:
-        return
-    _load_cudart()
-    libraries = _library_folder(site)
-    for name in _RUNTIME:
-        try:
-            ctypes.CDLL(str(libraries / name), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise RescompileError(f"TVM's runtime cannot be loaded: {error}.") from error
-
-
-def _library_folder(site: Path) -> Path:
-    for root in [*(Path(entry) for entry in sys.path if entry), site]:
-        if (root / "tvm" / "lib" / _RUNTIME[0]).is_file():
-            return root / "tvm" / "lib"
-    raise RescompileError("TVM's runtime is neither installed nor in the set: pack the set without --no-runtime.")
-
-
-def _load_cudart() -> None:
-    """CUDA's runtime library, where the loader does not find it by itself but pip has put it beside torch."""
-    names = ["libcudart.so.13"]
-    for entry in sys.path:
-        names += [str(path) for path in sorted(Path(entry or ".").glob("nvidia/*/lib/libcudart.so.13"))]
-    for name in names:
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        return
+    why = tvm_runtime.load_cuda()
+    if why:
+        raise RescompileError(f"TVM's runtime for NVIDIA GPUs cannot be loaded: {why}.")
 
 
 class Loaded:

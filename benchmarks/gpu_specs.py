@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rescompile.backends.cuda import add_norm, depthwise, mma, pool, softmax, wgmma
+from rescompile.backends.cuda import composed, depthwise, flash, mma, pool, region_kernel, softmax, wgmma
 from rescompile.backends.cuda.contraction import (
     ContractionSpec,
     ConvGeometry,
@@ -18,11 +18,13 @@ from rescompile.backends.cuda.contraction import (
     EpilogueProgram,
     EpilogueStep,
 )
+from rescompile.backends.cuda.region_spec import RegionSpec, Tensor, norm_spec
 from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.cuda.windows import Window
-from rescompile.backends.kernels import Epilogue, NormSpec
+from rescompile.backends.kernels import AttentionSpec, Epilogue, NormSpec
+from rescompile.fused_region import Region, Step
 from rescompile.kinds import OpKind
 
 ELEMENTS = 1 << 25  # of a tensor that rows are measured on: larger than the L2 cache in any type
@@ -31,11 +33,12 @@ TENSOR_CORES = (wgmma, mma)
 
 @dataclass(frozen=True)
 class Entry:
-    """A region to measure."""
+    """A region to measure. `norm`: what it is in the words of the CPU's norms, where it is one."""
 
     name: str
     spec: Any
     families: tuple[Any, ...]
+    norm: NormSpec | None = None
 
     @property
     def group(self) -> str:
@@ -47,7 +50,7 @@ def entries(*, small: bool = False) -> list[Entry]:
     """Everything, the most telling first within each group; `small`: a few tiny ones, for a simulated device."""
     if small:
         return list(_small())
-    return [*_norms(), *_softmaxes(), *_linears(), *_convolutions(), *_windows()]
+    return [*_norms(), *_softmaxes(), *_linears(), *_convolutions(), *_windows(), *_elements(), *_attentions()]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------
@@ -58,7 +61,7 @@ def norm_entry(width: int, kind: str, dtype: str, rows: int | None = None, *, fu
     rows = ELEMENTS // width if rows is None else rows
     spec = NormSpec(rows, width, kind, residual=fused, sum_output=fused, bias=kind == "layer", dtype=dtype)
     name = f"{'add_' if fused else ''}{kind}_norm/{rows}x{width}/{dtype}"
-    return Entry(name, spec, (_rows_family(add_norm),))
+    return Entry(name, norm_spec(spec), (region_kernel,), spec)
 
 
 def _norms() -> Iterator[Entry]:
@@ -67,9 +70,7 @@ def _norms() -> Iterator[Entry]:
             for kind in ("rms", "layer"):
                 yield norm_entry(width, kind, dtype)
     for width in (768, 64, 256, 5120, 3000, 32768, 65536):
-        entry = norm_entry(width, "layer", "bfloat16")
-        if not entry.families[0].refusal(entry.spec, None):
-            yield entry
+        yield norm_entry(width, "layer", "bfloat16")
     # What a model of batch 1 has: it lies in the cache, and the launch counts.
     yield norm_entry(768, "layer", "float16", 128)
     yield norm_entry(768, "layer", "float16", 32 * 128)
@@ -87,6 +88,28 @@ def _softmaxes() -> Iterator[Entry]:
     ):
         rows = ELEMENTS // width
         yield Entry(f"softmax/{rows}x{width}/{dtype}", RowSoftmax(rows, width, dtype, dtype), (_rows_family(softmax),))
+
+
+def _elements() -> Iterator[Entry]:
+    """Gates, group norms, concatenations: what memory bounds, without a norm over rows."""
+    rows = ELEMENTS // 8192
+    wide = Tensor((rows, 8192), "bfloat16")
+    gate = Region(2, (Step(OpKind.SILU, (0,)), Step(OpKind.MUL, (2, 1))), (3,))
+    yield Entry(f"gated/{rows}x8192/bfloat16", RegionSpec(gate.text(), (wide, wide), (wide,)), (region_kernel,))
+    highway = Region(3, (Step(OpKind.SIGMOID, (0,)), Step(OpKind.ADD, (1, 2), {"scales": (1.0, -1.0)}),
+                         Step(OpKind.MUL, (3, 4)), Step(OpKind.ADD, (2, 5))), (6,))  # fmt: skip
+    yield Entry(
+        f"gated/highway {rows}x8192/bfloat16", RegionSpec(highway.text(), (wide,) * 3, (wide,)), (region_kernel,)
+    )
+    last = (0, 2, 3, 1)
+    image, vector = Tensor((32, 512, 32, 32), "float16", last), Tensor((512,), "float16")
+    steps = (Step(OpKind.ADD, (0, 1)), Step(OpKind.GROUP_NORM, (4, 2, 3), {"groups": 32}), Step(OpKind.SILU, (5,)))
+    norm = RegionSpec(Region(4, steps, (6, 4)).text(), (image, image, vector, vector), (image, image))
+    yield Entry("group_norm/b32 512x32² 32 groups +add +silu/float16", norm, (region_kernel,))
+    old, new = Tensor((32, 256, 28, 28), "float16", last), Tensor((32, 32, 28, 28), "float16", last)
+    both = Tensor((32, 288, 28, 28), "float16", last)
+    concat = Region(2, (Step(OpKind.CONCAT, (0, 1), {"axis": 1}), Step(OpKind.RELU, (2,))), (3,))
+    yield Entry("concat/b32 256+32 28² +relu/float16", RegionSpec(concat.text(), (old, new), (both,)), (region_kernel,))
 
 
 class _rows_family:
@@ -194,6 +217,21 @@ def _convolutions() -> Iterator[Entry]:
         yield conv_entry(images, 56, 256, 512, 1, 2)
 
 
+def _attentions() -> Iterator[Entry]:
+    """Packed queries, keys and values, as one projection writes them."""
+    for batch, heads, length, size, causal, dtype in (
+        (32, 12, 128, 64, False, "float16"),
+        (1, 12, 128, 64, False, "float16"),
+        (32, 12, 197, 64, False, "float16"),
+        (1, 16, 2048, 128, True, "bfloat16"),
+        (4, 32, 2048, 128, True, "bfloat16"),
+    ):
+        scale = size**-0.5
+        spec = AttentionSpec(batch, heads, length, length, size, scale, causal=causal, layout="qkv", dtype=dtype)
+        told = " causal" if causal else ""
+        yield Entry(f"attention/b{batch} {heads}x{length}x{size}{told}/{dtype}", spec, (flash, composed))
+
+
 def _windows() -> Iterator[Entry]:
     big = Window(112, 112, 64, (3, 3), (2, 2), (1, 1, 1, 1))
     yield Entry("pool/b32 112² 64 3x3/2 max/float16", pool.Pool("max", 32, big, dtype="float16"), (pool,))
@@ -208,6 +246,10 @@ def _windows() -> Iterator[Entry]:
 def _small() -> Iterator[Entry]:
     yield norm_entry(96, "layer", "float16", 7)
     yield norm_entry(64, "rms", "float32", 5)
+    image, vector = Tensor((2, 16, 3, 5), "float16", (0, 2, 3, 1)), Tensor((16,), "float16")
+    steps = (Step(OpKind.ADD, (0, 1)), Step(OpKind.GROUP_NORM, (4, 2, 3), {"groups": 4}), Step(OpKind.SILU, (5,)))
+    norm = RegionSpec(Region(4, steps, (6, 4)).text(), (image, image, vector, vector), (image, image))
+    yield Entry("group_norm/b2 16x3x5 +add +silu/float16", norm, (region_kernel,))
     yield Entry("softmax/6x40/float32", RowSoftmax(6, 40), (_rows_family(softmax),))
     yield Entry(
         "linear/24x32x16/float16",

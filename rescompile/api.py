@@ -224,11 +224,13 @@ def compile(
     tune: Tuning | None = None,
     verify: bool = False,
     threads: int | None = None,
+    buckets: Sequence[int] = (),
 ) -> Program:
     """Lower a graph or model through TVM to a program for `target`, after fusing it.
 
-    `target`: "cpu", "cuda:sm_90", "cuda:sm_80", or a TVM target. With `verify`, the fused graph is compared with the
-    original before it is lowered.
+    `target`: "cpu", "cuda:sm_90", "cuda:sm_80,sm_90" (code for both, and PTX for later GPUs), or a TVM target. With
+    `verify`, the fused graph is compared with the original before it is lowered. `buckets`: sizes of a dynamic batch to
+    compile static code for, on a GPU, beside that for any; a call is padded to the next of them.
     """
     from rescompile.backends.compile import compile_graph
 
@@ -243,6 +245,7 @@ def compile(
         database=options.database,
         runner=options.runner,
         threads=threads,
+        buckets=buckets,
     )
 
 

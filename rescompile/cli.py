@@ -262,7 +262,9 @@ def diff(
 def compile_(
     model: Model,
     output: ArtifactOut,
-    target: Annotated[str, typer.Option("--target", help="cpu, cuda:sm_90, or a target in TVM's own spelling")] = "cpu",
+    target: Annotated[
+        str, typer.Option("--target", help="cpu, cuda:sm_90, cuda:sm_80,sm_90, or a target in TVM's own spelling")
+    ] = "cpu",
     passes: Passes = None,
     inputs: Inputs = None,
     trust: Trust = False,
@@ -271,6 +273,16 @@ def compile_(
     ] = 0,
     database: Annotated[
         Path | None, typer.Option("--db", metavar="DIR", help="where tuning records are read and kept")
+    ] = None,
+    buckets: Annotated[
+        str,
+        typer.Option("--buckets", metavar="SIZES", help="sizes of a dynamic batch to compile for, on a GPU: 1,8,32"),
+    ] = "",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="list the regions: what computes them, what they move, what bounds them")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="the GPU to predict times for: H200, A100, L40S, ...")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -281,24 +293,27 @@ def compile_(
     from rescompile import api
     from rescompile.backends.require import require_tvm
     from rescompile.cli_files import check_writable
+    from rescompile.cli_run import describe, explained, predicted_gpu, program_data
 
     require_tvm()
     from rescompile.backends import targets
 
-    targets.resolve(target)
+    predicted = predicted_gpu(targets.resolve_all(target)[0], gpu)
+    sizes = _sizes(buckets)
     specs = _passes(passes, api.COMPILE_PASSES)
     check_writable(output)
     graph = _load(model, inputs, trust)
-    from rescompile.cli_run import describe, program_data
 
     with stage(f"Compiling for {target}"):
         tuning = api.Tuning(trials=tune, database=None if database is None else str(database))
-        program = api.compile(graph, target=target, passes=specs, tune=tuning)
+        program = api.compile(graph, target=target, passes=specs, tune=tuning, buckets=sizes)
         program.save(output)
     if as_json:
-        say_json(program_data(program))
+        say_json(program_data(program, predicted))
     else:
         say(describe(program, output))
+        if explain:
+            say(explained(program, predicted))
 
 
 @app.command()
@@ -484,6 +499,15 @@ def _extents(given: list[str] | None, unfused: bool) -> dict[str, int]:
             raise _usage(f"Cannot read the extent '{text}': write NAME=NUMBER, as N=8")
         found[name] = int(number)
     return found
+
+
+def _sizes(spelled: str) -> list[int]:
+    """Sizes with commas between them."""
+    parts = [part.strip() for part in spelled.split(",") if part.strip()]
+    for part in parts:
+        if not part.isdecimal() or int(part) < 1:
+            raise _usage(f"'{part}' is no size of a batch: --buckets takes whole numbers from 1 with commas, 1,8,32.")
+    return [int(part) for part in parts]
 
 
 def _usage(what: str, name: str = "", known: Sequence[str] = ()) -> RescompileError:

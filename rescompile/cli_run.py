@@ -20,7 +20,10 @@ from rescompile.printing import print_type
 from rescompile.specs import InputSpec
 
 if TYPE_CHECKING:
+    from rescompile.backends.artifact import Code
     from rescompile.backends.program import Program
+    from rescompile.backends.roofline import Gpu
+    from rescompile.backends.targets import CompileTarget
 
 
 def run(model: str, backend: str, inputs: Sequence[str], trust: bool, input_file: Path | None) -> Arrays:
@@ -94,11 +97,32 @@ def _short(number: Any) -> float:
     return float(f"{float(number):.6g}")
 
 
-def program_data(program: Program) -> dict[str, Any]:
-    """What a compiled program is, as plain data; generated source is left out."""
+def program_data(program: Program, gpu: Gpu | None = None) -> dict[str, Any]:
+    """What a compiled program is, as plain data, with what a GPU at best takes for it; generated source is left out."""
     data = dataclasses.asdict(program.manifest)
     data.pop("sources")
+    if gpu is not None:
+        from rescompile.backends.roofline import as_data, roofline
+
+        found = roofline(data["regions"], gpu)
+        data["roofline"] = as_data(found)
+        for region, prediction in zip(data["regions"], found.regions, strict=True):
+            region["predicted"] = dataclasses.asdict(prediction)
     return data
+
+
+def predicted_gpu(target: CompileTarget, name: str | None) -> Gpu | None:
+    """The GPU to predict times for: the named one, else the first known of the target's architecture; None for a CPU.
+
+    RescompileError where a GPU is named that the target is not for.
+    """
+    from rescompile.backends.roofline import gpu_of
+
+    if target.arch is None:
+        if name is not None:
+            raise RescompileError(f"Times are predicted for GPUs, and '{target.name}' is none: leave --gpu out.")
+        return None
+    return gpu_of(target.arch, name)
 
 
 def describe(program: Program, path: Path) -> str:
@@ -110,4 +134,74 @@ def describe(program: Program, path: Path) -> str:
     kernels = Counter(str(region.get("kernel", "other")) for region in manifest.regions)
     listed = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
     lines.append(f"  regions: {listed}")
+    if manifest.codes:
+        lines += [f"  code for {_code(code)}" for code in manifest.codes]
+        lines.append(
+            f"  memory: {_bytes(manifest.storage.get('weights'))} of weights, {_activations(manifest.storage)}"
+        )
+    if manifest.note:
+        lines.append(f"  {manifest.note}")
     return "\n".join(lines)
+
+
+def _code(code: Code) -> str:
+    """One library of a program for GPUs, as text."""
+    form = {"cubin": "", "ptx": " and later, as PTX", "cuda": ", as CUDA source"}[code.form]
+    sizes = "".join(f", {name} = {size}" for name, size in code.extents.items())
+    return f"{code.arch}{form}{sizes}"
+
+
+def _activations(storage: dict[str, int | None]) -> str:
+    peak, apart = storage.get("activations"), storage.get("activations_unshared")
+    if peak is None:
+        return "activations as the extents of the inputs ask for"
+    return f"{_bytes(peak)} of activations in {storage.get('tensors')} tensors ({_bytes(apart)} if none shared memory)"
+
+
+def _bytes(count: int | None) -> str:
+    return f"{(count or 0) / 2**20:.1f} MiB"
+
+
+def explained(program: Program, gpu: Gpu | None) -> str:
+    """The regions of a program as a table: on a GPU what bounds them, on a processor what was measured of them."""
+    regions = [region for region in program.explain() if region.get("calls", 1)]
+    if gpu is None:
+        rows = [[*_common(region), _number(region.get("microseconds"), 1.0), _rate(region)] for region in regions]
+        return table(["region", "kernel", "calls", "MB", "MFLOP", "µs", "GFLOP/s"], rows)
+    from rescompile.backends.roofline import roofline
+
+    found = roofline(regions, gpu)
+    rows = [
+        [*_common(region), prediction.bound, _number(prediction.microseconds, 1.0)]
+        for region, prediction in zip(regions, found.regions, strict=True)
+    ]
+    lines = [table(["region", "kernel", "calls", "MB", "MFLOP", "bound", "µs"], rows)]
+    shares = ", ".join(f"{bound} {share:.0%}" for bound, share in found.bound.items())
+    lines.append(
+        f"at best {found.microseconds:.0f} µs on an {gpu.name} ({found.bytes / 1e6:.1f} MB, {found.flops / 1e9:.2f} "
+        f"GFLOP; time by bound: {shares or 'none'}), predicted from {gpu.source}"
+    )
+    if found.unknown:
+        lines.append(f"without {found.unknown} regions whose extents are dynamic: compile with fixed ones to see them")
+    return "\n".join(lines)
+
+
+def _common(region: dict[str, Any]) -> list[str]:
+    # The tile's extents are in the JSON.
+    tile, kernel = str(region.get("tile", "")).partition("(")[0], str(region.get("kernel", ""))
+    return [
+        str(region.get("name", "")),
+        tile if kernel in ("generated", tile.split(" ")[0]) else f"{kernel} {tile}".strip(),
+        str(region.get("calls", 1)),
+        _number(region.get("bytes"), 1e6),
+        _number(region.get("flops"), 1e6),
+    ]
+
+
+def _rate(region: dict[str, Any]) -> str:
+    flops, microseconds = region.get("flops"), region.get("microseconds")
+    return f"{flops / microseconds / 1e3:.0f}" if flops and microseconds else "-"
+
+
+def _number(value: float | None, unit: float) -> str:
+    return "-" if value is None else f"{value / unit:.2f}"

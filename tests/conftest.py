@@ -9,8 +9,10 @@ import pytest
 
 from benchmarks.corpus import import_torchvision
 from rescompile.cli import main
+from tests.export_tables import keep_export_tables
 
 _TORCHVISION = import_torchvision()  # transformers imports it too, and would fail where its operators are not declared
+keep_export_tables()
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,9 @@ def run(case: Case, name: str, source: str, library: bytes, given: Sequence[torc
     rows = region_kernel.Trace(spec).space.rows
     count = rows.number * DYNAMIC ** len(rows.names)
     dims = (-(-count // tile.rows) * tile.parts, 1, 1, tile.threads, tile.rows, 1)
-    shared = 8 * tile.span * tile.chunks if tile.streams else 0
-    simulated_gpu.launch(library, f"{name}_kernel", arrays, scalars, dims, shared)
+    shared = 16 * tile.span * tile.chunks if tile.streams else 4096
+    cluster = tile.parts if region_kernel.Trace(spec).norms else 1
+    simulated_gpu.launch(library, f"{name}_kernel", arrays, scalars, dims, shared, cluster)
     back = []
     for tensor, value in zip(spec.outputs, outputs, strict=True):
         order = tensor.order

@@ -401,7 +401,7 @@ def test_fusing_comes_nearer_to_the_bound_and_never_under_it() -> None:
 
 
 @given(programs())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_every_join_is_fused_or_has_a_reason_and_no_bound_is_exceeded(program: Program) -> None:
     graph = in_memory(program)
     for each in (graph, api.rewrite(graph, "fuse", verify=False).graph):

@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import choice_records
+from rescompile.backends.cuda import choice_records, composed
 from rescompile.backends.cuda.choice_records import Record, ShippedRecords, generators, read_shipped, write_shipped
 from rescompile.backends.cuda.choose import STATIC_ORDER, KernelChoice, explained
 from rescompile.backends.cuda.device import Timing, relative_gap, rotations
 from rescompile.backends.cuda.targets import architecture
-from rescompile.backends.kernels import NormSpec
+from rescompile.backends.kernels import AttentionSpec, NormSpec
 from rescompile.backends.kernels.specs import Argument
 from rescompile.errors import RescompileError
 from tests.gpu_clock import FACTS, MadeUpDevice
@@ -198,6 +198,22 @@ def test_without_time_the_first_is_taken_and_not_recorded(tmp_path: Path) -> Non
     assert found.candidate.tile == FIRST
     assert found.reason == "first by static order: no time left to measure"
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_is_composed_unless_a_library_is_faster(tmp_path: Path) -> None:
+    spec = AttentionSpec(1, 2, 4, 4, 8, 0.5, dtype="float16")
+    assert chosen(None, tmp_path, composed, spec=spec)[0].candidate.inline
+    composed_fastest = MadeUpDevice(lambda index: Timing(1e-5 / (1 + index)))
+    assert chosen(composed_fastest, tmp_path / "slow", composed, spec=spec)[0].candidate.inline
+    composed_slowest = MadeUpDevice(lambda index: Timing(1e-6 * (1 + index)))
+    assert chosen(composed_slowest, tmp_path / "fast", composed, spec=spec)[0].candidate.library is not None
+    label = "library attention(backend=FLASH_ATTENTION)"
+    record = Record(label, 1e-6, {label: 1e-6})
+    write_shipped(tmp_path / "a.json", H200, {repr(spec): record}, "", {})
+    choice = KernelChoice(LIMITS, libraries=True)
+    choice.pick(spec, [composed])
+    choice.choose(None, lambda function: function, tmp_path, shipped=read_shipped(tmp_path))
+    assert choice.choices[spec].candidate.library is not None
 
 
 # ---- records that come with the package -------------------------------------------------------------------------

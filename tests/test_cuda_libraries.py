@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda import contraction, libraries, reference
+from rescompile.backends.cuda import composed, contraction, libraries, reference, region_kernel
 from rescompile.backends.cuda.contraction import (
     ContractionSpec,
     ConvGeometry,
@@ -24,9 +24,11 @@ from rescompile.backends.cuda.contraction import (
 )
 from rescompile.backends.cuda.libraries import LibraryCall
 from rescompile.backends.cuda.library_candidates import library_candidates, simple
+from rescompile.backends.cuda.region_spec import RegionSpec, Tensor, norm_spec
 from rescompile.backends.kernels import AttentionSpec, NormSpec
 from rescompile.backends.kernels.specs import Argument
 from rescompile.errors import RescompileError
+from rescompile.fused_region import Region, Step
 from rescompile.kinds import OpKind
 from tests.gpu_clock import MadeUpDevice
 
@@ -192,21 +194,46 @@ def test_a_library_computes_the_norm(kind: str, residual: bool) -> None:
     compare(spec, arguments, library_candidates(spec, names(arguments)))
 
 
-def _attention(spec: AttentionSpec) -> list[Argument]:
-    def lay(heads: int, length: int, layout: str) -> tuple[int, ...]:
-        order = (heads, length) if layout == "bhsd" else (length, heads)
-        return (spec.batch, *order, spec.head_dim)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_library_computes_the_norm_of_a_region(kind: str, residual: bool) -> None:
+    spec = norm_spec(NormSpec(6, 16, kind, residual=residual, sum_output=residual, bias=kind == "layer"))
+    arguments = region_kernel.arguments(spec)
+    (call,) = library_candidates(spec, names(arguments))
+    given = tensors(arguments)
+    want = reference.evaluate(reference.described(spec), given)
+    call.function()(*given.values())
+    assert want is not None
+    assert len(want) == 1 + residual
+    for name, value in want.items():
+        torch.testing.assert_close(given[name].double(), value, rtol=1e-5, atol=1e-5)
 
-    inputs = [
-        Argument("q", lay(spec.heads, spec.q_len, spec.layout), spec.dtype),
-        *(Argument(name, lay(spec.shared_heads, spec.k_len, spec.layout), spec.dtype) for name in "kv"),
-    ]
-    if spec.layout == "qkv":
-        width = (spec.heads + 2 * spec.shared_heads) * spec.head_dim
-        inputs = [Argument("qkv", (spec.batch, spec.q_len, width), spec.dtype)]
-    if spec.mask != "none":
-        inputs.append(Argument("mask", spec.mask_shape, "bool" if spec.mask == "keep" else spec.dtype))
-    return [*inputs, Argument("y", lay(spec.heads, spec.q_len, spec.out_layout), spec.dtype, output=True)]
+
+def test_a_region_with_more_than_a_norm_has_no_library() -> None:
+    spec = norm_spec(NormSpec(6, 16, "rms", residual=True, sum_output=True, bias=False))
+    steps = (*spec.region.steps, Step(OpKind.RELU, (4,)))
+    more = replace(spec, steps=Region(3, steps, (5, 3)).text())
+    assert library_candidates(spec, names(region_kernel.arguments(spec)))
+    assert not library_candidates(more, names(region_kernel.arguments(more)))
+
+
+def test_a_regions_reference_follows_views_and_orders() -> None:
+    last = (0, 2, 3, 1)
+    image, vector = Tensor((2, 8, 3, 5), "float32", last), Tensor((8,), "float32")
+    steps = (
+        Step(OpKind.GROUP_NORM, (0, 2, None), {"groups": 2}),
+        Step(OpKind.CONCAT, (1, 3), {"axis": 1}),
+        Step(OpKind.SLICE, (4,), {"axes": (1,), "starts": (4,), "stops": (12,)}),
+    )
+    spec = RegionSpec(Region(3, steps, (5,)).text(), (image, image, vector), (image,))
+    given = tensors(region_kernel.arguments(spec))
+    found = reference.evaluate(reference.described(spec), given)
+    assert found is not None
+    one, two = (given[name].double().permute(0, 3, 1, 2) for name in ("x0", "x1"))
+    want = torch.cat([two, torch.nn.functional.group_norm(one, 2, given["x2"].double())], 1)[:, 4:12]
+    torch.testing.assert_close(found["y0"], want.permute(last))
+    unknown = replace(spec, steps=spec.steps.replace("group_norm", "batch_norm"))
+    assert reference.evaluate(reference.described(unknown), given) is None
 
 
 @pytest.mark.parametrize(
@@ -220,7 +247,7 @@ def _attention(spec: AttentionSpec) -> list[Argument]:
     ids=["packed", "heads_first", "grouped_causal", "masked"],
 )
 def test_a_library_computes_attention(spec: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = _attention(spec)
+    arguments = composed.arguments(spec)
     (call,) = library_candidates(spec, names(arguments))
     assert str(call) == "library attention(backend=EFFICIENT_ATTENTION)"
     # The processor has other implementations of the same function.

@@ -6,13 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from rescompile.kinds import OpKind
 from tests import simulated_gpu
 
 pytest.importorskip("tvm")
 
-from tests.gpu_regions import Case, check, full, source_of
+from rescompile.backends.cuda import region_kernel, sass  # noqa: E402
+from rescompile.backends.cuda.cubin import compilers, to_cubin  # noqa: E402
+from rescompile.backends.cuda.region_spec import BYTES  # noqa: E402
+from rescompile.backends.cuda.targets import architecture  # noqa: E402
+from tests.gpu_regions import Case, check, full, inputs, run, source_of  # noqa: E402
 
 K = OpKind
 NHWC, NHC = (0, 2, 3, 1), (0, 2, 1)
@@ -157,8 +162,11 @@ NORMS = {
         [(K.INSTANCE_NORM, (0, 1, 2)), (K.LEAKY_RELU, (3,), {"slope": 0.2}), (K.ADD, (0, 4))],
         [(5, full((2, 3, 8, 8)))],
     ),
-    "streamed": add_norm((2, 65536), "float32"),
-    "streamed_in_shared_memory": add_norm((2, 40000), "float16"),
+    "cluster": add_norm((2, 16384), "float32"),
+    "cluster_of_eight": add_norm((1, 65536), "bfloat16", K.RMS_NORM),
+    "cluster_ragged": add_norm((2, 20004), "float32"),
+    "streamed": add_norm((2, 65536), "float32", arch="sm_80"),
+    "streamed_in_shared_memory": add_norm((2, 40000), "float16", arch="sm_80"),
     "streamed_sandwich": Case(
         [full((1, 33000), "float16")] * 2 + [full((33000,), "float16")],
         [
@@ -167,6 +175,7 @@ NORMS = {
             (K.LAYER_NORM, (4, 2, None), {"axis": 1}),
         ],
         [(5, full((1, 33000), "float16")), (4, full((1, 33000), "float16"))],
+        arch="sm_80",
     ),
 }
 
@@ -293,3 +302,103 @@ def simulated() -> tuple[str, bytes]:
 @pytest.mark.parametrize("name", CASES)
 def test_region_computes_what_torch_does(name: str, simulated: tuple[str, bytes]) -> None:
     check(CASES[name], name, *simulated)
+
+
+@pytest.mark.parametrize("name", ["one_warp", "one_block", "cast_in_and_out", "streamed_in_shared_memory"])
+def test_sum_is_bit_exact(name: str, simulated: tuple[str, bytes]) -> None:
+    given = inputs(CASES[name])
+    total = run(CASES[name], name, *simulated, given)[1]
+    assert torch.equal(total, given[0] + given[1])
+
+
+def test_one_warp_needs_no_barrier_and_a_block_does() -> None:
+    assert "__syncthreads" not in source_of({"f": CASES["one_warp"]})
+    assert "__syncthreads" in source_of({"f": CASES["one_block"]})
+
+
+@pytest.mark.parametrize("width", [1, 2, 31, 33, 127, 1000, 1024, 1025, 2047, 4097, 10000, 16383, 16384, 32768, 65536])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tiles_cover_the_row_within_the_limits(width: int, dtype: str) -> None:
+    spec = add_norm(("rows", width), dtype).spec
+    for arch in ("sm_80", "sm_90"):
+        for tile in region_kernel.candidates(spec, architecture(arch)):
+            assert tile.span * tile.chunks * tile.parts >= width
+            assert tile.threads * tile.rows <= 1024
+            assert tile.streams or tile.vector * tile.chunks * BYTES[dtype] <= 128  # bytes of each value in registers
+            assert width % tile.vector == 0
+
+
+# ---- what has no kernel ----------------------------------------------------------------------------------------------
+
+STREAM = full(("rows", 8, 16))
+REFUSED = {
+    "a_product": ([STREAM, full((16, 16))], [(K.LINEAR, (0, 1, None))], "linear is more than one element's work"),
+    "norms_over_different_rows": (
+        [full((4, 8, 16))],
+        [(K.LAYER_NORM, (0, None, None), {"axis": 2}), (K.LAYER_NORM, (1, None, None), {"axis": 1})],
+        "over different rows",
+    ),
+    "a_norm_that_is_moved_first": (
+        [full((4, 4, 16))],
+        [(K.LAYER_NORM, (0, None, None), {"axis": 2}), (K.PERMUTE, (1,), {"perm": [1, 0, 2]}), (K.ADD, (1, 2))],
+        "moved before it is used up",
+    ),
+    "a_norm_over_unknown_extents": ([full((4, "n"))], [(K.LAYER_NORM, (0, None, None), {"axis": 1})], "not known"),
+    "a_view_along_unknown_extents": (
+        [full(("rows", 8))],
+        [(K.ROLL, (0,), {"axes": [0], "shifts": [1]}), (K.ADD, (0, 1))],
+        "not known before it runs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_kernel_computes_is_refused_with_the_reason(name: str) -> None:
+    operands, steps, reason = REFUSED[name]
+    shape = operands[0] if name != "norms_over_different_rows" else full((4, 8, 16))
+    case = Case(operands, steps, [(len(operands) + len(steps) - 1, shape)])
+    assert reason in region_kernel.refusal(case.spec, architecture("sm_90"))
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+# Loads and stores of 128 bits, and that there are no others; None where the layout or width asks for others.
+ASSEMBLED: dict[str, tuple[int, int] | None] = {
+    "one_warp": (12, 6),
+    "one_block": (8, 4),
+    "one_block_ragged": (8, 4),
+    "sandwich_bfloat16": (6, 2),
+    "windows_turned_back": (3, 2),
+    "group_norm_channels_last": None,
+    "streamed_in_shared_memory": None,
+    "scale_of_channels_last": (3, 1),
+    "concat_then_batch_norm": (6, 2),
+    "highway": (3, 1),
+    "padded_and_sliced": None,
+    "chosen_by_a_mask": None,
+}
+
+
+@pytest.fixture(scope="module")
+def assembled() -> dict[str, Any]:
+    if not compilers():
+        pytest.skip("neither nvcc nor NVRTC here")
+    source = source_of({name: CASES[name] for name in ASSEMBLED})
+    return {arch: to_cubin(source, arch) for arch in ("sm_80", "sm_90")}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_stay_in_registers(arch: str, assembled: dict[str, Any]) -> None:
+    usage = {kernel.kernel.removesuffix("_kernel"): kernel for kernel in assembled[arch].usage}
+    assert set(usage) == set(ASSEMBLED)
+    assert {name: kernel.spills + kernel.stack for name, kernel in usage.items()} == dict.fromkeys(ASSEMBLED, 0)
+
+
+def test_accesses_are_of_128_bits(assembled: dict[str, Any]) -> None:
+    if sass.disassembler() is None:
+        pytest.skip("no nvdisasm here")
+    read = {name.removesuffix("_kernel"): code.accesses for name, code in sass.read(assembled["sm_90"]).items()}
+    for name, wanted in ASSEMBLED.items():
+        if wanted is not None:
+            found = read[name]["global_loads"], read[name]["global_stores"]
+            assert found == ({128: wanted[0]}, {128: wanted[1]}), name

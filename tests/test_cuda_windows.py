@@ -25,7 +25,6 @@ from rescompile.backends.cuda.cubin import Cubin  # noqa: E402
 from rescompile.backends.cuda.depthwise import Depthwise  # noqa: E402
 from rescompile.backends.cuda.executable import cuda_source  # noqa: E402
 from rescompile.backends.cuda.pool import GlobalMean, GlobalMeans, Pool  # noqa: E402
-from rescompile.backends.cuda.schedule import thread_extents  # noqa: E402
 from rescompile.backends.cuda.targets import cuda_target  # noqa: E402
 from rescompile.backends.cuda.windows import Window, WindowTile, window_tiles  # noqa: E402
 
@@ -95,19 +94,9 @@ class Simulated:
         names = simulated_gpu.parameters(self.source, f"{name}_kernel")
         arrays = [buffers[part].contiguous().view(torch.uint8).numpy() for part in names if part in buffers]
         dynamic = [IMAGES] if "images" in names else []
-        dims = simulated_dims(self.functions[name], {"images": IMAGES})
+        dims = simulated_gpu.dims(self.functions[name], {"images": IMAGES})
         simulated_gpu.launch(self.library, f"{name}_kernel", arrays, dynamic, dims)
         return buffers["y"]
-
-
-def simulated_dims(function: Any, extents: dict[str, int]) -> list[int]:
-    """Blocks and threads of a launch."""
-    analyzer, found = tvm.sym.Analyzer(), {}
-    for tag, extent in thread_extents(function).items():
-        for variable in tvm.tirx.analysis.undefined_vars(tvm.tirx.Evaluate(extent)):
-            analyzer.bind(variable, tvm.tirx.const(extents[variable.name], "int64"))
-        found[tag] = int(analyzer.simplify(extent).value)
-    return [found.get(f"{kind}.{axis}", 1) for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
 
 
 @pytest.fixture(scope="module")

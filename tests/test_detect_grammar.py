@@ -41,7 +41,7 @@ def check(program: Program, graph: Graph, report: Report) -> None:
 
 @pytest.mark.parametrize("ir", REALISERS)
 @given(programs(), st.integers(0, 2**32))
-@settings(_UNHURRIED, max_examples=60)
+@settings(_UNHURRIED, max_examples=25)
 def test_detection_finds_what_the_grammar_generates(ir: str, program: Program, seed: int) -> None:
     varied = program.varied(seed)
     graph = REALISERS[ir](varied)
@@ -50,7 +50,7 @@ def test_detection_finds_what_the_grammar_generates(ir: str, program: Program, s
 
 @pytest.mark.parametrize("ir", REALISERS)
 @given(programs(), st.integers(0, 2**32))
-@settings(_UNHURRIED, max_examples=40)
+@settings(_UNHURRIED, max_examples=25)
 def test_detection_finds_it_where_shapes_and_dtypes_are_not_known(ir: str, program: Program, seed: int) -> None:
     varied = program.varied(seed).without_types(seed)
     graph = REALISERS[ir](varied)

@@ -46,7 +46,7 @@ def ancestors(value: Value) -> set[Value]:
 
 
 @given(dags(), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_meet_is_the_latest_common_ancestor(made: tuple[Graph, list[Value]], data: st.DataObject) -> None:
     graph, values = made
     reach = Reach(graph, near=data.draw(st.sampled_from((0, 4, 24))))
@@ -62,7 +62,7 @@ def test_meet_is_the_latest_common_ancestor(made: tuple[Graph, list[Value]], dat
 
 
 @given(dags(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_between_is_what_lies_on_the_ways(made: tuple[Graph, list[Value]], data: st.DataObject) -> None:
     graph, values = made
     reach = Reach(graph)
@@ -157,7 +157,7 @@ def residual_graphs(draw: st.DrawFn) -> tuple[Graph, list[Made]]:
 
 
 @given(residual_graphs())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_detection_finds_what_was_generated(generated: tuple[Graph, list[Made]]) -> None:
     graph, made = generated
     report = inspect_graph(graph)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import fx
 
 import rescompile as rc
@@ -21,9 +24,16 @@ INPUTS = {False: torch.randn(2, 6, WIDTH), True: torch.randn(2, WIDTH, 6, 6)}
 ROUTES = ("exported", "traced", "onnx")
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @cache
-def inspected(route: str, images: bool) -> tuple[Graph, Report]:
-    """All cases at once: an export takes as long for one as for a hundred."""
+def inspected(route: str, images: bool, folder: Path) -> tuple[Graph, Report]:
+    """All cases at once, and in ONNX, which takes longest, once for all processes."""
     torch.manual_seed(0)
     module = Collection({name: case for name, case in CASES.items() if case.images is images}).eval()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -31,7 +41,11 @@ def inspected(route: str, images: bool) -> tuple[Graph, Report]:
         logging.disable(logging.WARNING)
         try:
             if route == "onnx":
-                graph = rc.capture(torch.onnx.export(module, (INPUTS[images],), dynamo=True, verbose=False))
+                path = folder / f"spellings_{images}.onnx"
+                with FileLock(path.with_suffix(".lock")):
+                    if not path.exists():
+                        torch.onnx.export(module, (INPUTS[images],), dynamo=True, verbose=False).save(path)
+                graph = rc.load(path)
             elif route == "traced":
                 graph = rc.capture(fx.symbolic_trace(module))
             else:
@@ -48,9 +62,9 @@ def described(block: Block) -> str:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", CASES)
-def test_spelling(name: str, route: str) -> None:
+def test_spelling(name: str, route: str, folder: Path) -> None:
     case = CASES[name]
-    graph, report = inspected(route, case.images)
+    graph, report = inspected(route, case.images, folder)
     blocks = [block for block in report if block.join_op.module.split(".")[0] == name]
     found, expected = [described(block) for block in blocks], case.expected(route)
     if route == "onnx":  # which does not always say of a number whether it was trained or written
@@ -62,8 +76,8 @@ def test_spelling(name: str, route: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_couplings_are_beside_each_other(route: str) -> None:
-    _, report = inspected(route, images=False)
+def test_couplings_are_beside_each_other(route: str, folder: Path) -> None:
+    _, report = inspected(route, False, folder)
     blocks = [block for block in report if block.join_op.module.split(".")[0] == "three_couplings"]
     assert [block.parent for block in blocks] == [None] * 6
     assert [block.fork for block in blocks[2:]] == [block.join_value.name for block in blocks[:-2]]  # type: ignore[union-attr]

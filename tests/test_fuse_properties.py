@@ -31,7 +31,7 @@ from tests.residual_program import Program  # noqa: E402
 from tests.residual_realisers import in_fx, in_onnx  # noqa: E402
 
 _UNHURRIED = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], max_examples=25
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], max_examples=15
 )
 
 

@@ -19,6 +19,7 @@ from tests.plain_models import Autoencoder, PlainNet, StackedLstm, mlp
 pytest.importorskip("tvm")
 
 IRS = ("fx", "onnx")
+LARGE = ("alexnet", "vgg11")
 LARGEST = 1e-5  # difference, relative to the largest output
 Case = tuple[nn.Module, tuple[torch.Tensor, ...], str, int]
 
@@ -109,5 +110,7 @@ def test_result_is_saved_exported_and_compiled(name: str, ir: str, torchvision: 
         exported = rc.capture(torch.onnx.export(result.model, inputs, dynamo=True, verbose=False))
         assert difference(outputs(exported, inputs), expected) <= LARGEST
 
+    if name in LARGE and ir == "onnx":
+        return  # its kernels are those that were compiled from torch
     program = rc.compile(result.graph)
     assert difference(program(*(tensor.numpy() for tensor in inputs)), expected) <= LARGEST

@@ -288,7 +288,7 @@ class Bordered(nn.Module):
         return self.norm(self.work(F.pad(x, self.border)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_any_borders_dilations_and_groups_merge_exactly(data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, 3))
@@ -496,7 +496,7 @@ class BorderedBranch(nn.Module):
         return torch.tanh(self.skip(x) + self.work(x))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_any_borders_dilations_and_strides_reserve_exactly(data: st.DataObject) -> None:
     depth = data.draw(st.integers(2, 4))

@@ -62,6 +62,11 @@ class Candidate:
     tile: Any = None
     library: LibraryCall | None = None
 
+    @property
+    def inline(self) -> bool:
+        """Whether it is no kernel: whoever asked for it emits the operations themselves."""
+        return bool(getattr(self.family, "INLINE", False))
+
     def prim_func(self, spec: Any, name: str) -> Any:
         """The kernel. RescompileError for a library."""
         if self.family is None:
@@ -95,26 +100,29 @@ class Wanted:
 
 
 def candidates(wanted: Wanted, limits: Architecture, *, libraries: bool = True) -> list[Candidate]:
-    """Every way to compute the spec, in static order: our own kernels, then the plain form, then libraries."""
-    found = [
+    """Every way to compute the spec, in static order: our kernels, the plain form, libraries, what is composed."""
+    own = [
         Candidate(f"{_stem(family)} {tile}", family, tile)
         for family in wanted.families
         if not family.refusal(wanted.spec, limits)
         for tile in family.candidates(wanted.spec, limits)[:MOST_TILES]
     ]
+    found = [candidate for candidate in own if not candidate.inline]
     if not plain.refusal(wanted.spec, limits):
         found += [Candidate(f"schedule {tile}", plain, tile) for tile in plain.candidates(wanted.spec, limits)]
     if libraries:
         names = tuple(argument.name for argument in wanted.arguments)
         found += [Candidate(str(call), library=call) for call in library_candidates(wanted.spec, names)]
-    return found
+    return [*found, *(candidate for candidate in own if candidate.inline)]
 
 
 class KernelChoice:
     """The kernels of one program: what it wants, and what was chosen."""
 
-    def __init__(self, limits: Architecture) -> None:
+    def __init__(self, limits: Architecture, *, libraries: bool = False) -> None:
+        """`libraries`: whether torch's may be called also where nothing can be measured."""
         self.limits = limits
+        self.libraries = libraries
         self.wanted: dict[Any, Wanted] = {}
         self.choices: dict[Any, Choice] = {}
 
@@ -125,7 +133,7 @@ class KernelChoice:
         """
         wanted = self.wanted.setdefault(spec, Wanted(spec, tuple(families)))
         if spec not in self.choices:
-            own = candidates(wanted, self.limits, libraries=False)
+            own = candidates(wanted, self.limits, libraries=self.libraries)
             if not own:
                 why = "; ".join(str(family.refusal(spec, self.limits)) for family in families)
                 raise RescompileError(f"No kernel computes {spec} on {self.limits.name}: {why}.")
@@ -156,7 +164,8 @@ class KernelChoice:
         own = None if device is None else OwnRecords.load(cache_dir, device.facts)
         deadline = None if budget_s is None else time.monotonic() + budget_s
         entrants = {
-            spec: candidates(wanted, self.limits, libraries=device is not None) for spec, wanted in self.wanted.items()
+            spec: candidates(wanted, self.limits, libraries=self.libraries or device is not None)
+            for spec, wanted in self.wanted.items()
         }
         found: dict[Any, Choice | None] = {}
         for spec, listed in entrants.items():
@@ -183,10 +192,7 @@ def contest(
     wanted: Wanted, entrants: Sequence[tuple[Candidate, Built | None]], device: Device, *, captured: bool = True
 ) -> Choice:
     """The fastest of the candidates with the right numbers; None stands for one that does not build."""
-    ready = [
-        (candidate.label, candidate.library.function(device.torch) if candidate.library else built)
-        for candidate, built in entrants
-    ]
+    ready = [(candidate.label, _torchs(candidate, wanted.spec, device) or built) for candidate, built in entrants]
     verdicts = contests.contest(described(wanted.spec), Buffers(wanted.arguments, device), ready, device)
     costs = {
         verdict.label: verdict.timing.cost(captured=captured) for verdict in verdicts if verdict.timing is not None
@@ -199,6 +205,14 @@ def contest(
     winner = next(candidate for candidate, _ in entrants if candidate.label == label)
     reason = f"fastest of {len(costs)} timed on {device.facts['device']}"
     return Choice(winner, reason, costs[label], tuple(costs.items()), refused)
+
+
+def _torchs(candidate: Candidate, spec: Any, device: Device) -> Built | None:
+    """What torch runs in a candidate's place; None for a kernel of ours."""
+    if candidate.library is not None:
+        return candidate.library.function(device.torch)
+    made: Built | None = candidate.family.stand_in(spec, device.torch) if candidate.inline else None
+    return made
 
 
 def _all_built(
@@ -218,7 +232,7 @@ def _all_built(
 def _built(
     candidate: Candidate, spec: Any, build: Callable[[Any], Built | None], deadline: float | None
 ) -> Built | None:
-    if candidate.library is not None or (deadline is not None and time.monotonic() > deadline):
+    if candidate.library is not None or candidate.inline or (deadline is not None and time.monotonic() > deadline):
         return None
     try:
         return build(candidate.prim_func(spec, "kernel"))

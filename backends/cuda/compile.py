@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from rescompile.backends.cuda.choose import KernelChoice
 from rescompile.backends.cuda.cubin import CUBIN_DRIVER, Cubin, code_arch, to_cubin
 from rescompile.backends.cuda.device import Device
 from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
+from rescompile.backends.cuda.group_contractions import group_contractions
 from rescompile.backends.cuda.lower_region import KeptRegions
 from rescompile.backends.cuda.pipeline import generate
 from rescompile.backends.cuda.ptx import to_ptx
@@ -28,6 +29,7 @@ from rescompile.backends.cuda.schedule import schedule, schedule_with_rules
 from rescompile.backends.cuda.storage import StoragePlan, plan_storage
 from rescompile.backends.cuda.targets import architecture
 from rescompile.backends.fallback import Imports
+from rescompile.backends.heads import pack_heads
 from rescompile.backends.program import Program
 from rescompile.backends.regions import group_epilogues
 from rescompile.backends.reports import Region, generated
@@ -108,6 +110,9 @@ class _Program:
         return found
 
 
+_TORCH = "torch"  # in a target's `libs`: its libraries are there where the program runs
+
+
 def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Settings) -> Program:
     """A program for the GPUs of `targets`; this machine need not have one.
 
@@ -136,7 +141,7 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
     notes = [_note(cubin), _libraries(first.regions), first.note, *program.notes]
     notes += settings.contest.report.notes if settings.contest is not None else ()
     manifest = Manifest(
-        target=",".join(target.name for target in targets),
+        target=_named(targets),
         device="cuda",
         inputs=artifact.infos(graph.inputs),
         outputs=artifact.infos(graph.outputs),
@@ -148,7 +153,8 @@ def compile_cuda(graph: Graph, targets: Sequence[CompileTarget], settings: Setti
         compiler=cubin.compiler if cubin else "",
         cpu=",".join(str(target.arch) for target in targets),
         regions=[_described(region, cubin) for region in first.regions],
-        note=" ".join(note for note in notes if note),
+        note="; ".join(note for note in notes if note),
+        weights=list(program.weights),
         codes=program.codes,
         symbols=list(dict.fromkeys(dim for value in graph.inputs for dim in value.shape or () if isinstance(dim, str))),
         libraries=first.libraries,
@@ -167,9 +173,11 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if extents:
         specialise(work, extents)
     constants.fold(work, settings.imports)
+    pack_heads(work)
     group_epilogues(work)
+    group_contractions(work, limits, tf32=target.tf32)
     tell("lowering", 0, 3)
-    choice = KernelChoice(limits)
+    choice = KernelChoice(limits, libraries=_TORCH in (target.tvm.attrs.get("libs") or ()))
     lowering.lower(CudaEmitter(work, choice, tf32=target.tf32), settings.imports, contents=False, rules=CUDA_RULES)
     limit = None if settings.tuning is None else float(settings.tuning)
     choice.choose(_device(target), builder(target), settings.database, limit)
@@ -181,14 +189,13 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     scheduled = schedule_with_rules(module, target.tvm)
     plans: list[StoragePlan] = []
 
-    @tvm.transform.module_pass(opt_level=0, name="PlanStorage")
     def own_storage(made: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         planned, plan = plan_storage(made)
         plans.append(plan)
         return planned
 
     with cross_compiling():
-        passes = lowering.build_passes(own_storage)
+        passes = lowering.build_passes(tvm.transform.module_pass(own_storage, opt_level=0, name="PlanStorage"))
         executable = relax.build(scheduled.module, target=target.tvm, relax_pipeline=passes)
     regions = [*lowered.regions.values(), *generated(module, lowered.regions)]
     for region in regions:
@@ -196,7 +203,7 @@ def _build(graph: Graph, target: CompileTarget, extents: Extents, settings: Sett
     if contest is not None:
         contest.annotate(regions)
     source = cuda_source(executable.mod)
-    return _Built(executable.mod, source, lowered.weights, plans[0], regions, _packed_functions(module), kept.note())
+    return _Built(executable.mod, source, lowered.weights, plans[0], regions, packed_functions(module), kept.note())
 
 
 def _assemble(program: _Program, built: _Built, arch: str, extents: Extents) -> Cubin | None:
@@ -224,7 +231,7 @@ def _add_ptx(
     from rescompile.backends.targets import resolve
 
     if any(code_arch(one.source, str(target.arch)) != target.arch for one in built):
-        target = resolve(f"cuda:{_PLAIN}")
+        target = replace(resolve(f"cuda:{_PLAIN}"), tf32=target.tf32)
         built = [_build(graph, target, extents, settings) for extents in variants]
     for one, extents in zip(built, variants, strict=True):
         ptx = to_ptx(one.source, str(target.arch)) if one.source else None
@@ -251,6 +258,14 @@ def _buckets(graph: Graph, sizes: Sequence[int]) -> list[Extents]:
     return [{symbol: size} for size in sorted(set(sizes))]
 
 
+def _named(targets: Sequence[CompileTarget]) -> str:
+    """The targets as they are spelled."""
+    if len(targets) == 1:
+        return targets[0].name
+    names = [str(target.arch) for target in targets]
+    return f"cuda:{','.join(names)}{',tf32' if targets[0].tf32 else ''}"
+
+
 def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:
     return {
         "weights": sum(int(data.nbytes) for data in program.weights.values()),
@@ -260,7 +275,7 @@ def _storage(program: _Program, plan: StoragePlan) -> dict[str, int | None]:
     }
 
 
-def _packed_functions(module: tvm.IRModule) -> list[str]:
+def packed_functions(module: tvm.IRModule) -> list[str]:
     """What the code calls that neither it nor TVM's runtime holds."""
     found: dict[str, None] = {}
 

@@ -7,7 +7,7 @@ torch and kernels that were compiled elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol, TypeAlias
@@ -16,6 +16,7 @@ from rescompile.backends.cuda import reference
 from rescompile.backends.cuda.device import Device, Timing, rotations
 
 DYNAMIC_EXTENT = 4096  # what an extent that is known at run time only is timed at
+DYNAMIC_EXTENTS = 64  # what several of them are
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 TF32 = 4e-3  # of products whose factors are rounded to 10 bits
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "bool": 1}
@@ -82,6 +83,7 @@ class Buffers:
     def __init__(self, described: Sequence[Buffer], device: Device) -> None:
         self.described = list(described)
         self.device = device
+        self.shapes = shapes(described)
         self.copies = rotations(bytes_of(described), device.cache_bytes)
         first = [self._made(buffer, seed) for seed, buffer in enumerate(described)]
         self.sets = [first]
@@ -109,10 +111,10 @@ class Buffers:
         """Fresh blank outputs in the first copy: what the next candidate does not write shows."""
         for index, part in enumerate(self.described):
             if part.output:
-                self.sets[0][index] = self.device.blank(static(part.shape), part.dtype)
+                self.sets[0][index] = self.device.blank(self.shapes[index], part.dtype)
 
     def _made(self, buffer: Buffer, seed: int) -> Any:
-        shape = static(buffer.shape)
+        shape = self.shapes[seed]
         if buffer.output:
             return self.device.blank(shape, buffer.dtype)
         # Factors of a product are scaled so that its sums are of the size of one.
@@ -154,11 +156,13 @@ def tolerance(spec: reference.Plain, dtype: str) -> float:
     return max(TOLERANCE.get(dtype, 0.0), TF32 if products else 0.0)
 
 
-def static(shape: Iterable[int | None]) -> tuple[int, ...]:
-    """A shape with a number for the extent that is known at run time only."""
-    return tuple(DYNAMIC_EXTENT if extent is None else extent for extent in shape)
+def shapes(buffers: Sequence[Buffer]) -> list[tuple[int, ...]]:
+    """Shapes as they are timed: with a number for each extent that is known at run time only."""
+    several = any(buffer.shape.count(None) > 1 for buffer in buffers)
+    instead = DYNAMIC_EXTENTS if several else DYNAMIC_EXTENT
+    return [tuple(instead if extent is None else extent for extent in buffer.shape) for buffer in buffers]
 
 
-def bytes_of(buffers: Iterable[Buffer]) -> int:
+def bytes_of(buffers: Sequence[Buffer]) -> int:
     """Of all buffers, as they are timed."""
-    return sum(prod(static(buffer.shape)) * BYTES.get(buffer.dtype, 4) for buffer in buffers)
+    return sum(prod(shape) * BYTES.get(buffer.dtype, 4) for buffer, shape in zip(buffers, shapes(buffers), strict=True))

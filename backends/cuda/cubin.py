@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
+from rescompile.backends.cuda.bool_vectors import corrected
 from rescompile.errors import RescompileError
 
 # Neither fast math nor flushed denormals: what is verified on a processor must hold on the GPU. TVM's own callback
@@ -19,7 +20,7 @@ _OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 # Instructions that belong to one compute capability, and assemble only for its name with an a: no later GPU has them.
 _SPECIFIC = {"sm_90": re.compile(r"\bwgmma\.|\bsetmaxnreg\.")}
 # What cuda.h says of a tensor map, which NVRTC has no copy of.
-_TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
+TENSOR_MAP = """struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
 typedef struct CUtensorMap_st CUtensorMap;
 """
 
@@ -29,9 +30,7 @@ _STACK = re.compile(
 )
 _USED = re.compile(r"Used (?P<registers>\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
-
-
-_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];")
+_DYNAMIC_SHARED = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+) (?!dynamic_shared_)(\w+)\[\];")
 # Machine code that any CUDA 13 made runs on every driver of CUDA 13 (CUDA Compatibility, minor version compatibility).
 CUBIN_DRIVER = (13, 0)
 
@@ -72,11 +71,14 @@ def code_arch(source: str, arch: str) -> str:
 
 
 def ready_to_compile(source: str) -> str:
-    """TVM's source with one name for dynamic shared memory: kernels declare it alike and see it as they need it."""
+    """TVM's source, its booleans corrected, with one name for dynamic shared memory: kernels declare that alike.
+
+    A source that is so already stays as it is.
+    """
     return _DYNAMIC_SHARED.sub(
         r"extern __shared__ __align__(\1) uchar dynamic_shared_\1[];"
         r"\n  \2* \3 = reinterpret_cast<\2*>(dynamic_shared_\1);",
-        source,
+        corrected(source),
     )
 
 
@@ -126,7 +128,7 @@ def by_nvrtc(source: str, arch: str) -> Cubin | str | None:
     if path is None:
         return None
     if "CUtensorMap" in source:
-        source = _TENSOR_MAP + source
+        source = TENSOR_MAP + source
     data, log = nvrtc.compile_source(path, source, [f"--gpu-architecture={arch}", *_OPTIONS])
     return f"NVRTC: {_first_error(log)}" if data is None else Cubin(data, usage(log), "nvrtc")
 

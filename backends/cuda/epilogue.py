@@ -84,13 +84,24 @@ class Epilogue:
     def __init__(self, spec: ContractionSpec, call: Call) -> None:
         self.spec, self.call, self.width = spec, call, spec.result_vector
 
-    def read(self, batch: Expr, row: Expr, column: Expr, inside: Expr = None) -> list[Expr]:
-        """The operands' elements, in registers; not read where `inside` says that they are outside the result."""
+    def read(
+        self, batch: Expr, row: Expr, column: Expr, inside: Expr = None, above: Sequence[Expr] = ()
+    ) -> list[Expr]:
+        """The operands' elements, in registers; not read where `inside` says that they are outside the result.
+
+        above: what was read for the same columns of a row further up, of which this one takes what has no rows.
+        """
         operands = self.spec.epilogue.operands
         widths = [self.width if operand.column else 1 for operand in operands]
-        held = [local(width, operand.dtype) for operand, width in zip(operands, widths, strict=True)]
-        with guarded(inside if operands else None):
+        held = [
+            above[index] if above and not operand.row else local(width, operand.dtype)
+            for index, (operand, width) in enumerate(zip(operands, widths, strict=True))
+        ]
+        fresh = any(operand.row for operand in operands) or (operands and not above)
+        with guarded(inside if fresh else None):
             for operand, width, into in zip(operands, widths, held, strict=True):
+                if above and not operand.row:
+                    continue
                 source, at = self.call.buffers[operand.name], self._offset(operand, batch, row, column)
                 for first, count in _parts(width, operand.dtype):
                     vector(count, _copied(into, first, source, at + first))

@@ -45,7 +45,8 @@ class GpuProgram:
         self._padded: dict[tuple[int, ...], list[Any]] = {}
         with cudart.on_device(index):
             where = tvm_runtime.device(tvm_runtime.CUDA, index)
-            placed = {name: tvm_runtime.placed(data, where) for name, data in weights.items()}
+            wanted = {name for one in chosen for name in one.weights}
+            placed = {name: tvm_runtime.placed(data, where) for name, data in weights.items() if name in wanted}
             for one in chosen:
                 self._runners[one.extents.get(self._batch, 0)] = self._runner(code[one.file], one, placed)
         self._sizes = sorted(size for size in self._runners if size)

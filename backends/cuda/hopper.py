@@ -23,10 +23,22 @@ LARGEST_BOX = 256  # elements of a tensor map's box along any axis
 ALIGNMENT = 16  # bytes, of a tensor's address and of each of its strides
 
 _SWIZZLE_128B, _PROMOTE_L2_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-_HOLD = "hold_register"
+_HOLD = "hold_float"
 _HOLD_SOURCE = (
     f'__forceinline__ __device__ void {_HOLD}(float& value) {{\n  asm volatile("" : "+f"(value) : : "memory");\n}}\n'
 )
+# TVM has it for generic pointers alone.
+_WAIT = "wait_for_cluster"
+_WAIT_SOURCE = f"""__forceinline__ __device__ void {_WAIT}(unsigned barrier, int parity) {{
+  asm volatile(
+      "{{\\n"
+      ".reg .pred done;\\n"
+      "AGAIN:\\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\\n"
+      "@!done bra.uni AGAIN;\\n"
+      "}}\\n" : : "r"(barrier), "r"(parity) : "memory");
+}}
+"""
 _VECTORS = {1: "", 2: ".v2", 4: ".v4"}
 _PTX_DTYPES = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -36,8 +48,12 @@ def u32(value: int) -> Expr:
     return tvm.tirx.const(value, "uint32")
 
 
-def tensor_map(name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: Sequence[int]) -> Expr:
+def tensor_map(
+    name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: Sequence[int], steps: Sequence[int] = ()
+) -> Expr:
     """A tensor map that the host makes before the launch, of a dense tensor, its innermost axis first.
+
+    A copy brings box[i] elements along axis i, each `steps[i]` from the one before.
 
     What a box covers outside of the tensor reads as zero (CUDA driver API, cuTensorMapEncodeTiled, which demands: the
     address and all strides multiples of 16 bytes, boxes of at most 256 elements, the innermost one 128 bytes wide with
@@ -50,14 +66,16 @@ def tensor_map(name: str, data: Expr, dtype: str, extents: Sequence[Expr], box: 
     for extent in shape[:-1]:
         pitch = pitch * extent
         strides.append(pitch)
+    steps = steps or [1] * len(box)
     T.evaluate(
         T.tensormap_encode_tiled(
             handle,
             data,
             *shape,
             *strides,
-            *(_int64(side) for side in box),
-            *(_int64(1) for _ in box),
+            # The API counts what a box spans: ceil(span / step) elements are copied.
+            *(_int64(side * step) for side, step in zip(box, steps, strict=True)),
+            *(_int64(step) for step in steps),
             descriptor_dtype=dtype,
             rank=len(shape),
             swizzle=_SWIZZLE_128B,
@@ -109,16 +127,21 @@ def arrive(barrier: Expr) -> None:
 def arrive_at(barrier: Expr, rank: Expr) -> None:
     """Arrive at the barrier of this offset in another block of the cluster, with release semantics at its scope."""
     mapped = T.alloc_buffer((1,), "uint32", scope="local")
-    T.evaluate(T.ptx["mapa.shared::cluster.u32"](mapped[0], barrier, rank))
+    T.evaluate(T.ptx["mapa.shared::cluster.u32"](mapped[0], barrier, rank.astype("uint32")))
     T.evaluate(T.ptx["mbarrier.arrive.release.cluster.shared::cluster.b64"](mapped[0], u32(1)))
 
 
 def wait(barrier: Expr, parity: Expr, *, cluster: bool = False) -> None:
     """Wait until the phase of this parity is complete; what was done before its arrivals is then visible.
 
+    `cluster`: also where it was done by other blocks of the cluster.
+
     A new barrier counts as if the phase before its first, of parity 1, were complete (PTX ISA, mbarrier.try_wait).
     """
-    T.evaluate((T.cuda.mbarrier_wait_acquire_cluster if cluster else T.cuda.mbarrier_wait)(barrier, parity))
+    if cluster:
+        T.evaluate(T.cuda.func_call(_WAIT, barrier, parity, source_code=_WAIT_SOURCE))
+    else:
+        T.evaluate(T.cuda.mbarrier_wait(barrier, parity))
 
 
 @dataclass(frozen=True)
@@ -145,13 +168,15 @@ class Panel:
         """What one copy brings, innermost axis first."""
         return (self.TERMS, self.extent) if self.depth_last else (64, self.TERMS)
 
-    def load(self, to: Expr, handle: Expr, start: Expr, term: Expr, rest: Sequence[Expr], barrier: Expr) -> None:
+    def load(
+        self, to: Expr, handle: Expr, start: Expr, term: Expr, rest: Sequence[Expr], barrier: Expr, ctas: int = 0
+    ) -> None:
         """Begin to copy the tile that begins at this row and term; `rest` are coordinates of further axes."""
         if self.depth_last:
-            load_box(to, handle, [term, start, *rest], barrier)
+            load_box(to, handle, [term, start, *rest], barrier, ctas)
             return
         for block in range(self.extent // 64):
-            load_box(to + u32(block * self.BLOCK), handle, [start + block * 64, term, *rest], barrier)
+            load_box(to + u32(block * self.BLOCK), handle, [start + block * 64, term, *rest], barrier, ctas)
 
     def descriptor(self, address: Expr, block: int, step: int) -> Expr:
         """The matrix descriptor (PTX ISA, wgmma, Matrix Descriptor Format) of 64·`block` and following rows.
@@ -213,6 +238,16 @@ def store_shared(to: Expr, values: Sequence[Expr]) -> None:
 def load_shared(into: Sequence[Expr], address: Expr) -> None:
     """Read 1, 2 or 4 neighbouring float32 of shared memory."""
     T.evaluate(T.ptx[f"ld.shared{_VECTORS[len(into)]}.f32"](*into, address))
+
+
+def store_index(to: Expr, value: Expr) -> None:
+    """Write an int32 to shared memory."""
+    T.evaluate(T.ptx["st.shared.s32"](to, value))
+
+
+def load_index(into: Expr, address: Expr) -> None:
+    """Read an int32 of shared memory."""
+    T.evaluate(T.ptx["ld.shared.s32"](into, address))
 
 
 def take_registers(count: int) -> None:

@@ -137,6 +137,36 @@ def _norm(spec: Any, buffers: tuple[str, ...]) -> list[LibraryCall]:
     return [_call("norm", buffers, {"kind": spec.kind, "eps": spec.eps})]
 
 
+def _region(spec: Any, buffers: tuple[str, ...]) -> list[LibraryCall]:
+    """[sum = x + residual;] y = N(sum)·weight + bias: nothing else that memory bounds has a library."""
+    steps = spec.region.steps
+    count = spec.region.operands
+    added = len(steps) == 2 and steps[0].kind is OpKind.ADD and steps[0].inputs == (0, 1)
+    added = added and not _scaled(steps[0].attrs)
+    norm = steps[-1]
+    if len(steps) != 1 + added or norm.kind not in (OpKind.LAYER_NORM, OpKind.RMS_NORM):
+        return []
+    source = count if added else 0
+    names = {0: "x", **({1: "residual"} if added else {})}
+    for place, name in zip(norm.inputs[1:], ("weight", "bias"), strict=False):
+        if place is not None:
+            names[place] = name
+    made = {count + len(steps) - 1: "y", **({source: "sum"} if added else {})}
+    last = len(spec.operands[0].shape) - 1
+    plain = not any(tensor.order for tensor in (*spec.operands, *spec.outputs))
+    alike = len({tensor.dtype for tensor in (*spec.operands, *spec.outputs)}) == 1
+    whole = spec.operands[0].shape == spec.operands[min(1, source)].shape if added else True
+    if norm.inputs[0] != source or len(names) != count or norm.attrs["axis"] % (last + 1) != last:
+        return []
+    if not (plain and alike and whole) or any(value not in made for value in spec.region.outputs):
+        return []
+    called = (*(names[index] for index in range(count)), *(made[value] for value in spec.region.outputs))
+    if "y" not in called:
+        return []
+    kind = "layer" if norm.kind is OpKind.LAYER_NORM else "rms"
+    return [_call("norm", called, {"kind": kind, "eps": norm.attrs.get("eps", 1e-5)})]
+
+
 def _softmax(spec: Any, buffers: tuple[str, ...]) -> list[LibraryCall]:
     return [] if spec.floor is not None else [_call("softmax", buffers, {"log": spec.log})]
 
@@ -169,5 +199,6 @@ _RULES: dict[str, Callable[[Any, tuple[str, ...]], list[LibraryCall]]] = {
     "ContractionSpec": _contraction,
     "AttentionSpec": _attention,
     "NormSpec": _norm,
+    "RegionSpec": _region,
     "RowSoftmax": _softmax,
 }

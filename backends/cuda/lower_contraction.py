@@ -12,7 +12,7 @@ from typing import Any
 
 from tvm import relax
 
-from rescompile.backends.cuda import mma
+from rescompile.backends.cuda import mma, wgmma
 from rescompile.backends.cuda.contraction import BYTES, ContractionSpec
 from rescompile.backends.cuda.contraction_products import Product, product_of
 from rescompile.backends.cuda.epilogue_builder import SUM, Place, Tail, fused_tail
@@ -29,7 +29,9 @@ from rescompile.fused_region import Region, parse, step_types
 from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
-FAMILIES: tuple[Any, ...] = (mma,)  # the preferred one first; all have the same arguments
+# The preferred one first; all have the same arguments. wgmma has to win a measurement: its machine code is for one
+# compute capability, and no figures were taken yet.
+FAMILIES: tuple[Any, ...] = (mma, wgmma)
 
 _STEMS = {OpKind.CONV: "conv", OpKind.FUSED_CONV: "conv", OpKind.MATMUL: "matmul"}
 _MULTIPLIES = (OpKind.LINEAR, OpKind.MATMUL, OpKind.CONV)

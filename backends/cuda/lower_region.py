@@ -1,7 +1,7 @@
 """Fused regions and norms as calls of one GPU kernel each.
 
-A region that multiplies goes to the tensor-core kernels, one that memory bounds to `region_kernel`: norms over rows,
-elements, gates, concatenations, with the views between them as index arithmetic. Operands are read as they lie, channels
+A region that multiplies goes to the tensor-core kernels, one that memory bounds to `region_kernel`: norms over rows and
+elements, with the views between them as index arithmetic. Operands are read as they lie, channels
 last or not, and outputs lie as the largest operand does. What no kernel takes is written out before it is lowered.
 """
 
@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from rescompile.backends.cuda import lower_contraction, region_kernel
-from rescompile.backends.cuda.region_spec import NORMS, RegionSpec, Tensor
+from rescompile.backends.cuda.region_spec import NORMS, VIEWS, RegionSpec, Tensor
 from rescompile.backends.cuda.targets import Architecture
 from rescompile.backends.layouts import CHANNELS_LAST, NATIVE, Layout, to_channels_last
 from rescompile.backends.lower_norm import add_norm as add_norm_in_relax
 from rescompile.backends.lower_norm import group_norm as group_norm_in_relax
 from rescompile.backends.lower_norm import layer_norm as layer_norm_in_relax
+from rescompile.backends.rules import RULES, Rule
 from rescompile.backends.symbols import Extent
 from rescompile.errors import GraphError
-from rescompile.fused_region import Region, Step, parse
-from rescompile.graph import Op, Value
+from rescompile.fused_region import Region, Step, parse, step_types
+from rescompile.graph import Op, Role, Value
 from rescompile.kinds import OpKind, Trait
 
 K = OpKind
@@ -56,8 +57,9 @@ def refusal(op: Op, limits: Architecture, ir: str, *, tf32: bool = False) -> str
         return "an operand's shape or type is not known"
     if all(value.constant for value in op.operands):
         return "all that it reads is constant: it is computed beforehand"
-    if any(step.kind.has(Trait.WORK) and not step.kind.has(Trait.NORM) for step in program.steps):
-        return lower_contraction.region_refusal(op, limits, tf32)
+    if _multiplies(program):
+        reason = lower_contraction.region_refusal(op, limits, tf32)
+        return reason and (_refused_rest(op, program, limits, ir) and reason)
     named = {dim for value in op.operands for dim in value.shape or () if isinstance(dim, str)}
     if any(isinstance(dim, str) and dim not in named for value in op.outputs for dim in value.shape or ()):
         return "an extent of its result is none of its operands'"
@@ -68,12 +70,99 @@ def refusal(op: Op, limits: Architecture, ir: str, *, tf32: bool = False) -> str
 def fused_region(e: Any, op: Op) -> None:
     """Several operations in one kernel"""
     program = parse(op.attr("steps"))
-    if any(step.kind.has(Trait.WORK) and not step.kind.has(Trait.NORM) for step in program.steps):
-        made = lower_contraction.region(e, op)
+    if _multiplies(program):
+        made = lower_contraction.region(e, op) or _call_rest(e, op, program)
     else:
         made = _call(e, op, program, op.operands, op.outputs)
     if not made:
         raise GraphError(f"No GPU kernel computes the fused region '{op.name}': unfuse the model first.")
+
+
+# ---- a product, and then all the rest -------------------------------------------------------------------------------
+
+
+def _multiplies(program: Region) -> bool:
+    return any(_works(step) for step in program.steps)
+
+
+def _works(step: Step) -> bool:
+    return step.kind.has(Trait.WORK) and not step.kind.has(Trait.NORM)
+
+
+def _split(op: Op, program: Region) -> tuple[Op, Region, list[Value]] | None:
+    """The product of a region as an operation of its own, and the rest, which has the product as its last operand.
+
+    None where there is not one product of operands, or where what follows is no more than an epilogue.
+    """
+    at = [index for index, step in enumerate(program.steps) if _works(step)]
+    if len(at) != 1 or all(step.kind not in _MOVES | NORMS for step in program.steps):
+        return None
+    step = program.steps[at[0]]
+    if step.kind not in _PRODUCTS or any(place is not None and place >= program.operands for place in step.inputs):
+        return None
+    types = step_types(program, [value.type for value in op.operands], [value.type for value in op.outputs])
+    result = Value(f"{op.name}.product", types[at[0]].shape, types[at[0]].dtype, Role.RESULT)
+    if result.shape is None or result.dtype is None or program.operands + at[0] in program.outputs:
+        return None
+    inputs = [None if place is None else op.operands[place] for place in step.inputs]
+    attrs = {**step.kind.spec.attrs, **step.attrs}
+    product = Op(step.kind, f"{op.name}.product", inputs, [result], attrs)
+    result.producer = product
+    # The product becomes the next operand: steps before it move up by one, those behind it stay.
+    place = program.operands + at[0]
+
+    def moved(value: int | None) -> int | None:
+        if value is None or value < program.operands:
+            return value
+        return program.operands if value == place else value + (value < place)
+
+    steps = tuple(
+        Step(other.kind, tuple(moved(value) for value in other.inputs), other.attrs)
+        for other in program.steps
+        if other is not step
+    )
+    outputs = tuple(moved(value) or 0 for value in program.outputs)
+    return product, Region(program.operands + 1, steps, outputs), [*op.operands, result]
+
+
+def _refused_rest(op: Op, program: Region, limits: Architecture, ir: str) -> str:
+    split = _split(op, program)
+    if split is None:
+        return "what follows its product is an epilogue"
+    _, rest, operands = split
+    return region_kernel.refusal(_spec(*_used(rest, operands), op.outputs, {}, ir), limits)
+
+
+def _call_rest(e: Any, op: Op, program: Region) -> bool:
+    """Emit the product by the rule for its kind, and one kernel for the rest."""
+    split = _split(op, program)
+    if split is None:
+        return False
+    product, rest, operands = split
+    _PRODUCTS[product.kind](e, product)
+    steps, used = _used(rest, operands)
+    return _call(e, op, parse(steps), used, op.outputs)
+
+
+def _used(program: Region, operands: Sequence[Value]) -> tuple[str, list[Value]]:
+    """The program with the operands that it reads, and no others."""
+    read = {value for step in program.steps for value in step.inputs if value is not None} | {*program.outputs}
+    kept = [index for index in range(program.operands) if index in read]
+    places = {old: new for new, old in enumerate(kept)}
+    gone = program.operands - len(kept)
+
+    def moved(value: int) -> int:
+        return places[value] if value < program.operands else value - gone
+
+    steps = tuple(
+        Step(step.kind, tuple(None if value is None else moved(value) for value in step.inputs), step.attrs)
+        for step in program.steps
+    )
+    outputs = tuple(moved(value) for value in program.outputs)
+    return Region(len(kept), steps, outputs).text(), [operands[index] for index in kept]
+
+
+# ---- norms of their own ---------------------------------------------------------------------------------------------
 
 
 def layer_norm(e: Any, op: Op) -> None:
@@ -189,6 +278,13 @@ def _stem(spec: RegionSpec) -> str:
     return "concat" if K.CONCAT in kinds else "elementwise"
 
 
+_MOVES = VIEWS | {K.CONCAT}
+_PRODUCTS: dict[OpKind, Rule] = {
+    K.LINEAR: lower_contraction.linear,
+    K.MATMUL: lower_contraction.matmul,
+    K.CONV: lower_contraction.conv,
+    K.CONV_TRANSPOSE: RULES[K.CONV_TRANSPOSE],
+}
 REGIONS = {
     K.FUSED_REGION: fused_region,
     K.LAYER_NORM: layer_norm,

@@ -27,6 +27,10 @@ class Memory(Protocol):
     def stream(self) -> int:
         """The stream that the caller's work is on."""
 
+    @property
+    def capturing(self) -> bool:
+        """Whether the caller is capturing that stream."""
+
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """A tensor that is the caller's, ordered on `stream`."""
 
@@ -49,7 +53,7 @@ class TorchMemory:
     def __init__(self, index: int, *, libraries: bool) -> None:
         import torch
 
-        self._torch = torch
+        self._torch: Any = torch
         self._device = torch.device("cuda", index)
         self._libraries = libraries
 
@@ -57,6 +61,11 @@ class TorchMemory:
     def stream(self) -> int:
         """torch's current stream."""
         return int(self._torch.cuda.current_stream(self._device).cuda_stream)
+
+    @property
+    def capturing(self) -> bool:
+        """Whether `torch.cuda.graph` is around the call."""
+        return bool(self._torch.cuda.is_current_stream_capturing())
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """From torch's allocator: memory that another stream still uses is not handed out."""
@@ -71,10 +80,10 @@ class TorchMemory:
         return tensor[:count]
 
     def view(self, tensor: Any) -> Any:
-        """Without a copy and without synchronising."""
+        """Without a copy; as a capsule, since `__dlpack__` may let streams wait for each other."""
         import tvm_ffi
 
-        return tvm_ffi.from_dlpack(tensor)
+        return tvm_ffi.from_dlpack(self._torch.utils.dlpack.to_dlpack(tensor))
 
     def graph(self) -> Graph:
         """torch's own where torch's operations run inside: their memory must be kept for the graph."""
@@ -87,6 +96,11 @@ class PlainMemory:
     def __init__(self, index: int, stream: int = 0) -> None:
         self._device = tvm_runtime.device(tvm_runtime.CUDA, index)
         self.stream = stream
+
+    @property
+    def capturing(self) -> bool:
+        """Whether the stream is being captured."""
+        return cudart.is_capturing(self.stream)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """Allocated here and now."""

@@ -8,6 +8,7 @@ the row's number, so that the eight rows that a matrix is read from lie in diffe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import tvm
@@ -77,7 +78,7 @@ class MmaOperand:
         self,
         tile: OperandTile,
         shared: Expr,
-        source: MatrixSource | ImageSource,
+        source: MatrixSource | ImageSource | None,
         thread: Expr,
         lane: Expr,
         warp: Expr,
@@ -85,6 +86,8 @@ class MmaOperand:
     ) -> None:
         self.tile, self.shared, self.source = tile, shared, source
         self.thread, self.lane, self.warp, self.slice = thread, lane, warp, slice
+        if source is None:  # what another copies
+            return
         accesses = -(-tile.copies // tile.threads)
         source.begin(accesses, tile.depth, tile.vector)
         self.units = [self._unit(index) for index in range(accesses)]
@@ -107,18 +110,20 @@ class MmaOperand:
 
     def copy(self, step: Expr, slot: Expr) -> None:
         """Issue this thread's copies of a step into a slot."""
-        tile = self.tile
+        tile, source = self.tile, self.source
+        if source is None:
+            raise TypeError("an operand without a source copies nothing")
         for index, (row, element) in enumerate(self.units):
             if index == 0 or not self._keeps_column:
-                self.source.advance(step, element)
-            where, inside = self.source.access(index, row, element, step)
+                source.advance(step, element)
+            where, inside = source.access(index, row, element, step)
             to = tile.first + slot * tile.stride + self._swizzled(row, element)
             some = (index + 1) * tile.threads > tile.copies
             with guarded(self.thread + index * tile.threads < tile.copies if some else None):
-                self._copy(to, where, inside)
+                self._copy(to, source.buffer, where, inside)
 
-    def _copy(self, to: Expr, where: Expr, inside: Expr) -> None:
-        size, buffer = self.tile.vector * self.tile.size, self.source.buffer
+    def _copy(self, to: Expr, buffer: Expr, where: Expr, inside: Expr) -> None:
+        size = self.tile.vector * self.tile.size
         if size < 4:  # less than an asynchronous copy moves
             value = local(1, self.tile.dtype)
             store(value, buffer[where] if inside is None else self._or_zero(inside, buffer[where]), 0)
@@ -148,9 +153,9 @@ class MmaOperand:
         chunks = self.tile.width // self.tile.chunk
         if self._words:
             return row % 4 * 2  # four rows are read at a time, two chunks of each
-        if chunks >= 8:
-            return row % 8
-        return row // (8 // chunks) % chunks
+        # Of chunks in a row, as many as divide it change places: eight rows of as many chunks each fill all banks.
+        turning = gcd(chunks, 8)
+        return row // (8 // turning) % turning
 
     @property
     def _words(self) -> bool:

@@ -19,12 +19,24 @@ Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
 
 
 class MatrixSource:
-    """element[outer, k] of a matrix, outer·stride + k (`depth_last`) or k·stride + outer from `base` on."""
+    """element[outer, k] of a matrix: outer·stride + k (`depth_last`) or k·stride + outer from `base` on.
+
+    `stride` None: rows follow each other.
+    """
 
     def __init__(
-        self, buffer: Expr, base: Expr, first: Expr, extent: Expr, depth: int, depth_last: bool, wide: bool
+        self,
+        buffer: Expr,
+        base: Expr,
+        first: Expr,
+        extent: Expr,
+        depth: int,
+        depth_last: bool,
+        wide: bool,
+        stride: Expr = None,
     ) -> None:
         self.buffer, self.base, self.first, self.extent = buffer, base, first, extent
+        self.stride = stride if stride is not None else depth if depth_last else extent
         self.depth, self.depth_last, self.kind = depth, depth_last, "int64" if wide else "int32"
 
     def begin(self, accesses: int, step: int, vector: int) -> None:
@@ -36,16 +48,16 @@ class MatrixSource:
         """Compute where an access begins: `row` of the tile, `element` of the row."""
         if self.depth_last:
             outer = _least(self.first + row, self.extent - 1)
-            offset = as_kind(outer, self.kind) * self.depth + element
+            offset = as_kind(outer, self.kind) * self.stride + element
         else:
             outer = _least(self.first + element, self.extent - self.vector)
-            offset = as_kind(row, self.kind) * self.extent + outer
+            offset = as_kind(row, self.kind) * self.stride + outer
         store(self.offsets, as_kind(self.base + offset, self.kind), index)
 
     def advance(self, step: Expr, element: Expr | None) -> None:
         """Compute what all accesses of a step share."""
         first = as_kind(step, self.kind) * self.step
-        self.shift = first if self.depth_last else first * self.extent
+        self.shift = first if self.depth_last else first * self.stride
 
     def access(self, index: int, row: Expr, element: Expr, step: Expr) -> tuple[Expr, Expr]:
         """Where an access reads, and whether that is inside; None: always."""

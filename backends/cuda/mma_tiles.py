@@ -11,6 +11,10 @@ WARP = 32
 # Multiprocessors of the product that a compute capability stands for; others are taken to have as many.
 _MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_87": 16, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_103": 148}
 _REGISTERS = 65536  # of a multiprocessor
+# Of one multiprocessor and cycle: multiply-adds of tensor cores, bytes from L2. Cycles that a copy is under way.
+_MULTIPLIES = {"float16": 1024.0, "bfloat16": 1024.0, "float32": 512.0}
+_CACHE_BYTES = 32.0
+_LATENCY = 800.0
 _BITS = 31  # rows and columns of a kernel whose meeting an image is noted in one register
 _PADDING = 8  # floats between rows of sums in shared memory: the rows of a fragment then lie in different banks
 
@@ -118,23 +122,21 @@ def _fits(spec: ContractionSpec, tile: MmaTile, limits: Architecture) -> bool:
 
 
 def _cost(spec: ContractionSpec, tile: MmaTile, limits: Architecture) -> float:
-    """An estimate of the time, in multiply-adds of one multiprocessor: waves of blocks × what a block takes."""
+    """An estimate of the cycles: waves of blocks × what the blocks take that a multiprocessor holds at once."""
     processors = _MULTIPROCESSORS.get(limits.name, 132)
-    rows = spec.rows or 1024
-    blocks = -(-rows // tile.rows) * -(-spec.columns // tile.columns) * (spec.batch or 8)
+    size = BYTES[spec.dtype]
+    blocks = -(-(spec.rows or 1024) // tile.rows) * -(-spec.columns // tile.columns) * (spec.batch or 8)
     registers = min(255, 40 + (tile.warp_rows * tile.warp_columns) // WARP * 3 // 2)
-    resident = max(
-        1, min(_REGISTERS // (registers * tile.threads), limits.shared_bytes // tile.shared_bytes(spec.dtype))
-    )
-    busy = min(resident, max(1, -(-blocks // processors)))
+    resident = min(_REGISTERS // (registers * tile.threads), limits.shared_bytes // tile.shared_bytes(spec.dtype))
+    # The last wave is as long as a full one, but blocks that have a multiprocessor to themselves share nothing.
+    held = min(max(1, resident), -(-blocks // processors))
+    warps = held * tile.threads // WARP
+    area = tile.rows * tile.columns * tile.depth * held
+    multiply = area / (_MULTIPLIES[spec.dtype] * min(1.0, 0.2 + 0.1 * warps))
+    fragments = tile.warps[0] * tile.warps[1] * (tile.warp_rows + tile.warp_columns) * tile.depth * size * held / 128
+    copies = (tile.rows + tile.columns) * tile.depth * size * held / _CACHE_BYTES
+    work = max(multiply, fragments, copies)
+    step = max(work + 0.2 * (multiply + fragments + copies - work), _LATENCY / (tile.stages - 1))
     steps = -(-spec.depth // tile.depth)
-    # A block's step: multiply-adds at the tensor cores' rate, which few warps cannot reach, or its bytes at that of L2.
-    warps = busy * tile.threads // WARP
-    rate = 1024.0 * min(1.0, warps / 8) * min(1.0, (tile.warp_rows * tile.warp_columns / 1024) ** 0.5)
-    compute = tile.rows * tile.columns * tile.depth * busy / rate
-    load = (tile.rows + tile.columns) * tile.depth * BYTES[spec.dtype] * busy / 48.0
-    latency = 600.0 / (tile.stages - 1)
-    step = max(compute, load, latency)
-    epilogue = tile.rows * tile.columns * busy / 16.0 + 1500.0
-    waves = -(-blocks // (processors * busy))
-    return waves * (steps * step + epilogue)
+    ends = _LATENCY + 1500.0 + tile.rows * tile.columns * held / 24.0
+    return -(-blocks // (processors * held)) * (steps * step + ends)

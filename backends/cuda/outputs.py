@@ -13,44 +13,38 @@ _SAME_MEMORY = ("relax.reshape", "relax.memory.view", "relax.memory.ensure_zero_
 
 
 def own_outputs(module: tvm.IRModule) -> tvm.IRModule:
-    """What is an input, a weight, a view of one, or returned twice, is copied: its buffer is not the caller's to have."""
+    """A copy for what is an input, a weight, a view of one, or returned twice: its memory is not the caller's to have."""
     main = module["main"]
     body = main.body
-    if not isinstance(body, relax.SeqExpr):
-        return module
     values = {binding.var: binding.value for block in body.blocks for binding in block.bindings}
-    last = body.blocks[-1].bindings[-1]
     result = values[body.body]
     parts = list(result.fields) if isinstance(result, relax.Tuple) else [body.body]
-    builder = relax.BlockBuilder(module)
-    seen: list[Expr] = []
-    wanted: dict[int, Expr] = {}
+    taken: list[Expr] = []
+    shared: list[int] = []
     for index, part in enumerate(parts):
         base = _base(part, values)
-        fresh = base is not None and not any(base.same_as(other) for other in seen)
-        if fresh:
-            seen.append(base)
+        if base is None or any(base.same_as(other) for other in taken):
+            shared.append(index)
         else:
-            wanted[index] = part
-    if not wanted:
+            taken.append(base)
+    if not shared:
         return module
-    bindings = [*body.blocks[-1].bindings]
-    if isinstance(result, relax.Tuple):
-        bindings.remove(last)
-    for index, part in wanted.items():
-        call = builder.call_te(topi.identity, part, primfunc_name_hint="copy_output")
-        copied = relax.DataflowVar(f"copied_{index}", part.ty)
+    builder = relax.BlockBuilder(module)
+    last = body.blocks[-1]
+    bindings = [binding for binding in last.bindings if not binding.var.same_as(body.body) or len(parts) == 1]
+    for index in shared:
+        copied = relax.DataflowVar(f"copied_{index}", parts[index].ty)
+        call = builder.call_te(topi.identity, parts[index], primfunc_name_hint="copy_output")
         bindings.append(relax.VarBinding(copied, call))
         parts[index] = copied
-    packed = relax.Tuple(parts) if isinstance(result, relax.Tuple) else parts[0]
-    out = relax.Var("outputs", packed.ty if isinstance(result, relax.Tuple) else parts[0].ty)
-    bindings.append(relax.VarBinding(out, packed))
-    kind = type(body.blocks[-1])
-    blocks = [*body.blocks[:-1], kind(bindings)]
-    made = relax.Function(main.params, relax.SeqExpr(blocks, out), main.ret_ty, main.is_pure, main.attrs)
-    copied_module = builder.get()
-    copied_module.update_func(copied_module.get_global_var("main"), made)
-    return copied_module
+    returned = relax.Tuple(parts) if isinstance(result, relax.Tuple) else parts[0]
+    outputs = relax.Var("outputs", body.body.ty)
+    bindings.append(relax.VarBinding(outputs, returned))
+    blocks = [*body.blocks[:-1], type(last)(bindings)]
+    made = relax.Function(main.params, relax.SeqExpr(blocks, outputs), main.ret_ty, main.is_pure, main.attrs)
+    out = builder.get()
+    out.update_func(out.get_global_var("main"), made)
+    return out
 
 
 def _base(expr: Expr, values: dict[Expr, Expr]) -> Expr | None:

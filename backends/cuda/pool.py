@@ -24,11 +24,14 @@ from rescompile.backends.cuda.windows import (
     Patch,
     Window,
     WindowTile,
+    access,
     accumulators,
+    elements,
     flat_buffers,
     guarded_read,
     index,
     outside_bits,
+    settled,
     started,
     widest,
     window_function,
@@ -251,16 +254,16 @@ class GlobalMeans:
             block = threads.enter_context(T.launch_thread("blockIdx.x", count * blocks))
             strand = threads.enter_context(T.launch_thread("threadIdx.y", tile.strands))
             lane = threads.enter_context(T.launch_thread("threadIdx.x", tile.lanes))
-            channel = (index(block % blocks) * tile.lanes + lane) * tile.vector
-            _mean(spec, tile, buffers, (block // blocks, strand, lane, channel))
+            unit = settled(index(block % blocks) * tile.lanes + lane)
+            _mean(spec, tile, buffers, (block // blocks, strand, lane, unit))
         return builder.get()
 
 
 def _mean(spec: GlobalMean, tile: MeanTile, buffers: dict[str, Expr], place: tuple[Expr, ...]) -> None:
-    image, strand, lane, channel = place
+    image, strand, lane, unit = place
     width, shape = tile.vector, (tile.strands, tile.lanes * tile.vector)
     ragged = spec.channels % (tile.lanes * tile.vector) != 0
-    inside = channel < spec.channels if ragged else None
+    inside = unit * width < spec.channels if ragged else None
     total = local(width)
     unrolled(width, lambda i: store(total, const(0.0), i))
     held = local(_FLIGHT * width, spec.dtype)
@@ -271,7 +274,9 @@ def _mean(spec: GlobalMean, tile: MeanTile, buffers: dict[str, Expr], place: tup
         position = step * tile.strands + strand
         tests = [] if inside is None else [inside]
         tests += [] if sure else [position < spec.positions]
-        guarded_read(buffers["x"], image, position * spec.channels + channel, tests, held, spec.dtype, slot, width, 0.0)
+        guarded_read(
+            buffers["x"], image, position * (spec.channels // width) + unit, tests, held, spec.dtype, slot, width, 0.0
+        )
 
     def add(slot: int) -> None:
         unrolled(width, lambda i: store(total, total[i] + wide(held[slot * width + i]), i))
@@ -303,7 +308,8 @@ def _mean(spec: GlobalMean, tile: MeanTile, buffers: dict[str, Expr], place: tup
             guards.enter_context(T.If(tvm.tirx.all(*tests)))
             guards.enter_context(T.Then())
         unrolled(width, lambda i: store(staged, (total[i] * inverse).astype(spec.dtype), i))
-        vector(width, lambda i: T.buffer_store(buffers["y"], staged[i], [image, channel + i]))
+        at = elements(unit, width, image)
+        access(width, at, lambda i: T.buffer_store(buffers["y"], staged[i], [image, at + i]))
 
 
 def _meet(shape: tuple[int, int], total: Expr, strand: Expr, lane: Expr, width: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rescompile.backends.cuda import nvrtc
+from rescompile.backends.cuda.cubin import TENSOR_MAP, ready_to_compile
 
 OLDEST = (9, 0)  # of CUDA 13.0, the oldest whose drivers libcudart.so.13 takes
 _VERSION = re.compile(r"^\.version (\d+)\.(\d+)", re.MULTILINE)
@@ -35,6 +36,7 @@ class Ptx:
 
 def to_ptx(source: str, arch: str) -> Ptx | None:
     """PTX for an architecture and all later ones; None where neither nvcc nor NVRTC makes any."""
+    source = ready_to_compile(source)
     text = _by_nvcc(source, arch) or _by_nvrtc(source, arch)
     if text is None:
         return None
@@ -103,6 +105,8 @@ def _by_nvrtc(source: str, arch: str) -> str | None:
     path = nvrtc.library()
     if path is None:
         return None
+    if "CUtensorMap" in source:
+        source = TENSOR_MAP + source
     data, _ = nvrtc.compile_source(path, source, [f"--gpu-architecture={_virtual(arch)}", "-std=c++17"], "PTX")
     return None if data is None else data.decode()
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import reduce
 from typing import Any, TypeAlias
+
+from rescompile.backends.cuda.reference_steps import region, step_value
 
 Plain: TypeAlias = dict[str, Any]
 Tensors: TypeAlias = Mapping[str, Any]
 Wide: TypeAlias = Callable[[Any], Any]  # a tensor in the type that is computed in
-
-_ATTRIBUTES = {"approximate": "none", "slope": 0.01, "min": None, "max": None, "scales": None}
 
 
 def described(spec: Any) -> Plain:
@@ -153,19 +152,19 @@ def _depthwise(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
     y = torch.nn.functional.conv2d(
         x, weight, bias, window["stride"], 0, window["dilation"], window["channels"]
     ).permute(0, 2, 3, 1)
-    y = _activated(epilogue["inner"], y)
+    y = _activated(epilogue["inner"], y, wide)
     if epilogue["residual"]:
         y = y + wide(given["residual"])
-    return {"y": _activated(epilogue["outer"], y)}
+    return {"y": _activated(epilogue["outer"], y, wide)}
 
 
-def _activated(name: str, x: Any) -> Any:
+def _activated(name: str, x: Any, wide: Wide) -> Any:
     if name == "none":
         return x
     if name == "relu6":
         return x.clamp(0, 6)
     attrs = {"approximate": "tanh" if name == "gelu_tanh" else "none"}
-    return _elementwise()[name.removesuffix("_tanh")]({**_ATTRIBUTES, **attrs}, x)
+    return step_value(name.removesuffix("_tanh") if name.startswith("gelu") else name, attrs, [x], wide)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def _contraction(spec: Plain, given: Tensors, wide: Wide) -> dict[str, Any]:
         values.append(_broadcast(spec, operand, wide(given[operand["name"]]), sums.shape))
     for step in program["steps"]:
         attrs = {str(name): value for name, value in step["attrs"]}
-        values.append(step_value(step["kind"], attrs, [values[place] for place in step["inputs"]], sums, wide))
+        values.append(step_value(step["kind"], attrs, [values[place] for place in step["inputs"]], wide))
     return {
         output["name"]: values[output["value"]].expand(sums.shape).reshape(_result_shape(spec, sums))
         for output in program["outputs"]
@@ -265,56 +264,12 @@ def _out(conv: Plain, axis: int) -> int:
     return int((size + conv["pads"][axis] + conv["pads"][axis + 2] - reach) // conv["stride"][axis] + 1)
 
 
-def step_value(kind: str, attrs: Plain, inputs: Sequence[Any], like: Any, wide: Wide) -> Any:
-    """One elementwise operation, by the name of its kind. KeyError for a kind that is not known here."""
-    import torch
-
-    if kind == "full":
-        return torch.full((), float(attrs["value"]), dtype=like.dtype, device=like.device)
-    if kind == "cast":
-        return wide(inputs[0].to(getattr(torch, attrs["dtype"])))
-    return _elementwise()[kind]({**_ATTRIBUTES, **attrs}, *inputs)
-
-
-def _elementwise() -> dict[str, Callable[..., Any]]:
-    import torch
-    import torch.nn.functional as f
-
-    plain: dict[str, Callable[..., Any]] = {
-        "identity": lambda x: x, "mul": lambda *xs: reduce(torch.mul, xs), "div": torch.div, "pow": torch.pow,
-        "maximum": lambda *xs: reduce(torch.maximum, xs), "minimum": lambda *xs: reduce(torch.minimum, xs),
-        "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt,
-        "rsqrt": torch.rsqrt, "reciprocal": torch.reciprocal, "erf": torch.erf, "sin": torch.sin, "cos": torch.cos,
-        "floor": torch.floor, "ceil": torch.ceil, "round": torch.round, "sign": torch.sign, "relu": f.relu,
-        "silu": f.silu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "hardswish": f.hardswish, "mish": f.mish,
-        "softplus": f.softplus, "prelu": lambda x, slope: torch.where(x > 0, x, x * slope),
-        "where": lambda chosen, x, y: torch.where(chosen != 0, x, y),
-    }  # fmt: skip
-    return {
-        **{kind: _without_attributes(function) for kind, function in plain.items()},
-        "add": _add,
-        "gelu": lambda attrs, x: f.gelu(x, approximate=str(attrs["approximate"])),
-        "clip": lambda attrs, x: x if attrs["min"] is attrs["max"] is None else x.clamp(attrs["min"], attrs["max"]),
-        "leaky_relu": lambda attrs, x: f.leaky_relu(x, float(attrs["slope"])),
-        "elu": lambda attrs, x: f.elu(x, float(attrs.get("alpha", 1.0))),
-        "hardsigmoid": lambda attrs, x: (x * attrs.get("alpha", 1 / 6) + attrs.get("beta", 0.5)).clamp(0, 1),
-    }
-
-
-def _add(attrs: Plain, *terms: Any) -> Any:
-    scales = attrs["scales"] or [1.0] * len(terms)
-    return sum(term * scale for term, scale in zip(terms, scales, strict=True))
-
-
-def _without_attributes(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda attrs, *inputs: function(*inputs)
-
-
-_RULES: dict[str, Callable[[Plain, Tensors, Wide], dict[str, Any]]] = {
+_RULES: dict[str, Callable[[Plain, Tensors, Wide], dict[str, Any] | None]] = {
     "NormSpec": _norm,
     "RowSoftmax": _softmax,
     "AttentionSpec": _attention,
     "ContractionSpec": _contraction,
+    "RegionSpec": region,
     "Pool": _pool,
     "GlobalMean": _global_mean,
     "Depthwise": _depthwise,

@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from rescompile.backends.cuda import scalars
+from rescompile.backends.cuda import clusters, scalars
 from rescompile.backends.cuda.index import Lanes, Sum, Term, expression, lanes, size_of
 from rescompile.backends.cuda.region_nodes import Chosen, Guards, Load, Made, Node, Normed, Number, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
@@ -31,6 +31,7 @@ from rescompile.kinds import OpKind
 
 K = OpKind
 Expr = Any
+_WARP = 32
 
 # Kinds whose expression holds an operand more than once: it is computed beforehand.
 _ONCE = frozenset((K.ADD, K.MUL, K.DIV, K.CAST, K.NEG, K.ABS, K.EXP, K.SQRT, K.RSQRT, K.BATCH_NORM, K.RECIPROCAL))
@@ -91,6 +92,8 @@ def prim_func(spec: RegionSpec, tile: RegionTile, name: str) -> tvm.tirx.PrimFun
         block = stack.enter_context(T.launch_thread("blockIdx.x", blocks))
         inner = stack.enter_context(T.launch_thread("threadIdx.y", tile.rows))
         lane = stack.enter_context(T.launch_thread("threadIdx.x", tile.threads))
+        if trace.norms and tile.parts > 1:
+            stack.enter_context(T.launch_thread("clusterCtaIdx.x", tile.parts))
         _Thread(spec, trace, tile, flat, names, rows, (block, inner, lane)).emit()
     return builder.get()
 
@@ -146,6 +149,10 @@ class _Thread:
         self.held: dict[Node, tuple[Expr, bool]] = {}  # buffer, and whether it is in shared memory
         self.registers: dict[Load, _Registers] = {}
         elements = [tensor for tensor in (*spec.operands, *spec.outputs)]
+        self.stash: Expr = None  # shared memory for rows, and where each one's begins
+        self.places: dict[Node, int] = {}
+        self.shared: Expr = None  # of a cluster's blocks, and how much of it has been given out
+        self.taken = 0
         self.far = bool(spec.names) or any(_elements(tensor.shape) >= 1 << 31 for tensor in elements)
 
     def emit(self) -> None:
@@ -158,6 +165,11 @@ class _Thread:
     # ---- rows in registers -------------------------------------------------------------------------------------------
 
     def _emit_held(self) -> None:
+        clustered = bool(self.norms) and self.tile.parts > 1
+        if clustered:
+            # One buffer, whose places nothing else takes: another block may still read them.
+            size = 2 * len(self.norms) * (1 + self.tile.threads // _WARP)
+            self.shared = T.alloc_buffer((size,), self.spec.wide, scope="shared.dyn")
         for phase in range(self.last + 1):
             roots = self._roots(phase)
             sources = [node for node in self.sources if self._level(node) == phase]
@@ -188,6 +200,8 @@ class _Thread:
             for norm in self.norms:
                 if self._level(norm.source) == phase:
                     self._reduce(norm)
+        if clustered:
+            clusters.meet()  # no block ends while another reads its memory
 
     def _compute(self, chunk: Expr, sources: Sequence[Node], roots: dict[int, Node], staged: dict[int, Expr]) -> None:
         """Hold what is normalised next, and stage what is written, of one chunk."""
@@ -400,15 +414,15 @@ class _Thread:
 
     def _hold(self, node: Node, value: Expr, chunk: Expr, i: Expr) -> None:
         buffer, shared = self.held[node]
-        place = self._shared_at(chunk, i) if shared else self._slot(chunk) + i
+        place = self._shared_at(node, chunk, i) if shared else self._slot(chunk) + i
         store(buffer, value, place)
 
     def _held_at(self, node: Node, chunk: Expr, i: Expr) -> Expr:
         buffer, shared = self.held[node]
-        return buffer[self._shared_at(chunk, i) if shared else self._slot(chunk) + i]
+        return buffer[self._shared_at(node, chunk, i) if shared else self._slot(chunk) + i]
 
-    def _shared_at(self, chunk: Expr, i: Expr) -> Expr:
-        return chunk * self.tile.span + self.lane * self.tile.vector + i
+    def _shared_at(self, node: Node, chunk: Expr, i: Expr) -> Expr:
+        return self.places[node] + chunk * self.tile.span + self.lane * self.tile.vector + i
 
     # ---- statistics --------------------------------------------------------------------------------------------------
 
@@ -431,10 +445,20 @@ class _Thread:
                     store(total, total[0] + value, 0)
 
                 unrolled(self.tile.vector, add)
-            across_threads(total, self.tile.threads, self.lane, zero)
+            self._across(total, zero)
             return total
 
         self._finish(norm, step.attrs, over, inverse)
+
+    def _across(self, total: Expr, zero: Expr) -> None:
+        """The sum over all threads that have a part of the row, in all of them."""
+        if self.shared is None:
+            across_threads(total, self.tile.threads, self.lane, zero)
+            return
+        warps = self.tile.threads // _WARP
+        across_threads(total, self.tile.threads, self.lane, zero, shared=(self.shared, self.taken + 1))
+        clusters.across_cluster(total, self.tile.parts, self.shared, self.taken, self.lane)
+        self.taken += 1 + warps
 
     def _finish(
         self, norm: Normed, attrs: dict[str, Any], over: Callable[[Callable[[Expr], Expr]], Expr], inverse: Expr
@@ -462,7 +486,12 @@ class _Thread:
 
     def _statistics(self, norms: list[Normed], sources: list[Node], roots: dict[int, Node]) -> None:
         zero, inverse = (scalars.literal(x, self.spec.wide) for x in (0.0, 1.0 / self.width))
-        stashed = [node for node in sources if self.tile.stash]
+        # One buffer for all: TVM lays a second one over the first.
+        dtype = next(iter(self.sources.values()))
+        stashed = [node for node in sources if self.tile.stash and self.sources[node] == dtype]
+        if stashed and self.stash is None:
+            size = len(self.sources) * self.tile.chunks * self.tile.span
+            self.stash = T.alloc_buffer((size,), dtype, scope="shared.dyn")
         first: list[Any] = []
         totals: dict[int, Expr] = {}
         for norm in norms:
@@ -500,8 +529,8 @@ class _Thread:
     def _pass(self, roots: dict[int, Node], stashed: list[Node], sums: list[Any]) -> None:
         """One pass over the row: write outputs, keep what is normalised, add up terms of it."""
         for node in stashed:
-            size = self.tile.chunks * self.tile.span
-            self.held[node] = (T.alloc_buffer((size,), self.sources[node], scope="shared.dyn"), True)
+            self.held[node] = (self.stash, True)
+            self.places[node] = len(self.places) * self.tile.chunks * self.tile.span
         fresh = set(stashed)
         wanted = [*stashed, *(norm.source for norm, _, _ in sums), *roots.values()]
         held = {node: self.held.pop(node) for node in stashed}

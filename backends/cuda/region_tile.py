@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rescompile.backends.cuda.index import lanes
 from rescompile.backends.cuda.region_nodes import Chosen, Load, Made, Node, Normed, Trace
 from rescompile.backends.cuda.region_spec import ACCESS, BYTES, RegionSpec
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.cuda.targets import Architecture
 
 _WARP = 32
@@ -15,14 +16,17 @@ _MOST = 1024  # threads of a block
 _ONE_WARP = 1024  # elements of the widest row that one warp holds
 _HELD = 64  # bytes of a row that one thread holds for each value that a later phase needs
 _STATIC_SHARED = 48 << 10
+_SHARED_ROW = 32 << 10  # bytes of a row from which on a cluster of blocks may serve it better than one
+_CLUSTER = (2, 4, 8)  # blocks
 
 
 @dataclass(frozen=True)
 class RegionTile:
     """`vector` elements an access, `threads` a row, `chunks` accesses a thread, `rows` a block.
 
-    `parts`: blocks that share a row (of a region without norms). `streams`: a row that no block holds is read chunk by
-    chunk, once for each pass over it; `stash`: what is normalised stays in shared memory between the passes.
+    `parts`: blocks that share a row: a cluster of them where norms have to know all of it. `streams`: a row that no
+    block holds is read chunk by chunk, once for each pass over it; `stash`: what is normalised stays in shared memory
+    between the passes.
     """
 
     vector: int
@@ -46,8 +50,9 @@ def candidates(spec: RegionSpec, limits: Architecture | None = None) -> list[Reg
     width = trace.space.width.number
     if not trace.norms:
         return _element_tiles(width, vector, trace.space.rows.number if not trace.space.rows.names else None)
-    shared = limits.shared_bytes if limits is not None else _STATIC_SHARED
-    return _row_tiles(spec, trace, width, vector, shared)
+    tiles = _row_tiles(spec, trace, width, vector, limits)
+    # Without shuffles a row is summed in shared memory, by a block of its own.
+    return list(dict.fromkeys(replace(tile, rows=1) for tile in tiles)) if is_portable() else tiles
 
 
 def vector_of(spec: RegionSpec, trace: Trace) -> int:
@@ -55,7 +60,7 @@ def vector_of(spec: RegionSpec, trace: Trace) -> int:
     width = trace.space.width.number
     streams = [load for value in spec.region.outputs for load in loads(trace.root(value)) if is_stream(spec, load)]
     tensors = [*(spec.operands[load.operand] for load in streams), *spec.outputs]
-    vector = max(1, min(8, max(ACCESS[tensor.dtype] for tensor in tensors)))
+    vector = max(1, min(widest_lanes(), max(ACCESS[tensor.dtype] for tensor in tensors)))
     while width % vector:
         vector //= 2
     # Lanes that no access joins would only cost registers.
@@ -126,7 +131,7 @@ def _element_tiles(width: int, vector: int, rows: int | None) -> list[RegionTile
     return list(dict.fromkeys(found))
 
 
-def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, shared: int) -> list[RegionTile]:
+def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, limits: Architecture | None) -> list[RegionTile]:
     held = max(BYTES[spec.dtype(value)] for value in {spec.step(norm).inputs[0] for norm in trace.norms})  # type: ignore[union-attr]
     most = max(vector, _HELD // held)  # elements of a row that one thread holds
     accesses = -(-width // vector)
@@ -144,9 +149,25 @@ def _row_tiles(spec: RegionSpec, trace: Trace, width: int, vector: int, shared: 
         threads = min(-(-width // (_WARP * per_thread)), -(-accesses // _WARP)) * _WARP
         if threads <= _MOST:
             found.append(RegionTile(vector, threads, -(-accesses // threads)))
-    if not found:
-        row = width * held
-        for threads in (1024, 512):
+    if limits is not None and limits.number >= 90 and not is_portable() and width * held >= _SHARED_ROW:
+        # Small blocks, of several rows at once on a multiprocessor, keep reading while one row's blocks meet.
+        wide = _cluster_tiles(width, vector)
+        found = [*wide, *found] if width * held >= 2 * _SHARED_ROW or not found else [*found, *wide]
+    if not found or width * held > _SHARED_ROW * 2:
+        row, shared = len(trace.norms) * width * held, limits.shared_bytes if limits is not None else _STATIC_SHARED
+        for threads in (512,):
             stash = row <= shared - (2 << 10)
             found.append(RegionTile(vector, threads, -(-accesses // threads), streams=True, stash=stash))
     return list(dict.fromkeys(found))
+
+
+def _cluster_tiles(width: int, vector: int) -> list[RegionTile]:
+    """Rows of clusters of blocks, 16 elements a thread, the smallest blocks that eight are enough of first."""
+    found = []
+    accesses = -(-width // vector)
+    for threads in (256, 512, 1024):
+        held = max(vector, 16)
+        blocks = next((blocks for blocks in _CLUSTER if blocks * threads * held >= width), None)
+        if blocks is not None:
+            found.append(RegionTile(vector, threads, -(-accesses // (threads * blocks)), parts=blocks))
+    return found[:2]

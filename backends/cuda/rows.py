@@ -16,6 +16,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from rescompile.backends.cuda.scalars import is_portable, widest_lanes
 from rescompile.backends.kernels import Argument
 
 Expr = Any  # tvm.tirx expressions, buffers and Python integers alike
@@ -28,6 +29,8 @@ _THREADS = 128  # of a block in which each warp, or part of one, has a row of it
 _ACCESS = 16  # bytes: the widest load and store
 _PER_THREAD = 16  # elements that a thread of a block-wide row holds
 _ONE_WARP = 1024  # the widest row that one warp holds: 32 elements a thread
+_STREAMING = 512  # threads for a row that no block holds
+_MOST = 1024  # threads of a block
 _EVERY_LANE = 0xFFFFFFFF
 _OPAQUE = 8  # Relax's op pattern "opaque": never fused into, never fused away
 
@@ -47,9 +50,9 @@ class RowTile:
         return self.vector * self.threads
 
 
-def row_tile(width: int, dtype: str) -> RowTile:
-    """The tile for rows of `width` elements, `dtype` being the widest type that is read or written."""
-    vector = _ACCESS // _bytes(dtype)
+def row_tiles(width: int, dtype: str) -> list[RowTile]:
+    """The tiles for rows of `width` elements, `dtype` being the widest type that is read or written; the best first."""
+    vector = min(_ACCESS // _bytes(dtype), widest_lanes())
     while width % vector:
         vector //= 2
     accesses = width // vector
@@ -57,10 +60,18 @@ def row_tile(width: int, dtype: str) -> RowTile:
         threads = 1
         while threads < min(accesses, _WARP):
             threads *= 2
-        return RowTile(vector, threads, -(-accesses // threads), _THREADS // threads)
-    warps = min(-(-width // (_WARP * _PER_THREAD)), -(-accesses // _WARP))
-    threads = _WARP * warps
-    return RowTile(vector, threads, -(-accesses // threads), 1)
+        chunks = -(-accesses // threads)
+        # Without shuffles a row is summed in shared memory, by a block of its own.
+        beside = (1,) if is_portable() else (_THREADS // threads, 2 * _THREADS // threads)
+        return [RowTile(vector, threads, chunks, rows) for rows in beside]
+    if width > WIDEST:
+        return [RowTile(vector, threads, -(-accesses // threads), 1) for threads in (_STREAMING, 2 * _STREAMING)]
+    found = []
+    for held in (_PER_THREAD, _PER_THREAD // 2):
+        threads = _WARP * min(-(-width // (_WARP * held)), -(-accesses // _WARP))
+        if threads <= _MOST:
+            found.append(RowTile(vector, threads, -(-accesses // threads), 1))
+    return list(dict.fromkeys(found))
 
 
 def row_function(
@@ -113,15 +124,15 @@ class Row:
         """Elements that a thread holds."""
         return self.tile.chunks * self.tile.vector
 
-    def read(self, name: str, into: Expr, slot: int, chunk: int) -> None:
+    def read(self, name: str, into: Expr, slot: int, chunk: Expr) -> None:
         """into[slot] = the thread's access of a chunk, of its row or of what all rows share; zeros past the end"""
-        tile, source, column = self.tile, self.buffers[name], self._column(chunk)
+        tile, source, column = self.tile, self.buffers[name], self.column(chunk)
         lead = [] if len(source.shape) == 1 else [self.row]
 
         def load() -> None:
             vector(tile.vector, lambda i: store(into, source[*lead, column + i], slot * tile.vector + i))
 
-        if not self._ragged(chunk):
+        if not self.ragged(chunk):
             load()
             return
         zero = tvm.tirx.const(0, self.dtypes[name])
@@ -131,14 +142,14 @@ class Row:
             with T.Else():
                 unrolled(tile.vector, lambda i: store(into, zero, slot * tile.vector + i))
 
-    def write(self, name: str, source: Expr, slot: int, chunk: int) -> None:
+    def write(self, name: str, source: Expr, slot: int, chunk: Expr) -> None:
         """The thread's access of a chunk = source[slot]; nothing past the row's end."""
-        tile, target, column = self.tile, self.buffers[name], self._column(chunk)
+        tile, target, column = self.tile, self.buffers[name], self.column(chunk)
         with ExitStack() as guards:
             if self.inside is not None:
                 guards.enter_context(T.If(self.inside))
                 guards.enter_context(T.Then())
-            if self._ragged(chunk):
+            if self.ragged(chunk):
                 guards.enter_context(T.If(column < self.width))
                 guards.enter_context(T.Then())
             vector(
@@ -157,7 +168,7 @@ class Row:
         total = local(1)
         store(total, start, 0)
         for chunk in range(self.tile.chunks):
-            here = self._column(chunk) < self.width if self._ragged(chunk) else None
+            here = self.column(chunk) < self.width if self.ragged(chunk) else None
 
             def add(i: Expr, first: int = chunk * self.tile.vector, here: Expr = here) -> None:
                 value = term(first + i)
@@ -168,34 +179,67 @@ class Row:
         across_threads(total, self.tile.threads, self.lane, start, largest)
         return total
 
-    def _column(self, chunk: int) -> Expr:
+    def column(self, chunk: Expr) -> Expr:
+        """Where the thread's access of a chunk begins in the row."""
         return self.lane * self.tile.vector + chunk * self.tile.span
 
-    def _ragged(self, chunk: int) -> bool:
-        """Whether some threads of the row have nothing to do in this chunk."""
-        return (chunk + 1) * self.tile.span > self.width
+    def ragged(self, chunk: Expr) -> bool:
+        """Whether some threads of the row have nothing to do in this chunk, or, where that is not known yet, in any."""
+        last = chunk + 1 if isinstance(chunk, int) else self.tile.chunks
+        return bool(last * self.tile.span > self.width)
 
 
-def across_threads(total: Expr, threads: int, lane: Expr, start: Expr, largest: bool = False) -> None:
-    """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them."""
+def across_threads(
+    total: Expr,
+    threads: int,
+    lane: Expr,
+    start: Expr,
+    largest: bool = False,
+    shared: tuple[Expr, int] | None = None,
+) -> None:
+    """total[0] = the sum, or the largest, over the threads of a row, `start` being what none adds; in all of them.
+
+    shared: where each warp's is to be kept, and from which place on; by default in memory of its own.
+    """
+    if is_portable():
+        _in_shared(total, threads, lane, largest)
+        return
     _shuffle(total, min(threads, _WARP), largest)
     if threads <= _WARP:
         return
     warps = threads // _WARP
-    partial = T.alloc_buffer((warps,), total.dtype, scope="shared")
+    partial, first = shared or (T.alloc_buffer((warps,), total.dtype, scope="shared"), 0)
     inner = lane % _WARP
     with T.If(inner == 0), T.Then():
-        store(partial, total[0], lane // _WARP)
+        store(partial, total[0], lane // _WARP + first)
     T.evaluate(T.tvm_storage_sync("shared"))
     if warps == _WARP:
-        store(total, partial[inner], 0)
+        store(total, partial[inner + first], 0)
     else:
         with T.If(inner < warps):
             with T.Then():
-                store(total, partial[inner], 0)
+                store(total, partial[inner + first], 0)
             with T.Else():
                 store(total, start, 0)
     _shuffle(total, _WARP, largest)
+
+
+def _in_shared(total: Expr, threads: int, lane: Expr, largest: bool) -> None:
+    """The same without shuffles, of a block that has one row: a tree in shared memory."""
+    if threads == 1:
+        return
+    partial = T.alloc_buffer((threads,), total.dtype, scope="shared")
+    store(partial, total[0], lane)
+    T.evaluate(T.tvm_storage_sync("shared"))
+    half = 1
+    while 2 * half < threads:
+        half *= 2
+    while half:
+        with T.If(lane < min(half, threads - half)), T.Then():
+            store(partial, _joined(partial[lane], partial[lane + half], largest), lane)
+        T.evaluate(T.tvm_storage_sync("shared"))
+        half //= 2
+    store(total, partial[0], 0)
 
 
 def local(size: int, dtype: str = "float32") -> Expr:

@@ -15,19 +15,18 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from rescompile.backends.cuda import softmax
+from rescompile.backends.cuda import composed, flash, softmax
 from rescompile.backends.cuda.choose import KernelChoice, explained
 from rescompile.backends.cuda.libraries import GLOBAL
 from rescompile.backends.cuda.lower_contraction import conv as product_conv
 from rescompile.backends.cuda.lower_contraction import linear, matmul
 from rescompile.backends.cuda.lower_region import REGIONS
 from rescompile.backends.cuda.lower_windows import WINDOWS, depthwise
-from rescompile.backends.cuda.rows import row_tile
 from rescompile.backends.cuda.softmax import RowSoftmax
 from rescompile.backends.cuda.targets import Architecture, architecture
 from rescompile.backends.emitter import Emitter, Expr
-from rescompile.backends.kernels import Argument, NormSpec
-from rescompile.backends.lower_attention import MASKED, attention_in_relax, softmax_in_relax
+from rescompile.backends.kernels import Argument, AttentionSpec
+from rescompile.backends.lower_attention import MASKED, attention_by_kernel, attention_in_relax, softmax_in_relax
 from rescompile.backends.lower_reduce import REDUCTIONS, product
 from rescompile.backends.reports import Region, bytes_of
 from rescompile.backends.rules import RULES
@@ -89,14 +88,20 @@ class CudaEmitter(Emitter):
             return None
         rows = lead if isinstance(lead, int) else None
         spec = RowSoftmax(rows, shape[-1], self.dtype(x), out_dtype, log, floor)
-        if not softmax.takes(spec):
+        if not self.takes(spec, softmax):
             return None
-        return self.reshape(self.call_rows(op, spec, "softmax", softmax, spec.dtype, {"x": x}, lead)[0], shape)
+        return self.reshape(self.call_kernel(op, spec, softmax, "softmax", {"x": x}, lead)[0], shape)
 
     @property
     def limits(self) -> Architecture:
         """What the GPU can do."""
         return self.choice.limits
+
+    def call(self, op: Op, spec: Any, given: Mapping[str, Expr], rows: Extent | None = None) -> list[Expr]:
+        """Call what computes attention, one kernel before all else; nothing where it is to be composed."""
+        if not isinstance(spec, AttentionSpec):
+            return super().call(op, spec, given, rows)
+        return self.call_kernel(op, spec, (flash, composed), "attention", given)
 
     def takes(self, spec: Any, *families: Any) -> bool:
         """Whether one of the families, modules as in `choose.Family`, has a kernel for the spec."""
@@ -111,7 +116,7 @@ class CudaEmitter(Emitter):
         given: Mapping[str, Expr],
         rows: Rows = None,
     ) -> list[Expr]:
-        """Call what was chosen to compute a spec with buffers by name; the outputs, a list also where there is one.
+        """Call what was chosen to compute a spec with buffers by name; the outputs, none where it is to be composed.
 
         Args:
             families: a module as in `choose.Family`, or several with the same arguments, the preferred one first.
@@ -120,6 +125,8 @@ class CudaEmitter(Emitter):
         """
         served = tuple(families) if isinstance(families, Sequence) else (families,)
         choice = self.choice.pick(spec, served)
+        if choice.candidate.inline:
+            return []
         buffers: list[Argument] = served[0].arguments(spec)
         if spec not in self._calls:
             name = f"{stem}_{len(self.regions)}"
@@ -133,6 +140,7 @@ class CudaEmitter(Emitter):
                 tile=choice.candidate.label,
                 flops=getattr(spec, "flops", None) if static else None,
                 bytes=bytes_of(buffers) if static else None,
+                dtype=str(getattr(spec, "dtype", "")),
                 **explained(choice),
             )
         library = choice.candidate.library
@@ -144,36 +152,6 @@ class CudaEmitter(Emitter):
             return relax.op.call_dps_packed(GLOBAL, told, types)
 
         return self._called(op, self._calls[spec], buffers, given, rows, call)
-
-    def call_rows(
-        self,
-        op: Op,
-        spec: NormSpec | RowSoftmax,
-        stem: str,
-        kernel: Any,
-        dtype: str,
-        given: Mapping[str, Expr],
-        rows: Extent | None,
-    ) -> list[Expr]:
-        """Call a kernel over rows: `kernel` is its module."""
-        buffers = kernel.arguments(spec)
-        if spec not in self._kernels:
-            name = f"{stem}_{len(self.regions)}"
-            self._kernels[spec] = self.bb.add_func(kernel.prim_func(spec, name), name)
-            static = spec.rows is not None
-            self.regions[name] = Region(
-                name,
-                "softmax" if isinstance(spec, RowSoftmax) else "norm",
-                spec=str(spec),
-                tile=str(row_tile(spec.width, dtype)),
-                bytes=bytes_of(buffers) if static else None,
-            )
-        function = self._kernels[spec]
-
-        def call(operands: list[Expr], types: Any) -> Expr:
-            return relax.call_tir(function, relax.Tuple(operands), types)
-
-        return self._called(op, self.regions[function.name_hint], buffers, given, rows, call)
 
     def _called(
         self,
@@ -211,8 +189,9 @@ def conv(e: Emitter, op: Op) -> None:
 
 
 def attention(e: Emitter, op: Op) -> None:
-    """y = softmax(scale·q·kᵀ + mask)·v: two products, and one pass over the scores between them"""
-    e.bind(op.output, attention_in_relax(e, op, _attention_weights))
+    """y = softmax(scale·q·kᵀ + mask)·v: a library's, or two products and one pass over the scores between them"""
+    if not attention_by_kernel(e, op):
+        e.bind(op.output, attention_in_relax(e, op, _attention_weights))
 
 
 def _attention_weights(e: Emitter, op: Op, scores: Expr, dtype: str) -> Expr:

@@ -14,9 +14,12 @@ inputs and write outputs too, needs no storage of the machine's own, and takes t
 
 from __future__ import annotations
 
+import gc
+import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +29,15 @@ from rescompile.backends import tvm_runtime
 from rescompile.backends.artifact import TensorInfo
 from rescompile.backends.cuda import cudart
 from rescompile.backends.cuda.memory import Graph, Memory, PlainMemory
+from rescompile.errors import RescompileError
 
 WARM_UP = 2  # calls before the first capture: kernels are loaded, libraries choose their algorithms
 EXACT = 8
 STALE = 256
 _REMEMBERED = 32  # addresses of so many calls, to see whether they come again
+_LEAST = 256  # bytes of a workspace: an address is wanted even of nothing
+_SHARED = re.compile(r"allowed dynamic shared memory size to (\d+)")
+_LOADING = "cuModuleLoadData"
 
 
 @dataclass
@@ -67,7 +74,7 @@ class GpuRunner:
         self.inputs, self._outputs = inputs, outputs
         self._dynamic = dynamic
         self._device = tvm_runtime.device(tvm_runtime.CUDA, index)
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[tuple[str, int], _Lane] = {}
         self._plans: dict[tuple[int, ...], tuple[int, list[tuple[int, ...]]]] = {}
         self._staged: dict[tuple[int, ...], list[Any]] = {}
         self._capture_stream = 0
@@ -83,9 +90,12 @@ class GpuRunner:
         """The outputs, in memory of the caller's, ordered on its stream; `extents` are those of the symbols."""
         with self._lock:
             size, shapes = self.plan(tuple(extents))
+            size = max(size, _LEAST)
             stream = memory.stream
             outputs = [memory.empty(shape, info.dtype) for info, shape in zip(self._outputs, shapes, strict=True)]
-            if self.note or not self.graphs or self._dynamic or cudart.is_capturing(stream):
+            if all(0 in shape for shape in shapes):
+                return outputs  # a launch of nothing is an error
+            if self.note or not self.graphs or self._dynamic or memory.capturing:
                 self._launch(inputs, outputs, size, memory, stream)
             else:
                 self._captured(inputs, outputs, size, memory, stream)
@@ -121,9 +131,7 @@ class GpuRunner:
 
     def _launch(self, inputs: Sequence[Any], outputs: Sequence[Any], size: int, memory: Memory, stream: int) -> None:
         # While the caller captures, memory is the graph's: a later call on this stream must not write there.
-        workspace = (
-            memory.empty((size,), "uint8") if cudart.is_capturing(stream) else self._workspace(stream, size, memory)
-        )
+        workspace = memory.empty((size,), "uint8") if memory.capturing else self._workspace(stream, size, memory)
         self._call(stream, memory, inputs, workspace, outputs)
 
     def _call(self, stream: int, memory: Memory, inputs: Sequence[Any], workspace: Any, outputs: Sequence[Any]) -> None:
@@ -131,17 +139,39 @@ class GpuRunner:
 
         view = memory.view
         with tvm_ffi.use_raw_stream(self._device, stream):
-            self._main(*map(view, inputs), self._weights, view(workspace), *map(view, outputs))
+            try:
+                self._main(*map(view, inputs), self._weights, view(workspace), *map(view, outputs))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> RescompileError:
+        """What TVM's runtime says of a launch that failed, as one sentence."""
+        said = str(error)
+        asked = _SHARED.search(said)
+        if asked is not None:
+            offered = cudart.shared_bytes(self.index)
+            major, minor = cudart.capability(self.index)
+            return RescompileError(
+                f"A kernel of the program asks for {asked[1]} bytes of shared memory in a block, and this GPU has "
+                f"{offered}: compile the model with --target cuda:sm_{major}{minor}."
+            )
+        if _LOADING in said:
+            why = _first_line(said).rpartition("failed with error: ")[2]
+            return RescompileError(f"The driver does not take the program's code ({why}): compile the model again.")
+        return RescompileError(f"The program failed on the GPU: {_first_line(said)}.")
 
     def _workspace(self, stream: int, size: int, memory: Memory) -> Any:
-        lane = self._lanes.setdefault(stream, _Lane())
+        lane = self._lane(memory, stream)
         if lane.workspace is None or lane.bytes < size:
             lane.workspace, lane.bytes = None, size
             lane.workspace = memory.empty((size,), "uint8")
         return lane.workspace
 
+    def _lane(self, memory: Memory, stream: int) -> _Lane:
+        return self._lanes.setdefault((type(memory).__name__, stream), _Lane())
+
     def _captured(self, inputs: Sequence[Any], outputs: Sequence[Any], size: int, memory: Memory, stream: int) -> None:
-        lane = self._lanes.setdefault(stream, _Lane())
+        lane = self._lane(memory, stream)
         lane.calls += 1
         key = tuple(memory.pointer(tensor) for tensor in (*inputs, *outputs))
         known = lane.graphs.get(key)
@@ -198,13 +228,12 @@ class GpuRunner:
         if not self._capture_stream:
             self._capture_stream = cudart.create_stream()
         graph = memory.graph()
-        with graph.capturing(self._capture_stream):
+        with _no_collection(), graph.capturing(self._capture_stream):
             self._call(self._capture_stream, memory, inputs, workspace, outputs)
         return graph
 
     def _give_up(self, error: Exception) -> None:
-        said = str(error).strip().splitlines()
-        self.note = f"launches are not captured into a CUDA graph: {said[0] if said else type(error).__name__}"
+        self.note = f"launches are not captured into a CUDA graph: {_first_line(str(error)) or type(error).__name__}"
         for lane in self._lanes.values():
             lane.graphs.clear()
             lane.fixed = lane.fixed_graph = None
@@ -224,6 +253,7 @@ class _Staged:
 
     def __init__(self, memory: PlainMemory, kept: list[Any]) -> None:
         self._memory, self._kept, self._next = memory, kept, 0
+        self.capturing = False
         self.stream, self.pointer, self.rows = memory.stream, memory.pointer, memory.rows
         self.view, self.graph = memory.view, memory.graph
 
@@ -233,3 +263,20 @@ class _Staged:
             self._kept.append(self._memory.empty(shape, dtype))
         self._next += 1
         return self._kept[self._next - 1]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nobody's tensors are collected here: freeing memory ends a capture, and TVM ends the process when it fails to."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _first_line(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else ""

@@ -115,7 +115,7 @@ def read(cubin: Cubin) -> dict[str, KernelCode]:
     found = {}
     for used in cubin.usage:
         name = used.kernel.removesuffix("_kernel")
-        found[name] = _counted(
+        found[name] = counted(
             name, mnemonics.get(used.kernel, []), used.registers, used.shared, used.spills, used.stack
         )
     return found
@@ -136,7 +136,8 @@ def listed(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _counted(name: str, mnemonics: list[str], registers: int, shared: int, spills: int, stack: int) -> KernelCode:
+def counted(name: str, mnemonics: list[str], registers: int, shared: int, spills: int, stack: int) -> KernelCode:
+    """Facts of a kernel's instructions, and of what the assembler says that it takes."""
     accesses: dict[str, Counter[int]] = {}
     tensor: Counter[str] = Counter()
     counts: Counter[str] = Counter()

@@ -26,7 +26,9 @@ Expr: TypeAlias = Any  # a tirx expression
 K = OpKind
 
 _TVM_NAMES = {"rint": "nearbyint"}
+_WIDEST = 8  # elements of an access
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
+_lanes: ContextVar[int] = ContextVar("lanes", default=_WIDEST)
 
 
 def scalar(kind: OpKind, attrs: Attrs, operands: Sequence[Expr]) -> Expr:
@@ -79,13 +81,22 @@ def call(name: str, *operands: Expr) -> Expr:
 
 
 @contextmanager
-def portable() -> Iterator[None]:
-    """Kernels built inside call TVM's own operators, which the code generators of other GPUs know, too."""
-    token = _portable.set(True)
+def portable(lanes: int = _WIDEST) -> Iterator[None]:
+    """Kernels built inside call TVM's own operators, which the code generators of other GPUs know, too.
+
+    `lanes`: elements of the widest vector type that there is.
+    """
+    tokens = _portable.set(True), _lanes.set(lanes)
     try:
         yield
     finally:
-        _portable.reset(token)
+        _portable.reset(tokens[0])
+        _lanes.reset(tokens[1])
+
+
+def widest_lanes() -> int:
+    """Elements of the widest vector type of the GPU that is built for."""
+    return _lanes.get()
 
 
 def is_portable() -> bool:

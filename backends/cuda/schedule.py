@@ -35,6 +35,8 @@ RULES: tuple[Any, ...] = (
     dlight.gpu.Transpose(),
     dlight.gpu.Fallback(),
 )
+# For other GPUs: what takes no account of NVIDIA's.
+PORTABLE_RULES: tuple[Any, ...] = (dlight.gpu.Matmul(), *RULES[2:])
 # How dlight's rules say, besides returning None, that a function is not of their kind: they take much for granted.
 _NOT_MINE = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 
@@ -94,7 +96,7 @@ def thread_extents(function: tirx.PrimFunc) -> dict[str, Any]:
 
 def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tuple[str, tirx.PrimFunc]:
     refused = []
-    for rule in RULES:
+    for rule in RULES if str(target.kind.name) == "cuda" else PORTABLE_RULES:
         label = type(rule).__name__.lstrip("_")
         try:
             found = rule.apply(function, target, False)
@@ -106,22 +108,26 @@ def _apply(name: str, function: tirx.PrimFunc, target: tvm.target.Target) -> tup
         if found is None:
             continue
         bound = (found[0] if isinstance(found, list) else found).mod["main"]
-        if _fits(bound):
+        if _fits(bound, target):
             return label, bound.with_attrs({**_attributes(function), "tirx.is_scheduled": True})
-        refused.append(f"{label}: the result is not bound, or to more than {THREADS_PER_BLOCK} threads")
+        refused.append(f"{label}: the result is not bound, or to more than {_threads(target)} threads")
     raise RescompileError(
         f"No schedule binds the generated function '{name}' to GPU threads ({'; '.join(refused)}): "
         f"compile the model for cpu."
     )
 
 
-def _fits(function: tirx.PrimFunc) -> bool:
+def _threads(target: tvm.target.Target) -> int:
+    return int(target.attrs.get("max_num_threads", THREADS_PER_BLOCK))
+
+
+def _fits(function: tirx.PrimFunc, target: tvm.target.Target) -> bool:
     extents = thread_extents(function)
     threads = 1
     for tag, extent in extents.items():
         if tag.startswith("threadIdx") and isinstance(extent, tirx.IntImm):
             threads *= int(extent.value)
-    return bool(extents) and threads <= THREADS_PER_BLOCK
+    return bool(extents) and threads <= _threads(target)
 
 
 def _attributes(function: tirx.PrimFunc) -> dict[str, Any]:

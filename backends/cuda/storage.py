@@ -56,7 +56,7 @@ class StoragePlan:
 
 
 def plan_storage(module: tvm.IRModule) -> tuple[tvm.IRModule, StoragePlan]:
-    """The module whose `main` is given its memory, with the function `plan`. RescompileError where an output has none."""
+    """The module whose `main` is given its memory, with `plan` beside it. RescompileError where an output has none."""
     main = module["main"]
     bindings = [binding for block in main.body.blocks for binding in block.bindings]
     reads = _Reads(bindings)

@@ -18,6 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from rescompile.backends.cuda.rows import Expr, local, store, unrolled, vector
+from rescompile.backends.cuda.scalars import dtype_of, widest_lanes
 from rescompile.backends.kernels import Argument
 from rescompile.errors import RescompileError
 
@@ -106,7 +107,7 @@ class WindowTile:
 
 def widest(channels: int, dtype: str) -> int:
     """Channels that one access can move."""
-    count = ACCESS // SIZES[dtype]
+    count = min(ACCESS // SIZES[dtype], widest_lanes())
     while channels % count:
         count //= 2
     return count
@@ -156,6 +157,11 @@ class Patch:
     def __init__(self, window: Window, tile: WindowTile, buffers: dict[str, Expr], place: Sequence[Expr]) -> None:
         self.window, self.tile, self.buffers = window, tile, buffers
         self.image, self.row, self.column, self.channel = place
+        top, left = self.row * window.stride[0] - window.pads[0], self.column * window.stride[1] - window.pads[1]
+        self._wide = window.channels // tile.vector  # accesses of a pixel
+        unit = tvm.tirx.floordiv(self.channel, tile.vector)
+        self._from = settled((top * window.width + left) * self._wide + unit)
+        self._to = settled((self.row * window.out_width + self.column) * self._wide + unit)
         self.offsets = sorted(
             {p * window.stride[1] + k * window.dilation[1] for p in range(tile.columns) for k in _taps(window, 1)}
         )
@@ -178,10 +184,12 @@ class Patch:
         window = self.window
         line = self.row * window.stride[0] + tap * window.dilation[0] - window.pads[0]
         first = self.column * window.stride[1] - window.pads[1]
+        down = tap * (window.dilation[0] * window.width * self._wide)
+        start = settled(self._from + down) if not isinstance(tap, int) else self._from + down
         lines = self._inside(line, 0)
         for slot, offset in enumerate(self.offsets):
             tests = [*lines, *self._inside(first + offset, 1, offset)]
-            at = (line * window.width + first + offset) * window.channels + self.channel
+            at = start + offset * self._wide
             guarded_read(self.buffers[name], self.image, at, tests, into, dtype, slot, self.tile.vector, outside)
 
     def read_channels(self, name: str, into: Expr, slot: Expr, row: Expr = 0) -> None:
@@ -202,12 +210,12 @@ class Patch:
 
     def _at_pixel(self, pixel: int, body: Callable[[Expr, Expr], None]) -> None:
         window = self.window
-        at = (self.row * window.out_width + self.column + pixel) * window.channels + self.channel
+        at = elements(self._to + pixel * self._wide, self.tile.vector, self.image)
         with ExitStack() as guards:
             if pixel and window.out_width % self.tile.columns:
                 guards.enter_context(T.If(self.column + pixel < window.out_width))
                 guards.enter_context(T.Then())
-            vector(self.tile.vector, lambda i: body(at, i))
+            access(self.tile.vector, at, lambda i: body(at, i))
 
     def _inside(self, at: Expr, axis: int, offset: int | None = None) -> list[Expr]:
         """Tests whether a coordinate is in the image; none where it must be."""
@@ -287,6 +295,28 @@ def flat_buffers(arguments: Sequence[Argument], count: Expr) -> dict[str, Expr]:
     return found
 
 
+def settled(value: Expr) -> Expr:
+    """A 32-bit number that is computed once: a sum of several 64-bit terms makes compilers split an access to it."""
+    kept = local(1, "int32")
+    store(kept, value, 0)
+    return kept[0]
+
+
+def elements(units: Expr, count: int, image: Expr) -> Expr:
+    """`units` accesses as elements, in the type that images are numbered in: it shows that they are a multiple."""
+    return units.astype(dtype_of(image)) * count
+
+
+def access(count: int, at: Expr, body: Callable[[Expr], None]) -> None:
+    """One access of `count` elements from `at` on, whose type the elements' numbers have, too."""
+    if count == 1:
+        body(0)
+        return
+    dtype = dtype_of(at)
+    with T.vectorized(tvm.tirx.const(0, dtype), tvm.tirx.const(count, dtype)) as i:
+        body(i)
+
+
 def index(value: Expr) -> Expr:
     """The number in 32 bits: within an image there is no need for more."""
     return value if isinstance(value, int) else value.astype("int32")
@@ -295,7 +325,7 @@ def index(value: Expr) -> Expr:
 def guarded_read(
     source: Expr,
     image: Expr,
-    at: Expr,
+    units: Expr,
     tests: Sequence[Expr],
     into: Expr,
     dtype: str,
@@ -303,15 +333,16 @@ def guarded_read(
     count: int,
     outside: float,
 ) -> None:
-    """into[slot] = source[image, at:at + count], or `outside` (0 or −∞) where a test fails.
+    """into[slot] = the access of source[image] after `units` others, or `outside` (0 or −∞) where a test fails.
 
     Without a branch, so that loads do not wait for each other: what is read in vain is the image's first element, and
     its bits are masked.
     """
     if tests:
         inside = tvm.tirx.all(*tests)
-        at = tvm.tirx.Select(inside, at, 0)
-    vector(count, lambda i: store(into, source[image, at + i], slot * count + i))
+        units = settled(tvm.tirx.Select(inside, units, 0))
+    at = elements(units, count, image)
+    access(count, at, lambda i: store(into, source[image, at + i], slot * count + i))
     if not tests:
         return
     size = SIZES[dtype] * count

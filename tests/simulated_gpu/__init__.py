@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ COMPILER = shutil.which("g++")
 _KERNEL = re.compile(
     r'extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(?P<name>\w+)\((?P<parameters>[^)]*)\);'
 )
+_CODE = ('extern "C" __global__', "template <class V, int N> struct Booleans")  # what comes before is TVM's headers
 _SHARED = re.compile(r"__shared__ alignas\((\d+)\)")
 _DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 
@@ -36,7 +37,7 @@ def simulated_cubin(source: str, *, optimise: str = "-O1", arch: int | None = No
 
     `arch` is the compute capability that it says it is for, 90 for sm_90; -90 stands for PTX, which later ones run too.
     """
-    body = source[source.index('extern "C" __global__') :]
+    body = source[min(found for mark in _CODE if (found := source.find(mark)) >= 0) :]
     launches = []
     for kernel in _KERNEL.finditer(body):
         types = [_type(parameter) for parameter in kernel["parameters"].split(",") if parameter.strip()]
@@ -65,10 +66,11 @@ def launch(
     scalars: Sequence[int],
     dims: Sequence[int],
     shared: int = 0,
+    cluster: int = 1,
 ) -> None:
     """Run one kernel in this process; the parameters are the arrays, in the kernel's order, and then the scalars.
 
-    `shared`: bytes of dynamic shared memory.
+    `shared`: bytes of dynamic shared memory; `cluster`: how many blocks run together.
     """
     with tempfile.NamedTemporaryFile(suffix=".so") as file:
         file.write(library)
@@ -79,7 +81,21 @@ def launch(
     pointers = (ctypes.c_void_p * len(values))(
         *(ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values)
     )
-    function(pointers, (ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared))
+    function(pointers, (ctypes.c_uint * 7)(*dims, cluster), ctypes.c_size_t(shared))
+
+
+def dims(function: Any, extents: Mapping[str, int]) -> list[int]:
+    """Blocks and threads of a kernel's launch, from its PrimFunc and its dynamic extents by name."""
+    import tvm
+
+    from rescompile.backends.cuda.schedule import thread_extents
+
+    analyzer, found = tvm.sym.Analyzer(), {}
+    for tag, extent in thread_extents(function).items():
+        for variable in tvm.tirx.analysis.undefined_vars(tvm.tirx.Evaluate(extent)):
+            analyzer.bind(variable, tvm.tirx.const(extents[variable.name], "int64"))
+        found[tag] = int(analyzer.simplify(extent).value)
+    return [found.get(f"{kind}.{axis}", 1) for kind in ("blockIdx", "threadIdx") for axis in "xyz"]
 
 
 def parameters(source: str, name: str) -> list[str]:
@@ -96,12 +112,20 @@ def run_programs(folder: Path, programs: dict[str, dict[str, np.ndarray[Any, Any
 
 
 def run_functions(
-    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]]
+    folder: Path, functions: Any, calls: dict[str, list[np.ndarray[Any, Any]]], *, optimise: str = "-O1"
 ) -> dict[str, list[np.ndarray[Any, Any]]]:
     """What each function's buffers hold after a call by TVM's own host code, launch parameters and all.
 
     functions: an IRModule of kernels; calls: the buffers of each that is called, in order, inputs and outputs alike.
     """
+    build_functions(folder, functions, optimise=optimise)
+    return call_functions(folder, calls)
+
+
+def build_functions(
+    folder: Path, functions: Any, *, optimise: str = "-O1", edit: Callable[[str], str] = lambda source: source
+) -> None:
+    """Make `functions.so` of an IRModule of kernels; `edit` may change their source, to test the simulation."""
     import tvm
 
     from rescompile.backends.cuda.executable import CudaExecutable, cross_compiling, cuda_source
@@ -111,10 +135,24 @@ def run_functions(
     with cross_compiling():
         built = tvm.compile(functions, target=cuda_target("sm_90"))
     source = cuda_source(built.mod)
-    link(CudaExecutable(built.mod, source, simulated_cubin(source)), folder / "functions.so")
+    link(CudaExecutable(built.mod, source, simulated_cubin(edit(source), optimise=optimise)), folder / "functions.so")
+
+
+def call_functions(folder: Path, calls: dict[str, list[np.ndarray[Any, Any]]]) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Call functions of `functions.so`, all in one process; RuntimeError with what it said when it fails."""
     for name, arrays in calls.items():
         _store(folder / f"{name}.inputs", arrays)
     return _in_child("functions.py", folder, list(calls))
+
+
+def run_scenarios(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What scenarios.py found, by name, from a process with the simulated GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, str(HERE / "scenarios.py"), *driver(), str(folder), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The simulated GPU failed:\n{done.stdout}\n{done.stderr}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _in_child(script: str, folder: Path, names: list[str]) -> dict[str, list[Any]]:

@@ -161,7 +161,6 @@ inline Extents block_index, block_size, grid_size;
 inline std::vector<uint64_t> exchange;  // what each thread offers in a shuffle
 inline std::vector<std::vector<uint64_t>> dynamic_shared;  // of each block of the cluster
 inline std::size_t shared_bytes;  // that a launch asked for
-inline int cluster = 1;           // blocks along x that run together
 inline std::function<void()> kernel;
 // What a part of the simulator does before each cluster, when nobody can go on (true: something), and after the last.
 struct Engine {
@@ -240,8 +239,10 @@ inline void run_cluster(const std::vector<Extents>& blocks) {
   if (engine.end) engine.end();
 }
 
+// dims: the grid, a block, and how many blocks along x run together.
 inline void launch(const unsigned* dims, std::size_t dynamic_bytes) {
   shared_bytes = dynamic_bytes;
+  const int cluster = static_cast<int>(dims[6]);
   grid_size = {static_cast<int>(dims[0]), static_cast<int>(dims[1]), static_cast<int>(dims[2])};
   block_size = {static_cast<int>(dims[3]), static_cast<int>(dims[4]), static_cast<int>(dims[5])};
   for (int z = 0; z < grid_size.z; ++z)
@@ -282,6 +283,17 @@ inline int lane() { return running->number & 31; }
 #define blockIdx (gpu::block_index)
 #define blockDim (gpu::block_size)
 #define gridDim (gpu::grid_size)
+
+// What the blocks of a cluster share: they wait for each other as the threads of a block do, when nobody can go on.
+inline void cluster_meet() { gpu::wait(gpu::Waits::Block); }
+template <class T>
+T peer(T* place, int rank) {
+  T value;
+  std::memcpy(&value, gpu::shared(rank) + (reinterpret_cast<uchar*>(place) - gpu::shared()), sizeof(T));
+  return value;
+}
+inline float peer_f32(float* place, int rank) { return peer(place, rank); }
+inline double peer_f64(double* place, int rank) { return peer(place, rank); }
 
 inline uint __activemask() { return 0xffffffffu; }
 inline void __syncthreads() { gpu::wait(gpu::Waits::Block); }

@@ -41,18 +41,24 @@ enum Status {
 
 // What a test may choose, and what it may count.
 struct Settings {
-  long major = 9, minor = 0, devices = 1, driver = 13000, shared_limit = 227 << 10, load_status = 0, graph_status = 0;
+  long major = 9, minor = 0, devices = 2, driver = 13000, shared_limit = 227 << 10, load_status = 0, graph_status = 0;
 } settings;
 struct Counters {
-  long mallocs = 0, frees = 0, live = 0, launches = 0, graph_launches = 0, captures = 0, synchronisations = 0, loads = 0;
+  long mallocs = 0, frees = 0, live = 0, launches = 0, graph_launches = 0, captures = 0, synchronisations = 0, loads = 0, copies = 0;
 } counters;
 std::map<void*, std::size_t> sizes;
 thread_local int current_device = 0;
 
+struct Attribute {  // CUlaunchAttribute
+  int id;
+  unsigned padding, value[16];
+};
+constexpr int cluster_dimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
 struct LaunchConfig {  // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes;
+  const struct Attribute* attributes;
   unsigned attribute_count;
 };
 
@@ -151,6 +157,7 @@ Status copy(void* to, const void* from, std::size_t size, int kind, void* stream
     drain(stream_of(stream));
     return status;
   }
+  ++counters.copies;
   return enqueue(stream, [=] { std::memmove(to, from, size); });
 }
 
@@ -175,7 +182,8 @@ long simulated_get(const char* what) {
       {"mallocs", counters.mallocs},       {"frees", counters.frees},
       {"live", counters.live},             {"launches", counters.launches},
       {"captures", counters.captures},     {"graph_launches", counters.graph_launches},
-      {"synchronisations", counters.synchronisations}, {"loads", counters.loads}};
+      {"synchronisations", counters.synchronisations}, {"loads", counters.loads},
+      {"copies", counters.copies}};
   const auto found = known.find(what);
   return found == known.end() ? -1 : found->second;
 }
@@ -235,6 +243,10 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters
     std::memcpy(values->emplace_back().bytes, parameters[i], function->parameter_bytes[i]);
   std::vector<unsigned> dims(config->grid, config->grid + 3);
   dims.insert(dims.end(), config->block, config->block + 3);
+  dims.push_back(1);
+  for (unsigned i = 0; i < config->attribute_count; ++i)
+    if (config->attributes[i].id == cluster_dimension) dims.back() = config->attributes[i].value[0];
+  if (config->grid[0] % dims.back()) return refused("a grid that its clusters do not divide");
   const std::size_t shared = config->shared_bytes;
   return enqueue(config->stream, [function, values, dims, shared] {
     std::vector<void*> pointers;
@@ -261,14 +273,16 @@ int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, co
   if (reinterpret_cast<uintptr_t>(map) % 64) return refused("a tensor map that is not aligned to 64 bytes");
   if (reinterpret_cast<uintptr_t>(address) % 16) return refused("a tensor map of an address not aligned to 16 bytes");
   if (rank < 1 || rank > 5) return refused("a tensor map of a rank outside of 1 to 5");
-  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, static_cast<uint8_t>(rank),
-                   static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle), static_cast<uint8_t>(type)};
+  CUtensorMap made{tensor_map_magic, reinterpret_cast<uint64_t>(address), {}, {}, {}, {},
+                   static_cast<uint8_t>(rank), static_cast<uint8_t>(bytes), static_cast<uint8_t>(swizzle),
+                   static_cast<uint8_t>(type)};
   for (unsigned i = 0; i < rank; ++i) {
     if (extents[i] < 1 || extents[i] > uint64_t{1} << 32) return refused("an extent outside of 1 to 2^32");
     if (box[i] < 1 || box[i] > 256) return refused("a box outside of 1 to 256 elements");
-    if (steps[i] != 1) return refused("a traversal in steps");
+    if (steps[i] < 1 || steps[i] > 8 || (i == 0 && steps[i] != 1)) return refused("a step outside of 1 to 8");
     made.extents[i] = extents[i];
-    made.box[i] = static_cast<uint16_t>(box[i]);
+    made.box[i] = static_cast<uint16_t>((box[i] + steps[i] - 1) / steps[i]);
+    made.steps[i] = static_cast<uint8_t>(steps[i]);
     if (i + 1 == rank) break;
     const uint64_t inner = i ? strides[i - 1] * extents[i] : bytes * extents[0];
     if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40 || strides[i] < inner)

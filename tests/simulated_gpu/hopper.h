@@ -94,7 +94,7 @@ inline void land(const BoxCopy& copy) {
     int64_t source = 0;
     bool inside = true;
     for (int axis = 0; axis < map.rank; ++axis) {
-      const int64_t index = int64_t{copy.at[axis]} + i[axis];
+      const int64_t index = int64_t{copy.at[axis]} + i[axis] * map.steps[axis];
       inside = inside && index >= 0 && index < static_cast<int64_t>(map.extents[axis]);
       source += index * static_cast<int64_t>(axis ? map.strides[axis - 1] : map.element_bytes);
     }
@@ -270,10 +270,13 @@ inline const bool hopper_engine_is_set = (engine = hopper_engine, true);
 
 }  // namespace gpu
 
-inline void hold_register(float&) {}
+inline void hold_float(float&) {}
 inline void tvm_builtin_ptx_prefetch_tensormap(const void*) {}
 inline void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
 inline void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
+
+inline void tvm_builtin_ptx_st_shared_s32(uint32_t to, int32_t x) { *gpu::shared_pointer<int32_t>(to) = x; }
+inline void tvm_builtin_ptx_ld_shared_s32(int32_t& x, uint32_t from) { x = *gpu::shared_pointer<int32_t>(from); }
 
 inline void tvm_builtin_ptx_mbarrier_init_init_shared__cta_b64(uint32_t at, uint32_t n) { gpu::init_barrier(at, n); }
 inline void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() { gpu::published = true; }
@@ -283,6 +286,16 @@ inline void tvm_builtin_ptx_mbarrier_arrive_arrive_shared__cta_b64(uint32_t at, 
 inline void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared__cta_b64(uint32_t at, uint32_t bytes) {
   gpu::arrive(gpu::here(at), 1, bytes);
 }
+inline void wait_for_cluster(uint32_t at, int parity) { gpu::wait_barrier(at, parity); }
+inline uint tvm_builtin_cluster_ctaid_x() { return gpu::running->cta; }
+inline void tvm_builtin_cuda_cluster_sync() { gpu::wait(gpu::Waits::Block); }
+inline void tvm_builtin_ptx_mapa_u32_shared__cluster_u32(uint32_t& out, uint32_t at, uint32_t rank) {
+  if (rank >= gpu::dynamic_shared.size()) gpu::fail("mapa to a block that the cluster does not have");
+  out = at | (rank + 1) << 24;
+}
+inline void tvm_builtin_ptx_mbarrier_arrive_arrive_release_cluster_shared__cluster_b64(uint32_t at, uint32_t count) {
+  gpu::arrive(gpu::in_cluster(at), count);
+}
 inline void tvm_builtin_cuda_mbarrier_wait_raw_u32(uint32_t at, int parity) { gpu::wait_barrier(at, parity); }
 
 #define GPU_BOX(rank, coordinates, ...)                                                                                \
@@ -290,6 +303,11 @@ inline void tvm_builtin_cuda_mbarrier_wait_raw_u32(uint32_t at, int parity) { gp
   tvm_builtin_ptx_cp_async_bulk_tensor_g2s_cluster_async_bulk_tensor_##rank##d_shared__cluster_global_mbarrier__complete_tx__bytes( \
       uint32_t to, const void* map, __VA_ARGS__, uint32_t barrier) {                                                  \
     gpu::load_box(to, map, {GPU_LIST coordinates}, rank, barrier);                                                    \
+  }                                                                                                                   \
+  inline void                                                                                                         \
+  tvm_builtin_ptx_cp_async_bulk_tensor_g2s_cluster_async_bulk_tensor_##rank##d_shared__cluster_global_mbarrier__complete_tx__bytes_multicast__cluster( \
+      uint32_t to, const void* map, __VA_ARGS__, uint32_t barrier, uint16_t ctas) {                                   \
+    gpu::load_box(to, map, {GPU_LIST coordinates}, rank, barrier, ctas);                                              \
   }
 #define GPU_LIST(...) __VA_ARGS__
 GPU_BOX(2, (x, y), int x, int y)

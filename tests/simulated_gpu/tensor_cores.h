@@ -232,3 +232,24 @@ inline void tvm_builtin_ptx_ld_vec_shared_v2_f32(float& x, float& y, uint32_t fr
 inline void tvm_builtin_ptx_ld_shared_f32(float& x, uint32_t from) { x = *gpu::shared_pointer<float>(from); }
 inline void tvm_builtin_ptx_ld_shared_b32(uint32_t& x, uint32_t from) { x = *gpu::shared_pointer<uint32_t>(from); }
 inline void tvm_builtin_ptx_st_shared_b16(uint32_t to, uint16_t x) { *gpu::shared_pointer<uint16_t>(to) = x; }
+inline void tvm_builtin_ptx_st_shared_b32(uint32_t to, uint32_t x) {
+  if (to % 4) std::abort();
+  *gpu::shared_pointer<uint32_t>(to) = x;
+}
+inline void tvm_builtin_ptx_ld_vec_shared_v4_b32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, uint32_t from) {
+  if (from % 16) std::abort();
+  const uint32_t* p = gpu::shared_pointer<uint32_t>(from);
+  x = p[0], y = p[1], z = p[2], w = p[3];
+}
+inline void tvm_builtin_ptx_st_vec_global_v4_b32(const void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
+  const uint32_t words[4] = {x, y, z, w};
+  std::memcpy(const_cast<void*>(to), words, 16);
+}
+// Two numbers in a word, the second operand in its lower half.
+inline void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& out, float high, float low) {
+  out = static_cast<uint32_t>(gpu::half_bits(high)) << 16 | gpu::half_bits(low);
+}
+inline void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& out, float high, float low) {
+  out = static_cast<uint32_t>(gpu::bfloat_bits(high)) << 16 | gpu::bfloat_bits(low);
+}

@@ -5,7 +5,8 @@
 struct alignas(64) CUtensorMap {
   uint64_t magic, address, strides[4];
   uint64_t extents[5];
-  uint16_t box[5];
+  uint16_t box[5];  // elements, not what they span
+  uint8_t steps[5];
   uint8_t rank, element_bytes, swizzle, type;
 };
 static_assert(sizeof(CUtensorMap) == 128, "the driver's size");
