@@ -86,7 +86,7 @@ class Draft:
         """Why the region cannot be walked over that value."""
         reached = {anchor, *program.following(anchor)}
         lost = [made for made in self.region.outputs if made not in reached]
-        if any(program.shape(made) != program.shape(anchor) or made > anchor for made in lost):
+        if any(program.shape(made) != program.shape(anchor) for made in lost):
             return "its results have no element order in common"
         return unfollowed(program, anchor, self.norms)
 
@@ -274,6 +274,8 @@ def _no_rows(found: Draft) -> str:
     shape = shapes.pop()
     if any(dtype not in FLOATS for dtype in dtypes):
         return "a norm of integers"
+    if any(step.attrs.get("stash_type") for step in steps):
+        return "a norm that computes in a narrower type"
 
     def row(step: Step) -> tuple[Any, ...]:
         if step.kind in GROUPED:

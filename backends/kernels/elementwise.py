@@ -76,7 +76,8 @@ def emit_anchor(
     program = values.program
     step = program.step(anchor)
     shape = program.shape(anchor)
-    others = [made for made in dict.fromkeys(program.region.outputs) if made != anchor and made < anchor]
+    reached = {anchor, *program.following(anchor)}
+    others = [made for made in dict.fromkeys(program.region.outputs) if made not in reached]
 
     def finish(index: Index, value: Expr) -> None:
         values.follow(anchor, index, value)
@@ -131,7 +132,7 @@ def nest(
         each(1, lambda _: body(parts[0], ()), 1)
         return
     *outer, inner = order
-    extents = [rows if shape[axis] is None else shape[axis] for axis in outer]
+    extents: list[Expr] = [rows if shape[axis] is None else shape[axis] for axis in outer]
     widths = [int(part[2][inner] or 0) for part in parts]
     count: Expr = 1
     for extent in extents:

@@ -181,7 +181,7 @@ class _Kernel:
             self.position = position
             self.values.follow(final, index, self.values.at(final, index))
             for made in dict.fromkeys(self.program.region.outputs):
-                if made < final and made not in self.program.following(final):
+                if made != final and made not in self.program.following(final):
                     self.values.store(made, index)
             self.values.forget()
 
