@@ -119,6 +119,8 @@ def predicted_gpu(targets: Sequence[CompileTarget], name: str | None) -> Gpu | N
     from rescompile.backends.roofline import gpu_of, named_gpu
 
     target = targets[-1]
+    if target.name.startswith("rocm:"):
+        return gpu_of(target.name.removeprefix("rocm:"), name)
     if target.arch is None:
         if name is not None:
             raise RescompileError(f"Times are predicted for GPUs, and '{target.name}' is none: leave --gpu out.")

@@ -135,6 +135,9 @@ def test_other_names_are_answered_with_the_nearest(name: str, said: str) -> None
 def test_no_gpu_is_predicted_for_another_target() -> None:
     from rescompile.cli_run import predicted_gpu
 
-    assert predicted_gpu(targets.resolve("opencl"), None) is None
+    assert predicted_gpu([targets.resolve("opencl")], None) is None
+    amd = predicted_gpu([targets.resolve("rocm:gfx942")], None)
+    assert amd is not None
+    assert amd.name == "MI300X"
     with pytest.raises(RescompileError, match="leave --gpu out"):
-        predicted_gpu(targets.resolve("cpu"), "H200")
+        predicted_gpu([targets.resolve("cpu")], "H200")
