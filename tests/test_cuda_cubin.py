@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from rescompile.backends.cuda.cubin import compilers, to_cubin  # noqa: E402
+from rescompile.backends.cuda.cubin import compilers, to_cubin
 
 
 def test_source_that_does_not_compile_is_one_sentence() -> None:

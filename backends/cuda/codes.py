@@ -50,7 +50,8 @@ def choose(codes: Sequence[Code], device: tuple[int, int], driver: tuple[int, in
         needed = min(code.driver for code in fitting)
         raise RescompileError(
             f"The program needs a driver for CUDA {needed[0]}.{needed[1]} or later, and this one serves CUDA "
-            f"{driver[0]}.{driver[1]}: update the driver, or compile the model with --target cuda:sm_{device[0]}{device[1]}."
+            f"{driver[0]}.{driver[1]}: update the driver, or compile the model with "
+            f"--target cuda:sm_{device[0]}{device[1]}."
         )
     best = max(usable, key=lambda code: _preference(code))
     return sorted(

@@ -13,7 +13,7 @@ _SAME_MEMORY = ("relax.reshape", "relax.memory.view", "relax.memory.ensure_zero_
 
 
 def own_outputs(module: tvm.IRModule) -> tvm.IRModule:
-    """A copy for what is an input, a weight, a view of one, or returned twice: its memory is not the caller's to have."""
+    """A copy for what is an input, a weight, a view of one, or returned twice: its memory is not the caller's."""
     main = module["main"]
     body = main.body
     values = {binding.var: binding.value for block in body.blocks for binding in block.bindings}
