@@ -28,10 +28,10 @@ def share_concats(graph: WorkingGraph) -> Shared:
         return _why_no_slices(graph, op, value)
 
     found = share(graph, able, able, lambda value: lie.get(value, False))
-    for concat, (op, inputs, attrs) in hoisted.items():
+    for concat, (name, inputs, attrs) in hoisted.items():
         join = found.joins.get(concat.name)
         if join is None or found.copies.get(join.slot.buffer):
-            _put_back(graph, found, concat, op, inputs, attrs)
+            _put_back(graph, found, concat, name, inputs, attrs)
     for concat, (part, inputs, attrs) in split.items():
         if concat.name not in found.joins:
             output = concat.output

@@ -20,6 +20,7 @@ from rescompile.backends.kernels import (
     Program,
     RegionSpec,
     RowsSpec,
+    Spec,
     Tail,
 )
 from rescompile.backends.kernels.moves import groups_of
@@ -164,15 +165,16 @@ class _Lowering:
         program = self.draft.program(operands, results)
         anchor = self.draft.anchor
         last = orders[anchor] == to_channels_last(len(orders[anchor])) and len(orders[anchor]) > 2
+        spec: Spec
         if self.draft.form in ("contraction", "window"):
             spec = self._rooted(program, last)
         elif self.draft.form == "rows":
-            spec = RowsSpec(program, self.draft.norms, last, self.draft.type(self.draft.norms[0])[1])
-            spec = collapsed(spec, program, last) if not self.draft.dynamic else spec
+            rows = RowsSpec(program, self.draft.norms, last, self.draft.type(self.draft.norms[0])[1])
+            spec = rows if self.draft.dynamic else collapsed(rows, program, last)
         else:
             dtype = self.draft.type(self.draft.region.outputs[0])[1]
-            spec = RegionSpec(program, anchor, last, dtype if dtype in ("float64", "float32") else "float32")
-            spec = collapsed(spec, program, last) if not self.draft.dynamic else spec
+            loops = RegionSpec(program, anchor, last, dtype if dtype in ("float64", "float32") else "float32")
+            spec = loops if self.draft.dynamic else collapsed(loops, program, last)
         made = self.e.call(self.op, spec, self.given, self.rows, self.into)
         for value, expr, place, layout in zip(self.outputs, made, results, layouts, strict=True):
             if place.shared:
@@ -211,8 +213,8 @@ class _Lowering:
             else:
                 full = [v for v in step.inputs if v is not None and self.draft.type(v)[0] == shape]
                 turned = [orders[v] for v in full if orders[v] != natural]
-                rank = [orders[v] for v in step.inputs if v is not None and len(orders[v]) == len(shape)]
-                parts = rank if step.kind in (K.CONCAT, K.SLICE, K.PAD) else []
+                alike = [orders[v] for v in step.inputs if v is not None and len(orders[v]) == len(shape)]
+                parts = alike if step.kind in (K.CONCAT, K.SLICE, K.PAD) else []
                 orders[number] = next(iter(turned), next((o for o in parts if o != natural), natural))
         return orders
 
@@ -367,7 +369,7 @@ class _Lowering:
             if value is not None:
                 self.given[name] = self.e.get(value)
         shared = [prod(int(extent or 0) for extent in s[:-2]) == 1 and prod(lead) > 1 for s in (a, b)]
-        return ProductSpec(tuple(lead), rows, int(a[-1] or 0), columns, tail, *shared, dtype=dtype)
+        return ProductSpec(tuple(lead), rows, int(a[-1] or 0), columns, tail, shared[0], shared[1], dtype)
 
     def _stored(self, step: Step) -> tuple[Value, Value | None]:
         weight = self.sources[step.inputs[1] or 0].value

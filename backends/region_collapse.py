@@ -35,9 +35,9 @@ def collapsed(spec: S, program: Program, channels_last: bool) -> S:
     if any(v in channelwise for step in region.steps for v in step.inputs[:1]):
         return spec
     read = [(n, place) for n, place in enumerate(program.operands) if n not in channelwise]
-    places = {n: _padded(place, rank) for n, place in read if place is not None}
-    results = [_padded(place, rank) for place in program.results]
-    kept = [0]
+    places: dict[int, Any] = {n: _padded(place, rank) for n, place in read if place is not None}
+    results: list[Any] = [_padded(place, rank) for place in program.results]
+    kept: list[int] = [0]
     for axis in range(1, rank):
         join = axis not in cuts and all(_joins(p, axis, whole) for p in [*places.values(), *results])
         if not join:

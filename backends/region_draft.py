@@ -105,8 +105,9 @@ def draft(region: Region, inputs: Sequence[Value | None], outputs: Sequence[Valu
     region, made = _upsampling(region, given, made)
     if any(type_.shape is None or type_.dtype is None for type_ in [*made, *(t for t in given if t is not None)]):
         return "the shape of a value in it is not known"
-    operands = [None if t is None else (tuple(t.shape or ()), str(t.dtype)) for t in given]
-    steps = [(tuple(t.shape or ()), str(t.dtype)) for t in made]
+    # Extents may still have names here: _flat gives them numbers.
+    operands: list[Any] = [None if t is None else (tuple(t.shape or ()), str(t.dtype)) for t in given]
+    steps: list[Any] = [(tuple(t.shape or ()), str(t.dtype)) for t in made]
     used = {value for step in region.steps for value in step.inputs}
     read = {t[1] for n, t in enumerate(operands) if t is not None and n in used}
     strange = {*read, *(dtype for _, dtype in steps)} - set(_DTYPES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rescompile.backends.cuda import region_kernel
+from rescompile.backends.cuda import region_kernel, region_tile
 from rescompile.backends.cuda.region_spec import norm_spec
 from rescompile.backends.cuda.region_tile import RegionTile
 from rescompile.backends.cuda.targets import Architecture
@@ -22,7 +22,7 @@ def refusal(spec: NormSpec, limits: Architecture) -> str:
 
 def candidates(spec: NormSpec, limits: Architecture) -> list[RegionTile]:
     """Tiles, the first being the one to take where nothing can be timed."""
-    return region_kernel.candidates(norm_spec(spec), limits)
+    return region_tile.candidates(norm_spec(spec), limits)
 
 
 def arguments(spec: NormSpec) -> list[Argument]:

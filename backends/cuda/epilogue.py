@@ -56,7 +56,7 @@ def contraction_function(spec: ContractionSpec, name: str) -> Iterator[Call]:
             T.func_attr({"global_symbol": name, "tirx.noalias": True, "op_pattern": _OPAQUE, "tirx.is_scheduled": True})
             shapes = {argument.name: argument.shape for argument in arguments(spec)}
             dynamic = any(extent is None for shape in shapes.values() for extent in shape)
-            count = tvm.tirx.Var("rows", "int64") if dynamic else None
+            count: Expr = tvm.tirx.Var("rows", "int64") if dynamic else None
             given = {}
             for argument in arguments(spec):
                 shape = [count if extent is None else extent for extent in argument.shape]

@@ -116,7 +116,8 @@ def shifted(term: Term, factor: int, offset: int) -> Term:
 def turned(term: Term, amount: int, count: int) -> Term:
     """(term + amount) mod count"""
     if isinstance(term, Turned) and term.count == count:
-        term, amount = term.term, term.amount + amount
+        amount += term.amount
+        term = term.term
     amount %= count
     return Turned(term, amount, count) if amount else term
 

@@ -144,7 +144,7 @@ class _Block:
         """Where the matrix of this block's product begins."""
         if share == 0 or self.spec.batch == 1:
             return 0
-        number = self.batch if share == 1 else self.batch // share
+        number: Expr = self.batch if share == 1 else self.batch // share
         return number.astype("int64" if wide else "int32") * size
 
     # ---- main loop -------------------------------------------------------------------------------------------------

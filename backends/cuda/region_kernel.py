@@ -396,7 +396,7 @@ class _Thread:
                 at = base + first // registers.group
                 with self._guarded(self._holds(load.guards, chunk, first) if load.guards else None):
                     index = self._index(load.at, chunk, first)
-                    vector(width, lambda j, at=at, index=index: store(registers.buffer, source[index + j], at + j))
+                    vector(width, _copied(registers.buffer, at, source, index))
 
     def _write(self, value: int, staged: Expr, chunk: Expr, slot: int = 0) -> None:
         """Write a chunk of an output, which begins at a slot of registers."""
@@ -407,8 +407,7 @@ class _Thread:
         target = self.flat[f"y{self.spec.region.outputs.index(value)}"]
         with self._guarded(self.inside), self._guarded(self._within(chunk)):
             for first in range(0, self.tile.vector, width):
-                index = self._index(at, chunk, first)
-                vector(width, lambda j, f=first, index=index: T.buffer_store(target, staged[slot + f + j], [index + j]))
+                vector(width, _copied(target, self._index(at, chunk, first), staged, slot + first))
 
     @contextmanager
     def _guarded(self, condition: Expr | None) -> Iterator[None]:
@@ -609,10 +608,15 @@ def _named(value: Expr) -> Expr:
     return buffer
 
 
+def _copied(into: Expr, to: Expr, source: Expr, start: Expr) -> Callable[[Expr], None]:
+    """into[to + j] = source[start + j]"""
+    return lambda j: store(into, source[start + j], to + j)
+
+
 def _narrow(spec: RegionSpec, norm: Normed) -> tuple[Node, str]:
     """What is held for a norm, and in which type: what a cast to a wider type reads, not its result."""
-    node, value = norm.source, spec.step(norm.value).inputs[0]  # type: ignore[union-attr]
-    while isinstance(node, Made) and value is not None:
+    node, value = norm.source, spec.step(norm.value).inputs[0] or 0  # type: ignore[union-attr]
+    while isinstance(node, Made):
         step = spec.step(value)
         if step is None or step.kind is not K.CAST or step.inputs[0] is None:
             break

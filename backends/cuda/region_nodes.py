@@ -163,9 +163,9 @@ class Trace:
             cut = max((axis + 1 for axis, dim in enumerate(lying) if isinstance(dim, str)), default=0)
             space = Space(product(lying[:cut]), product(lying[cut:]))
             parts = [(space.row, space.rows), (space.col, space.width)]
-            place = regroup(parts, [extent(dim) for dim in lying])
+            places = regroup(parts, [extent(dim) for dim in lying])
             order = tensor.order or tuple(range(len(lying)))
-            native = [place[order.index(axis)] for axis in range(len(lying))]
+            native = [places[order.index(axis)] for axis in range(len(lying))]
             self._spread(space, root, tuple(native))
         return space
 
