@@ -13,9 +13,9 @@ import tvm
 from tvm import te, tirx
 from tvm.s_tir import meta_schedule as ms
 
-from rescompile.backends import targets, tuning_contest
+from rescompile.backends import lowering, targets, tuning_contest
 from rescompile.backends.compile import compile_graph
-from rescompile.backends.cuda.compile import compile_cuda
+from rescompile.backends.cuda.compile import Settings, compile_cuda
 from rescompile.backends.kernels import Argument, arguments, prim_func
 from rescompile.backends.program import Program
 from rescompile.backends.tuning_bench import Local
@@ -164,7 +164,8 @@ def test_a_record_for_a_gpu_replaces_the_default_schedule_without_a_gpu(tmp_path
         return module
 
     contest.replaced = keep  # type: ignore[method-assign, assignment]
-    compile_cuda(sketch.graph, target, contest=contest)
+    settings = Settings(lowering.check(sketch.graph), lambda *_: None, contest, ptx=False)
+    compile_cuda(sketch.graph, [target], settings)
     (name,) = plain
     module = normalized(plain[name])
     context = _Context(module, target.tvm, ms.search_strategy.ReplayTrace(), 1)

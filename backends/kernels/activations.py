@@ -107,6 +107,7 @@ def log(x: Expr, dtype: str) -> Expr:
 def _odd_quotient(x: Expr, limit: float, over: Sequence[float], under: Sequence[float], dtype: str) -> Expr:
     """x * over(x²) / under(x²) inside ±limit and exactly ±1 outside, so that 1 + erf(x) vanishes far below zero."""
     bound, one = const(limit, dtype), const(1.0, dtype)
+    x = let(x)
     clamped = let(maximum(minimum(x, bound), -bound))
     square = let(clamped * clamped)
     quotient = clamped * _horner(square, over, dtype) / _horner(square, under, dtype)

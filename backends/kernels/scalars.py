@@ -13,7 +13,7 @@ from typing import Any
 import tvm
 from tvm.tirx.script.builder import ir as T
 
-from rescompile.backends.kernels.activations import activate, erf, exp, log, tanh
+from rescompile.backends.kernels.activations import activate, erf, exp, log
 from rescompile.backends.kernels.emit import Expr, const, maximum, minimum, select
 from rescompile.kinds import OpKind
 from rescompile.values import Attrs
@@ -28,7 +28,7 @@ def uses_library(kind: OpKind, attrs: Attrs, dtype: str) -> bool:
         return True
     if kind is K.POW:
         return attrs.get("exponent") not in _POWERS
-    transcendental = (K.EXP, K.LOG, K.ERF, K.GELU, K.SILU, K.SIGMOID, K.TANH, K.ELU, K.SOFTPLUS, K.MISH)
+    transcendental = (K.EXP, K.LOG, K.ERF, K.GELU, K.SILU, K.SIGMOID, K.TANH, K.ELU)
     return dtype == "float64" and kind in transcendental
 
 
@@ -101,14 +101,13 @@ def _elu(attrs: Attrs, xs: list[Expr], dtype: str) -> Expr:
     return _two_sided(xs[0], below * const(attrs.get("alpha", 1.0), dtype), dtype)
 
 
-def _softplus(attrs: Attrs, xs: list[Expr], dtype: str) -> Expr:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^−|x|), which cannot overflow"""
-    small = exp(-_magnitude(xs[0], dtype), dtype)
-    return maximum(xs[0], const(0, dtype)) + log(const(1.0, dtype) + small, dtype)
-
-
-def _mish(attrs: Attrs, xs: list[Expr], dtype: str) -> Expr:
-    return xs[0] * tanh(_softplus(attrs, xs, dtype), dtype)
+def _round(x: Expr, dtype: str) -> Expr:
+    """To the nearest whole number, halves to the even one. TVM's own rule for vectors leaves names unbound."""
+    above = T.floor(x + const(0.5, dtype))
+    odd = above - const(2.0, dtype) * T.floor(above * const(0.5, dtype))
+    even = T.Select(x + const(0.5, dtype) == above, above - odd, above)
+    # From here on every number is whole.
+    return T.Select(_magnitude(x, dtype) < const(2.0**52 if dtype == "float64" else 2.0**23, dtype), even, x)
 
 
 def _hardsigmoid(attrs: Attrs, xs: list[Expr], dtype: str) -> Expr:
@@ -174,9 +173,8 @@ _RULES: dict[OpKind, Callable[[Attrs, list[Expr], str], Expr]] = {
     K.COS: lambda attrs, xs, dtype: T.cos(xs[0]),
     K.FLOOR: lambda attrs, xs, dtype: T.floor(xs[0]),
     K.CEIL: lambda attrs, xs, dtype: T.ceil(xs[0]),
-    K.ROUND: lambda attrs, xs, dtype: T.nearbyint(xs[0]),
+    K.ROUND: lambda attrs, xs, dtype: _round(xs[0], dtype),
     K.SIGN: _sign,
-    K.IS_NAN: lambda attrs, xs, dtype: tvm.tirx.NE(xs[0], xs[0]),
     K.RELU: _named("relu"),
     K.CLIP: _clip,
     K.LEAKY_RELU: _leaky,
@@ -190,6 +188,4 @@ _RULES: dict[OpKind, Callable[[Attrs, list[Expr], str], Expr]] = {
     K.TANH: _named("tanh"),
     K.HARDSIGMOID: _hardsigmoid,
     K.HARDSWISH: _named("hardswish"),
-    K.SOFTPLUS: _softplus,
-    K.MISH: _mish,
 }
