@@ -202,7 +202,7 @@ def unpulled(program: Program, numbers: Iterable[int]) -> str:
         if step.kind is K.PAD and step.attrs.get("mode", "constant") != "constant":
             return "a pad that is not of one number"
         if step.kind not in MOVES:
-            return f"a second {step.kind.value}"
+            return f"a {step.kind.value}, which no loop over elements computes"
     return ""
 
 
